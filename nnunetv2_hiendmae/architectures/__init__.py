@@ -1,0 +1,6 @@
+"""Networks: the encoders that pretraining and fine-tuning share, and the segmentation networks on top."""
+
+from nnunetv2_hiendmae.architectures.spec import PRESETS, EncoderSpec
+from nnunetv2_hiendmae.architectures.vit import ViTEncoder, build_encoder
+
+__all__ = ["PRESETS", "EncoderSpec", "ViTEncoder", "build_encoder"]

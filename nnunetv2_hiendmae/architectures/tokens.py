@@ -1,0 +1,91 @@
+"""Volumes as token sequences: patches, fixed positions, masking. Pure functions, any (D, H, W)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """(B, C, D, H, W) → (B, N, P). Tokens in raster order (D slowest); inside a patch (p_d, p_h, p_w, C).
+
+    Raises:
+        ValueError: a spatial axis is not divisible by the patch.
+    """
+    b, c, *size = x.shape
+    if any(s % p for s, p in zip(size, patch_size, strict=True)):
+        raise ValueError(f"crop {tuple(size)} is not divisible by the patch {tuple(patch_size)}")
+    (pd, ph, pw), (gd, gh, gw) = patch_size, (s // p for s, p in zip(size, patch_size, strict=True))
+    x = x.reshape(b, c, gd, pd, gh, ph, gw, pw)
+    return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, gd * gh * gw, pd * ph * pw * c)
+
+
+def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
+    """(B, N, P) → (B, C, D, H, W), the inverse of `patchify`."""
+    (gd, gh, gw), (pd, ph, pw) = grid, patch_size
+    b, c = patches.shape[0], patches.shape[2] // math.prod(patch_size)
+    x = patches.reshape(b, gd, gh, gw, pd, ph, pw, c)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, c, gd * pd, gh * ph, gw * pw)
+
+
+def sincos_positions(grid: Sequence[int], width: int, temperature: float = 10000.0) -> Tensor:
+    """Fixed positions (1, N, width) in raster order, float32.
+
+    With e = width // 6 and ω_k = temperature^(−k/e) the channels are
+    [sin d·ω | cos d·ω | sin h·ω | cos h·ω | sin w·ω | cos w·ω]; what is left of a width that 6 does not
+    divide stays zero (ours: the MAE decoder's 512).
+    """
+    if width < 6:
+        raise ValueError(f"width {width} is too small for 3D sin-cos positions, needed at least 6")
+    e = width // 6
+    # float64 so that the table does not depend on the platform's float32 pow
+    omega = temperature ** (-torch.arange(e, dtype=torch.float64) / e)
+    axes = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
+    parts = []
+    for axis in axes:
+        angle = axis.reshape(-1, 1) * omega
+        parts += [angle.sin(), angle.cos()]
+    table = torch.cat(parts, dim=1)
+    return F.pad(table, (0, width - 6 * e)).float()[None]
+
+
+def resample_positions(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
+    """(1, N, E) of one grid → (1, N', E) of another, trilinear (align_corners=False). No CLS row."""
+    if tuple(source_grid) == tuple(target_grid):
+        return table
+    e = table.shape[2]
+    volume = table.reshape(1, *source_grid, e).permute(0, 4, 1, 2, 3).float()
+    volume = F.interpolate(volume, size=tuple(target_grid), mode="trilinear", align_corners=False)
+    return volume.permute(0, 2, 3, 4, 1).reshape(1, -1, e).to(table.dtype)
+
+
+def num_visible(num_tokens: int, mask_ratio: float) -> int:
+    """K = int(N·(1 − ratio)), in floating point as the authors compute it (30 tokens at .9 give 2)."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
+def split_order(order: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Token permutation (B, N) → keep indices (B, K) and masked indices (B, N − K)."""
+    return order[:, :visible], order[:, visible:]
+
+
+def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, K) of tokens (B or 1, N, E) → (B, K, E)."""
+    tokens = tokens.expand(index.shape[0], -1, -1)
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def put_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """Inverse of `take_tokens` for a full permutation: row k of `tokens` goes to place `index[k]`."""
+    return torch.empty_like(tokens).scatter(1, index[:, :, None].expand_as(tokens), tokens)
+
+
+def normalize_patches(patches: Tensor, unbiased: bool, eps: float = 1e-6) -> Tensor:
+    """Each patch (…, P) minus its own mean over its own standard deviation, eps inside the root.
+
+    Hi-End-MAE divides by the biased, MiM and MAE3D by the unbiased variance.
+    """
+    var, mean = torch.var_mean(patches, dim=-1, correction=int(unbiased), keepdim=True)
+    return (patches - mean) / (var + eps).sqrt()

@@ -1,0 +1,63 @@
+"""Where nnU-Net's folders and our trainers are. Imports nothing heavy: `hiendmae env` answers at once."""
+
+import os
+from pathlib import Path
+
+from nnunetv2_hiendmae.errors import UserError
+
+NNUNET_VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+EXT_TRAINER_VARIABLE = "nnUNet_extTrainer"
+
+
+def discovery_folder() -> Path:
+    """The one folder that nnU-Net's trainer search may look into (see DESIGN: never the package root)."""
+    return Path(__file__).parent / "_discovery"
+
+
+def with_discovery(current: str | None) -> str:
+    """Value of `nnUNet_extTrainer` that finds our trainers and keeps whatever stood there before."""
+    ours = str(discovery_folder())
+    kept = [p for p in (current or "").split(os.pathsep) if p.strip() and p != ours]
+    return os.pathsep.join([ours, *kept])
+
+
+def enable_discovery() -> None:
+    """Lets nnU-Net commands started from this process find our trainers."""
+    os.environ[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
+
+
+def nnunet_folder(variable: str) -> Path:
+    """Folder named by one of nnU-Net's variables.
+
+    Raises:
+        UserError: the variable is unset or empty.
+    """
+    value = os.environ.get(variable)
+    if not value:
+        raise UserError(
+            f"{variable} is not set, needed the folder nnU-Net uses; run: export {variable}=/your/{variable}"
+        )
+    return Path(value)
+
+
+def dataset_name(dataset: str | int) -> str:
+    """Full nnU-Net dataset name ('Dataset001_X') for an id or a name that exists in raw or preprocessed.
+
+    Raises:
+        UserError: no such dataset, or the id is ambiguous.
+    """
+    roots = [nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")]
+    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset*") if p.is_dir()})
+    text = str(dataset)
+    if text.isdigit():
+        found = [n for n in names if n.startswith(f"Dataset{int(text):03d}_")]
+    else:
+        found = [n for n in names if n == text]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(names) or "none"
+    if not found:
+        raise UserError(
+            f"no dataset '{text}' in {roots[0]} or {roots[1]} (there: {listed}); check -d, or run: ls {roots[0]}"
+        )
+    raise UserError(f"dataset id {text} is ambiguous ({', '.join(found)}); give the full name to -d")

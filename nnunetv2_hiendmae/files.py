@@ -1,0 +1,68 @@
+"""Writing files so that nothing on disk is ever half-written."""
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nnunetv2_hiendmae.errors import UserError
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Hands out a temporary path beside `path`; on success it takes `path`'s place, on failure it is removed.
+
+    Raises:
+        UserError: the disk is full or the folder is not writable; what stood at `path` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary)
+        temporary.replace(path)
+    except OSError as e:
+        raise _as_user_error(path, e) from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file in one step."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_with(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets a library write the file (it gets a path to write to), in one step."""
+    with replacing(path) as temporary:
+        write(temporary)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as f:
+        os.fsync(f.fileno())
+    # safetensors and tempfiles create 0600; users share encoder files
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
+def _as_user_error(path: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            f"no space left on the disk for {path}; free some (see: df -h {path.parent}) and run the same command again"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder")
