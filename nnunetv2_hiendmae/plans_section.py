@@ -31,15 +31,11 @@ class FinetuneRecipe:
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.lr <= 0 or self.weight_decay < 0 or self.grad_clip <= 0:
-            raise ValueError(
-                f"lr {self.lr} and grad_clip {self.grad_clip} must be positive, weight_decay not negative"
-            )
+            raise ValueError(f"lr {self.lr} and grad_clip {self.grad_clip} must be positive, weight_decay not negative")
         if min(self.epochs, self.iterations_per_epoch, self.val_iterations_per_epoch) < 1:
             raise ValueError("epochs, iterations_per_epoch and val_iterations_per_epoch must be at least 1")
         if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(
-                f"warmup_epochs {self.warmup_epochs} must lie in 0..epochs-1 ({self.epochs - 1})"
-            )
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} must lie in 0..epochs-1 ({self.epochs - 1})")
 
 
 @dataclass(frozen=True)
@@ -79,6 +75,4 @@ class PlansSection:
         unknown |= {f"recipe.{k}" for k in set(recipe) - {f.name for f in fields(FinetuneRecipe)}}
         if unknown:
             raise ValueError(f"unknown fields in the plans' '{PLANS_KEY}' section: {sorted(unknown)}")
-        return cls(
-            **{**data, "recipe": FinetuneRecipe(**recipe), "citations": tuple(data.get("citations", ()))}
-        )
+        return cls(**{**data, "recipe": FinetuneRecipe(**recipe), "citations": tuple(data.get("citations", ()))})

@@ -22,9 +22,7 @@ def check_compatible(source: EncoderSpec, target: EncoderSpec) -> None:
         differing.append("cls_token")
     if differing:
         told = ", ".join(f"{k} {have[k]} in the file, {want[k]} in the plans" for k in differing)
-        raise UserError(
-            f"the encoder file does not fit the network: {told}; run: hiendmae plan with this file again"
-        )
+        raise UserError(f"the encoder file does not fit the network: {told}; run: hiendmae plan with this file again")
 
 
 def adapt_state(

@@ -139,9 +139,7 @@ def load_state(encoder: ViTEncoder, state: dict[str, Tensor], path: Path) -> Non
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{path} does not hold the encoder its header describes: {'; '.join(wrong[:3])}{more}"
-        )
+        raise UserError(f"{path} does not hold the encoder its header describes: {'; '.join(wrong[:3])}{more}")
     encoder.load_state_dict(state)
 
 

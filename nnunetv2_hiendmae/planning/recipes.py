@@ -1,0 +1,31 @@
+"""Defaults per method: how volumes become arrays, and how the network is fine-tuned (METHODS §2, §6)."""
+
+from dataclasses import dataclass, field
+
+from nnunetv2_hiendmae.plans_section import FinetuneRecipe
+
+
+@dataclass(frozen=True)
+class MethodRecipe:
+    """What a method's encoder saw and how it is fine-tuned, wherever the user does not say otherwise.
+
+    Args:
+        spacing_mm: target spacing (D, H, W); None: the dataset's own, by nnU-Net's rule.
+        window_hu: CT window that becomes [0, 1]; channels other than CT keep nnU-Net's normalisation.
+        decoder_width: channels of the UNETR decoder at full resolution.
+        batch_size: crops per fine-tuning batch.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)
+    window_hu: tuple[float, float] | None = (-175.0, 250.0)
+    decoder_width: int = 32
+    batch_size: int = 4
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+
+
+RECIPES: dict[str, MethodRecipe] = {
+    "hiendmae": MethodRecipe(),
+    # ours: the baseline sees what Hi-End-MAE sees, so that the two can be compared
+    "mae3d": MethodRecipe(),
+}
+DEFAULT_METHOD = "hiendmae"
