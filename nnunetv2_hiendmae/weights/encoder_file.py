@@ -1,6 +1,8 @@
 """`encoder.safetensors`: the only weights that fine-tuning reads."""
 
 import json
+import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +78,16 @@ def save_encoder(path: Path, state: dict[str, Tensor], metadata: EncoderMetadata
     """
     header = replace(metadata, version=version("nnunetv2_hiendmae")).to_json()
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    write_with(path, lambda p: save_file(tensors, p, metadata={METADATA_KEY: header}))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata={METADATA_KEY: header})
+        except SafetensorError as e:
+            # the error number of a full disk is in the text only
+            number = re.search(r"os error (\d+)", str(e))
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else e from e
+
+    write_with(path, write)
 
 
 def read_metadata(path: Path) -> EncoderMetadata:

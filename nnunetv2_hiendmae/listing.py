@@ -1,0 +1,111 @@
+"""What `hiendmae methods`, `presets` and `inspect` print."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.planning.recipes import RECIPES
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint
+from nnunetv2_hiendmae.weights import load_report, read_metadata
+
+
+def list_methods(as_json: bool = False) -> str:
+    """Every pretraining method with its options, recipe and source."""
+    methods = {name: _method(name) for name in METHODS}
+    if as_json:
+        return json.dumps(methods, indent=2)
+    blocks = []
+    for name, about in methods.items():
+        lines = [f"{name}: {about['title']} ({about['source']})"]
+        lines += [f"  {part}: " + ", ".join(f"{k}={v}" for k, v in about[part].items()) for part in _PARTS]
+        blocks.append("\n".join(lines))
+    notes = (
+        "options are changed with --set key=value; None means derived from the encoder. batch_size counts crops per "
+        "optimizer step, lr is AdamW's peak, spacing_mm is D H W, window_hu becomes [0, 1]."
+    )
+    return "\n\n".join([*blocks, notes])
+
+
+_PARTS = ("options", "recipe", "volumes")
+
+
+def _method(name: str) -> dict[str, Any]:
+    method, volumes = METHODS[name], RECIPES[name]
+    return {
+        "title": method.title,
+        "source": method.source,
+        "options": method.options(),
+        "recipe": vars(method.recipe),
+        "volumes": {"spacing_mm": volumes.spacing_mm, "window_hu": volumes.window_hu},
+        "citations": list(method.citations),
+    }
+
+
+def list_presets(as_json: bool = False) -> str:
+    """Every encoder preset with its size."""
+    rows = {name: {**spec.to_dict(), "parameters": _parameters(spec)} for name, spec in PRESETS.items()}
+    if as_json:
+        return json.dumps(rows, indent=2)
+    sizes = f"{'width':>6} {'depth':>6} {'heads':>6} {'parameters':>12}"
+    lines = [f"{'preset':15} {'crop':>13} {'patch':>9} {'tokens':>7} {sizes}"]
+    for name, row in rows.items():
+        crop, patch = ("x".join(map(str, row[k])) for k in ("img_size", "patch_size"))
+        sizes = f"{row['embed_dim']:>6} {row['depth']:>6} {row['num_heads']:>6} {row['parameters']:>12,}"
+        lines.append(f"{name:15} {crop:>13} {patch:>9} {PRESETS[name].num_tokens:>7} {sizes}")
+    return "\n".join(lines)
+
+
+def _parameters(spec) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_encoder(spec).parameters())
+
+
+def describe_file(path: Path, as_json: bool = False) -> str:
+    """What an encoder file, a run's checkpoint or a run folder is, and whether it would load.
+
+    Raises:
+        UserError: no such file, or nothing of ours.
+    """
+    about = _describe(Path(path))
+    if as_json:
+        return json.dumps(about, indent=2)
+    return "\n".join(f"{k}: {json.dumps(v) if isinstance(v, dict | list) else v}" for k, v in about.items())
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        if not (path / SETTINGS).is_file():
+            raise UserError(
+                f"{path} is not a run folder (no {SETTINGS}); give an encoder file, a checkpoint or a run folder"
+            )
+        about = {"kind": "run folder", "settings": json.loads((path / SETTINGS).read_text())}
+        if (path / CHECKPOINT).exists():
+            about["checkpoint"] = _describe(path / CHECKPOINT)
+        if (path / ENCODER).exists():
+            about["encoder"] = _describe(path / ENCODER)
+        return about
+    if not path.is_file():
+        raise UserError(f"no file {path}; give an encoder file, a checkpoint or a run folder")
+    if path.name == CHECKPOINT:
+        state = load_checkpoint(path.parent)
+        tensors = state["method"]
+        return {
+            "kind": "pretraining checkpoint",
+            "step": state["step"],
+            "tensors": len(tensors),
+            "parameters": sum(t.numel() for t in tensors.values()),
+            "next": f"continue the run with --c; its encoder is {path.parent / ENCODER}",
+        }
+    metadata = read_metadata(path)
+    return {
+        "kind": "encoder file",
+        "loads": load_report(path).summary(),
+        "sha256": sha256(path),
+        **json.loads(metadata.to_json()),
+    }

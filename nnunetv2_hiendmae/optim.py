@@ -1,0 +1,26 @@
+"""What pretraining and fine-tuning share of their optimisation."""
+
+import math
+from typing import Any
+
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+# METHODS §0; biases and norms are one-dimensional, which timm leaves without decay by itself
+NO_DECAY = ("cls_token", "mask_token", "pos_embed")
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters: without and with weight decay."""
+    exempt = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in NO_DECAY]
+    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt)
+
+
+def warmup_cosine(position: float, warmup: float, total: float) -> float:
+    """Factor of the peak learning rate at `position` (steps or epochs, same unit for all three).
+
+    Rises linearly to 1 at `warmup`, then falls as half a cosine to 0 at `total`.
+    """
+    if position < warmup:
+        return position / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (position - warmup) / max(total - warmup, 1e-9))))

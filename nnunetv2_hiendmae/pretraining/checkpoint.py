@@ -1,0 +1,183 @@
+"""The run folder: its lock, its settings, and checkpoints that a kill at any moment leaves whole."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import replacing, write_text
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.data import VolumeFormat
+from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
+
+CHECKPOINT = "checkpoint_latest.pth"
+ENCODER = "encoder.safetensors"
+SETTINGS = "run.json"
+LOCK = ".lock"
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that decides the result of a run; a resumed run must have the same.
+
+    Args:
+        batch_size: crops per optimizer step over all processes and accumulated micro-batches.
+        accumulate: micro-batches per optimizer step.
+        checkpoint_epochs, picture_epochs: every so many epochs (and at the end).
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    datasets: tuple[str, ...]
+    plans_name: str
+    configuration: str
+    method: str
+    options: dict[str, Any]
+    spec: EncoderSpec
+    epochs: int
+    steps_per_epoch: int
+    warmup_epochs: int
+    batch_size: int
+    accumulate: int
+    lr: float
+    weight_decay: float
+    betas: tuple[float, float]
+    precision: str
+    seed: int
+    checkpoint_epochs: int = 10
+    picture_epochs: int = 10
+
+    def __post_init__(self):
+        counts = ("epochs", "steps_per_epoch", "batch_size", "accumulate", "checkpoint_epochs", "picture_epochs")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, needed at least 1")
+        if not 0 <= self.warmup_epochs <= self.epochs:
+            raise UserError(f"--warmup-epochs is {self.warmup_epochs}, needed 0 to {self.epochs} (--epochs)")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise UserError(f"--lr {self.lr} must be positive and --weight-decay {self.weight_decay} not negative")
+        if self.precision not in PRECISIONS:
+            raise UserError(f"--precision {self.precision} is unknown, needed one of {', '.join(PRECISIONS)}")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}, needed 0 or more")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps until the peak learning rate."""
+        return self.warmup_epochs * self.steps_per_epoch
+
+    def build_method(self) -> Method:
+        """The method with freshly initialised weights; the same ones for the same seed."""
+        torch.manual_seed(self.seed)
+        try:
+            return METHODS[self.method](self.spec, **self.options)
+        except ValueError as e:
+            raise UserError(f"{self.method} with encoder {self.spec} cannot be built: {e}; change --set") from e
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return json.loads(json.dumps({**asdict(self), "spec": self.spec.to_dict()}))
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keeps a run folder for this process.
+
+    Raises:
+        UserError: another process uses it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(run_dir / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UserError(f"{run_dir} is in use by another process; wait for it, or choose another --name or -o") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def claim_run(run_dir: Path, settings: PretrainSettings, resume: bool) -> None:
+    """Records the settings of a new run, or checks those of a resumed one.
+
+    Raises:
+        UserError: the folder holds a run and `resume` is off, there is nothing to resume, or settings differ.
+    """
+    file = run_dir / SETTINGS
+    if not resume:
+        if (run_dir / CHECKPOINT).exists() or (run_dir / ENCODER).exists():
+            raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
+        write_text(file, json.dumps(settings.to_dict(), indent=2))
+        return
+    if not file.is_file():
+        raise UserError(f"nothing to continue in {run_dir} (no {SETTINGS}); run the same command without --c")
+    before, now = json.loads(file.read_text()), settings.to_dict()
+    differing = [k for k in now if before.get(k) != now[k]]
+    if differing:
+        told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
+        raise UserError(f"cannot continue {run_dir} with other settings: {told}; give the same ones, or another --name")
+
+
+def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
+    """Replaces the checkpoint in one step.
+
+    Raises:
+        UserError: the disk is full; the former checkpoint is untouched.
+    """
+    # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
+    with replacing(run_dir / CHECKPOINT) as temporary, temporary.open("wb") as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:
+            # closing the archive fails too, and hides what went wrong first
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+
+def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """State of the last checkpoint on the CPU, None if there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a damaged file
+        raise UserError(f"the checkpoint {path} is damaged ({e}); start anew under another --name") from e
+
+
+def export_encoder(
+    run_dir: Path, method: Method, settings: PretrainSettings, volumes: VolumeFormat, step: int, cases: int
+) -> None:
+    """Writes `encoder.safetensors` of a run. Its bytes depend on settings, data and weights only."""
+    metadata = EncoderMetadata(
+        spec=settings.spec,
+        method=settings.method,
+        spacing_mm=volumes.spacing_mm,
+        window_hu=volumes.window_hu,
+        normalization_schemes=volumes.normalization_schemes,
+        channel_names=volumes.channel_names,
+        image_reader_writer=volumes.image_reader_writer,
+        citations=method.citations,
+        licence="that of the images it was trained on; the software is Apache-2.0",
+        training={"step": step, "cases": cases, **{k: v for k, v in settings.to_dict().items() if k != "spec"}},
+    )
+    save_encoder(run_dir / ENCODER, method.encoder.state_dict(), metadata)

@@ -1,0 +1,58 @@
+"""Decoder parts that methods share."""
+
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures.tokens import sincos_positions, take_tokens
+from nnunetv2_hiendmae.architectures.vit import init_transformer
+
+
+class DecoderQueries(nn.Module):
+    """Encoder tokens brought to the decoder's width, with mask tokens and decoder positions.
+
+    The sequence stays in the order of the permutation: visible tokens first, then masked ones. Attention does
+    not mind, and nothing has to be sorted back.
+    """
+
+    def __init__(self, spec: EncoderSpec, width: int):
+        super().__init__()
+        self.prefix = int(spec.cls_token)
+        self.embed = nn.Linear(spec.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        table = sincos_positions(spec.grid, width).to(torch.get_default_device())
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → (B, [1+]N, F)."""
+        x = self.embed(tokens)
+        cls, visible = x[:, : self.prefix], x[:, self.prefix :]
+        masked = self.mask_token.expand(len(x), order.shape[1] - visible.shape[1], -1).to(x.dtype)
+        queries = torch.cat([visible, masked], dim=1) + take_tokens(self.pos_embed, order)
+        return torch.cat([cls, queries], dim=1)
+
+
+class MAEDecoder(nn.Module):
+    """The plain MAE decoder (METHODS §1): self-attention blocks over all tokens, then pixels of the masked ones."""
+
+    def __init__(self, spec: EncoderSpec, width: int, depth: int, num_heads: int):
+        super().__init__()
+        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
+        self.queries = DecoderQueries(spec, width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(width)
+        self.head = nn.Linear(width, spec.patch_voxels)
+        init_transformer(self)
+
+    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P)."""
+        x = self.queries(tokens, order)
+        for block in self.blocks:
+            x = block(x)
+        # the head is the widest layer of all: only what enters the loss goes through it
+        return self.head(self.norm(x[:, tokens.shape[1] :]))

@@ -1,0 +1,253 @@
+"""The pretraining loop: one readable function on Lightning Fabric (devices, DDP, precision, accumulation)."""
+
+import logging
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
+from nnunetv2_hiendmae.pretraining.checkpoint import (
+    ENCODER,
+    PRECISIONS,
+    PretrainSettings,
+    claim_run,
+    export_encoder,
+    load_checkpoint,
+    locked,
+    save_checkpoint,
+)
+from nnunetv2_hiendmae.pretraining.data import (
+    PretrainData,
+    SampleDataset,
+    StepSampler,
+    build_loader,
+    warn_if_padded,
+)
+from nnunetv2_hiendmae.pretraining.method import Batch, Method
+from nnunetv2_hiendmae.pretraining.runlog import RECONSTRUCTIONS, RunLog, draw_reconstruction
+
+logger = logging.getLogger(__name__)
+
+# samples in a reconstruction picture; drawn as if they belonged to the step after the last
+PICTURE_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run is carried out; none of it changes the result beyond float rounding."""
+
+    device: str = "cuda"
+    workers: int = 4
+
+
+def pretrain(
+    settings: PretrainSettings, data: PretrainData, run_dir: Path, execution: Execution, resume: bool = False
+) -> Path:
+    """Pretrains into `run_dir` and returns the path of its encoder file.
+
+    Under torchrun or SLURM every process calls this; the first one writes.
+
+    Raises:
+        UserError: bad settings or data, a folder in use, a full disk, or a loss that is not finite.
+    """
+    _check_channels(settings, data)
+    fabric = _launch(settings, execution)
+    if fabric.is_global_zero:
+        warn_if_padded(data.cases, settings.spec.img_size)
+    with locked(run_dir) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            claim_run(run_dir, settings, resume)
+        fabric.barrier()
+        try:
+            _run(fabric, settings, data, run_dir, execution.workers, resume)
+        except torch.OutOfMemoryError as e:
+            raise UserError(
+                f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
+                "raise --accumulate (same result, less memory), or lower --batch-size"
+            ) from e
+    return run_dir / ENCODER
+
+
+def _run(
+    fabric: Fabric, settings: PretrainSettings, data: PretrainData, run_dir: Path, workers: int, resume: bool
+) -> None:
+    method = settings.build_method()
+    optimizer = torch.optim.AdamW(parameter_groups(method, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+    if fabric.is_global_zero:
+        _check_free_disk(run_dir, method)
+    model, optimizer = fabric.setup(method, optimizer)
+    first_step = _restore(fabric, method, optimizer, run_dir) if resume else 0
+    if first_step == settings.total_steps:
+        logger.info(f"{run_dir} was already finished")
+        return
+    dataset = SampleDataset(data, method.views(), settings.seed)
+    sampler = StepSampler(
+        first_step,
+        settings.total_steps,
+        settings.batch_size,
+        settings.accumulate,
+        fabric.global_rank,
+        fabric.world_size,
+    )
+    loader = build_loader(dataset, sampler, workers, pin_memory=fabric.device.type == "cuda")
+    loader = fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    log = _open_log(fabric, settings, run_dir, first_step)
+    batches = iter(loader)
+    try:
+        for step in range(first_step, settings.total_steps):
+            lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            losses = _backward(fabric, model, batches, settings.accumulate, step)
+            optimizer.step()
+            optimizer.zero_grad()
+            method.after_step((step + 1) / settings.total_steps)
+            if log:
+                log.step(step, step // settings.steps_per_epoch, {**losses, "lr": lr})
+            if log and (step + 1) % settings.steps_per_epoch == 0:
+                _end_epoch(fabric, settings, data, run_dir, method, optimizer, dataset, step + 1)
+                log.end_epoch(last=step + 1 == settings.total_steps)
+    finally:
+        if log:
+            log.close()
+
+
+def _backward(fabric: Fabric, model: Any, batches: Iterator[Batch], accumulate: int, step: int) -> dict[str, float]:
+    """Gradients of one optimizer step; mean losses over micro-batches and processes.
+
+    Raises:
+        UserError: a loss is not finite in any process; weights are as before the step.
+    """
+    totals: dict[str, Tensor] = {}
+    for part in range(accumulate):
+        batch = _next_batch(batches)
+        with fabric.no_backward_sync(model, enabled=part + 1 < accumulate):
+            losses = model(batch)
+            mean = {k: fabric.all_reduce(v.detach().clone(), reduce_op="mean") for k, v in losses.items()}
+            if not math.isfinite(mean["loss"].item()):
+                raise _not_finite(losses["loss"].item(), batch, step)
+            fabric.backward(losses["loss"] / accumulate)
+        for key, value in mean.items():
+            totals[key] = totals.get(key, 0.0) + value / accumulate
+    return {k: round(v.item(), 7) for k, v in totals.items()}
+
+
+def _not_finite(loss: float, batch: Batch, step: int) -> UserError:
+    if math.isfinite(loss):
+        return UserError(
+            f"the loss is not finite in another process at step {step}, weights are unchanged; see its message"
+        )
+    return UserError(
+        f"the loss is {loss} at step {step}, weights are unchanged; cases in this batch: "
+        f"{', '.join(sorted(set(batch['case'])))}; look for broken intensities in them, or lower --lr, or use "
+        "--precision fp32"
+    )
+
+
+def _next_batch(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except UserError as e:
+        # a worker's error arrives with its traceback around it; the message is its last line
+        raise UserError(str(e).strip().splitlines()[-1].rpartition("UserError: ")[2]) from e
+
+
+def _end_epoch(
+    fabric: Fabric,
+    settings: PretrainSettings,
+    data: PretrainData,
+    run_dir: Path,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    dataset: SampleDataset,
+    step: int,
+) -> None:
+    epoch, last = step // settings.steps_per_epoch, step == settings.total_steps
+    if last or epoch % settings.picture_epochs == 0:
+        batch = torch.utils.data.default_collate([dataset[(settings.total_steps, i)] for i in range(PICTURE_SAMPLES)])
+        method.eval()
+        with fabric.autocast():
+            made = method.reconstruct(fabric.to_device(batch))
+        method.train()
+        picture = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}.png"
+        draw_reconstruction(picture, made, batch["case"], data.format)
+    if last or epoch % settings.checkpoint_epochs == 0:
+        state = {
+            "step": step,
+            "method": method.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "precision": fabric.strategy.precision.state_dict(),
+        }
+        save_checkpoint(run_dir, state)
+        export_encoder(run_dir, method, settings, data.format, step, len(data.cases))
+
+
+def _restore(fabric: Fabric, method: Method, optimizer: torch.optim.Optimizer, run_dir: Path) -> int:
+    """Puts back what the last checkpoint holds and returns the next step."""
+    state = load_checkpoint(run_dir)
+    if state is None:
+        logger.warning(f"{run_dir} was stopped before its first checkpoint: starting again from step 0")
+        return 0
+    method.load_state_dict(state["method"])
+    optimizer.load_state_dict(state["optimizer"])
+    fabric.strategy.precision.load_state_dict(state["precision"])
+    return state["step"]
+
+
+def _open_log(fabric: Fabric, settings: PretrainSettings, run_dir: Path, first_step: int) -> RunLog | None:
+    if not fabric.is_global_zero:
+        return None
+    return RunLog(run_dir, first_step, settings.total_steps, settings.batch_size, settings.to_dict())
+
+
+def _launch(settings: PretrainSettings, execution: Execution) -> Fabric:
+    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", processes)))
+    if settings.batch_size % (processes * settings.accumulate):
+        raise UserError(
+            f"--batch-size {settings.batch_size} cannot be split over {processes} processes x {settings.accumulate} "
+            f"micro-batches, needed a multiple of {processes * settings.accumulate}"
+        )
+    if execution.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    fabric = Fabric(
+        accelerator=execution.device,
+        devices=local,
+        num_nodes=max(1, processes // local),
+        strategy="ddp" if processes > 1 else "auto",
+        precision=PRECISIONS[settings.precision],
+    )
+    fabric.launch()
+    return fabric
+
+
+def _check_free_disk(run_dir: Path, method: Method) -> None:
+    """A checkpoint is weights and two AdamW moments; while it is replaced there are two of them."""
+    needed = 2 * 3 * 4 * sum(p.numel() for p in method.parameters())
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise UserError(
+            f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB; free some, or "
+            "choose another disk with -o"
+        )
+
+
+def _check_channels(settings: PretrainSettings, data: PretrainData) -> None:
+    found = len(data.format.channel_names)
+    if settings.spec.in_channels != found:
+        raise UserError(
+            f"the encoder takes {settings.spec.in_channels} channels, the images have {found} "
+            f"({', '.join(data.format.channel_names)}); leave out --channels"
+        )

@@ -1,0 +1,80 @@
+"""What Hi-End-MAE and MAE3D have in common: one masked crop, a loss on its masked patches."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
+from nnunetv2_hiendmae.architectures.tokens import (
+    normalize_patches,
+    num_visible,
+    patchify,
+    put_tokens,
+    split_order,
+    take_tokens,
+    unpatchify,
+)
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
+from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+
+
+class MaskedCropMethod(Method):
+    """Predicts the masked patches of a crop from its visible ones; MSE on masked patches only.
+
+    Subclasses build `self.encoder` before anything else and implement `predict`.
+
+    Args:
+        mask_ratio: share of tokens that is hidden.
+        normalize_target: compare with patches normalised by their own mean and standard deviation.
+        unbiased_target: whether that deviation is the unbiased one.
+    """
+
+    def __init__(self, spec: EncoderSpec, mask_ratio: float, normalize_target: bool, unbiased_target: bool):
+        super().__init__(spec)
+        self.visible = num_visible(spec.num_tokens, mask_ratio)
+        if not 0 < self.visible < spec.num_tokens:
+            raise UserError(
+                f"mask_ratio {mask_ratio} leaves {self.visible} of {spec.num_tokens} tokens visible, needed at least 1 "
+                "visible and 1 masked; change --set mask_ratio=…"
+            )
+        self.normalize_target = normalize_target
+        self.unbiased_target = unbiased_target
+        self.encoder = build_encoder(spec)
+
+    @abstractmethod
+    def predict(self, image: Tensor, order: Tensor) -> Tensor:
+        """Crop (B, C, D, H, W) and token permutation (B, N) → predicted masked patches (B, N − K, P)."""
+
+    def views(self) -> MaskedCrop:
+        return MaskedCrop(self.spec.img_size, self.spec.num_tokens)
+
+    def forward(self, views: Batch) -> LossDict:
+        prediction = self.predict(views["image"], views["order"])
+        return {"loss": F.mse_loss(prediction.float(), self.target(views["image"], views["order"]))}
+
+    def target(self, image: Tensor, order: Tensor) -> Tensor:
+        """Masked patches (B, N − K, P) as the loss wants them."""
+        _, masked = split_order(order, self.visible)
+        patches = take_tokens(patchify(image, self.spec.patch_size), masked).float()
+        return normalize_patches(patches, self.unbiased_target) if self.normalize_target else patches
+
+    @torch.no_grad()
+    def reconstruct(self, views: Batch) -> Reconstruction:
+        image, order = views["image"], views["order"]
+        keep, masked = split_order(order, self.visible)
+        patches = patchify(image, self.spec.patch_size)
+        visible, hidden = take_tokens(patches, keep), take_tokens(patches, masked).float()
+        prediction = self.predict(image, order).float()
+        if self.normalize_target:
+            var, mean = torch.var_mean(hidden, dim=-1, correction=int(self.unbiased_target), keepdim=True)
+            prediction = prediction * (var + 1e-6).sqrt() + mean
+
+        def assemble(masked_patches: Tensor) -> Tensor:
+            tokens = torch.cat([visible.float(), masked_patches], dim=1)
+            return unpatchify(put_tokens(tokens, order), self.spec.grid, self.spec.patch_size)
+
+        blank = torch.full_like(hidden, float(image.min()))
+        return Reconstruction(image, assemble(blank), assemble(prediction))

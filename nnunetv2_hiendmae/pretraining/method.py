@@ -1,0 +1,112 @@
+"""The contract of a pretraining method: an encoder, its heads and losses, and nothing else."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.views import Views
+
+Batch = Mapping[str, Any]
+LossDict = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """How a method is trained unless the user says otherwise.
+
+    Args:
+        lr: peak learning rate of AdamW at `batch_size`, absolute.
+        batch_size: crops per optimizer step over all processes.
+    """
+
+    epochs: int = 1000
+    steps_per_epoch: int = 400
+    warmup_epochs: int = 10
+    batch_size: int = 192
+    lr: float = 1e-4
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What a method made of a batch, for pictures; each (B, C, D, H, W), intensities as in the input."""
+
+    image: Tensor
+    masked: Tensor
+    reconstruction: Tensor
+
+
+class Method(nn.Module, ABC):
+    """A pretraining method. It never calls backward and never touches devices, processes or files.
+
+    Keyword arguments of `__init__` after `spec` are the method's options; their defaults are the paper's.
+    Subclasses build `self.encoder`.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    citations: ClassVar[tuple[str, ...]]
+    recipe: ClassVar[PretrainRecipe] = PretrainRecipe()
+    encoder: nn.Module
+
+    def __init__(self, spec: EncoderSpec):
+        super().__init__()
+        self.spec = spec
+
+    @abstractmethod
+    def views(self) -> Views:
+        """What a worker draws from a volume for one sample; the batch holds its tensors, stacked."""
+
+    @abstractmethod
+    def forward(self, views: Batch) -> LossDict:
+        """Losses of a batch: "loss" is the scalar to minimise, the rest is logged."""
+
+    @abstractmethod
+    def reconstruct(self, views: Batch) -> Reconstruction:
+        """The same batch as pictures."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after every optimizer step with the finished fraction of the run; moves a teacher."""
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Options with their defaults."""
+        parameters = inspect.signature(cls.__init__).parameters
+        return {n: p.default for n, p in parameters.items() if n not in ("self", "spec")}
+
+
+def parse_options(method: type[Method], texts: list[str]) -> dict[str, Any]:
+    """`key=value` texts of the command line as options of a method, typed like their defaults.
+
+    Raises:
+        UserError: no '=', an unknown key, or a value of another type.
+    """
+    known, chosen = method.options(), {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or key not in known:
+            listed = ", ".join(f"{k}={v}" for k, v in known.items())
+            raise UserError(f"--set {text} is no option of {method.name}, needed key=value of: {listed}")
+        chosen[key] = _as_type_of(known[key], key, value)
+    return chosen
+
+
+def _as_type_of(default: Any, key: str, value: str) -> Any:
+    # an option whose default is None ("derived") takes a whole number in every method so far
+    wanted = int if default is None else type(default)
+    if wanted is bool:
+        if value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise UserError(f"--set {key}={value}: needed true or false")
+    try:
+        return wanted(value)
+    except ValueError as e:
+        raise UserError(f"--set {key}={value}: needed a value of type {wanted.__name__}") from e

@@ -1,0 +1,79 @@
+"""From what the user asked for to the settings of a run: defaults of the method and the preset, overridden."""
+
+from argparse import Namespace
+
+import torch
+
+from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
+from nnunetv2_hiendmae.environment import dataset_name
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.checkpoint import PretrainSettings
+from nnunetv2_hiendmae.pretraining.data import PretrainData, find_data
+from nnunetv2_hiendmae.pretraining.method import parse_options
+
+
+def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
+    """Settings and data of `hiendmae pretrain`'s arguments.
+
+    Raises:
+        UserError: unknown method, preset or option, a crop that the patch does not divide, or no such data.
+    """
+    if args.method not in METHODS:
+        raise UserError(f"unknown method '{args.method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
+    method = METHODS[args.method]
+    recipe, options = method.recipe, parse_options(method, args.options)
+    datasets = tuple(dataset_name(d) for d in args.datasets)
+    data = find_data(datasets, args.plans, args.configuration)
+    epochs = _given(args.epochs, recipe.epochs)
+    settings = PretrainSettings(
+        datasets=datasets,
+        plans_name=args.plans,
+        configuration=args.configuration,
+        method=args.method,
+        options=options,
+        spec=_spec(args, len(data.format.channel_names)),
+        epochs=epochs,
+        steps_per_epoch=_given(args.steps_per_epoch, recipe.steps_per_epoch),
+        warmup_epochs=_given(args.warmup_epochs, min(recipe.warmup_epochs, epochs // 10)),
+        batch_size=_given(args.batch_size, recipe.batch_size),
+        accumulate=args.accumulate,
+        lr=_given(args.lr, recipe.lr),
+        weight_decay=_given(args.weight_decay, recipe.weight_decay),
+        betas=recipe.betas,
+        precision=_precision(args),
+        seed=args.seed,
+        checkpoint_epochs=args.checkpoint_every,
+        picture_epochs=args.pictures_every,
+    )
+    return settings, data
+
+
+def run_name(settings: PretrainSettings, preset: str) -> str:
+    """Default name of a run: method, preset and dataset ids."""
+    return "_".join([settings.method, preset, *(name[7:10] for name in settings.datasets)])
+
+
+def _spec(args: Namespace, channels: int) -> EncoderSpec:
+    if args.encoder not in PRESETS:
+        raise UserError(f"unknown encoder '{args.encoder}', needed one of {', '.join(PRESETS)}; see: hiendmae presets")
+    changes = {"in_channels": channels}
+    if args.patch_size:
+        changes["patch_size"] = tuple(args.patch_size)
+    if args.crop_size:
+        changes["img_size"] = tuple(args.crop_size)
+    try:
+        return PRESETS[args.encoder].with_(**changes)
+    except ValueError as e:
+        raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
+
+
+def _precision(args: Namespace) -> str:
+    if args.precision != "auto":
+        return args.precision
+    on_gpu = args.device == "cuda" and torch.cuda.is_available()
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def _given(value, default):
+    return default if value is None else value

@@ -1,0 +1,184 @@
+"""What a run leaves to look at: log.jsonl, progress.png, reconstructions, a progress bar, and W&B if asked for."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunetv2_hiendmae.files import write_text, write_with
+from nnunetv2_hiendmae.pretraining.data import VolumeFormat
+from nnunetv2_hiendmae.pretraining.method import Reconstruction
+
+logger = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+PROGRESS = "progress.png"
+RECONSTRUCTIONS = "reconstructions"
+# nnU-Net's own switch
+WANDB_VARIABLE = "nnUNet_wandb_enabled"
+# log lines without a terminal: at least this many seconds apart
+PLAIN_LINE_SECONDS = 30
+DRAW_SECONDS = 20
+
+
+class RunLog:
+    """Writes one JSON line per step and shows progress.
+
+    Args:
+        run_dir: where log.jsonl lies; lines after `first_step` (from a run that was killed) are dropped.
+        total_steps: for the bar and the time left.
+        crops_per_step: over all processes.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int, total_steps: int, crops_per_step: int, config: dict[str, Any]):
+        self.run_dir = run_dir
+        self.total_steps = total_steps
+        self.crops_per_step = crops_per_step
+        self._first_step = first_step
+        if (run_dir / LOG).exists():
+            kept = [line for line in _lines(run_dir) if line["step"] < first_step]
+            write_text(run_dir / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = (run_dir / LOG).open("a", encoding="utf-8")
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", disable=not self._terminal, dynamic_ncols=True
+        )
+        self._wandb = _wandb_logger(run_dir, resume=first_step > 0, config=config)
+        self._started = self._last = self._last_line = self._drawn = time.monotonic()
+
+    def step(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Records a finished step (0-based)."""
+        now = time.monotonic()
+        speed = self.crops_per_step / max(now - self._last, 1e-9)
+        self._last = now
+        line = {"step": step, "epoch": epoch, **values, "crops_per_second": round(speed, 2)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        self._bar.set_postfix(
+            loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", crops_s=f"{speed:.0f}", refresh=False
+        )
+        self._bar.update()
+        last = step + 1 == self.total_steps
+        if not self._terminal and (last or now - self._last_line > PLAIN_LINE_SECONDS):
+            self._last_line = now
+            logger.info(self._plain_line(step, epoch, values))
+        if self._wandb:
+            for key, value in values.items():
+                self._wandb.log(key, value, step)
+
+    def end_epoch(self, last: bool) -> None:
+        """Redraws progress.png, but not several times a minute, and leaves the time since the last step (pictures,
+        checkpoints) out of crops/s."""
+        if last or time.monotonic() - self._drawn > DRAW_SECONDS:
+            draw_progress(self.run_dir)
+            self._drawn = time.monotonic()
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self._bar.close()
+        self._file.close()
+
+    def _plain_line(self, step: int, epoch: int, values: dict[str, float]) -> str:
+        done = step + 1 - self._first_step
+        elapsed = time.monotonic() - self._started
+        left = elapsed / done * (self.total_steps - step - 1)
+        return (
+            f"step {step + 1}/{self.total_steps} epoch {epoch} loss {values['loss']:.4f} lr {values['lr']:.2e} "
+            f"{done * self.crops_per_step / elapsed:.1f} crops/s, {left / 60:.0f} min left"
+        )
+
+
+def draw_progress(run_dir: Path) -> None:
+    """Redraws progress.png from log.jsonl: every loss part, learning rate, crops/s."""
+    from matplotlib.figure import Figure
+
+    lines = _lines(run_dir)
+    if not lines:
+        return
+    losses = [k for k in lines[0] if k == "loss" or k.startswith("loss_")]
+    steps = [line["step"] for line in lines]
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    for key in losses:
+        values = [line[key] for line in lines]
+        axes[0].plot(steps, values, alpha=0.3, linewidth=0.8, color=f"C{losses.index(key)}")
+        axes[0].plot(steps, _smooth(values), label=key, color=f"C{losses.index(key)}")
+    axes[0].set(ylabel="loss", title=f"{run_dir.name}: step {steps[-1] + 1}")
+    axes[0].legend()
+    axes[1].plot(steps, [line["lr"] for line in lines])
+    axes[1].set(ylabel="learning rate")
+    axes[2].plot(steps, _smooth([line["crops_per_second"] for line in lines]))
+    axes[2].set(ylabel="crops / s", xlabel="step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
+    """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
+
+    With a CT window the grey values are shown in HU.
+    """
+    from matplotlib.figure import Figure
+
+    columns = {"input": made.image, "masked": made.masked, "reconstruction": made.reconstruction}
+    rows = len(cases)
+    figure = Figure(figsize=(3.2 * len(columns), 3.2 * rows + 0.4), layout="constrained")
+    grid = figure.subplots(rows, len(columns), squeeze=False)
+    for row, case in enumerate(cases):
+        slices = {name: _to_hu(_middle_slice(volume[row]), volumes) for name, volume in columns.items()}
+        low, high = float(slices["input"].min()), float(slices["input"].max())
+        for axis, (name, image) in zip(grid[row], slices.items(), strict=True):
+            axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(name if row == 0 else "", fontsize=10)
+        unit = " HU" if volumes.window_hu else ""
+        grid[row][0].set_ylabel(f"{case}\n{low:.0f} to {high:.0f}{unit}" if unit else case, fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def _middle_slice(volume: Any) -> np.ndarray:
+    return volume[0, volume.shape[1] // 2].float().cpu().numpy()
+
+
+def _to_hu(image: np.ndarray, volumes: VolumeFormat) -> np.ndarray:
+    """Undoes CT normalisation; `intensity` = value · std + mean of the plans."""
+    if volumes.window_hu is None:
+        return image
+    return image * volumes.intensity_scale + volumes.intensity_offset
+
+
+def _smooth(values: list[float]) -> np.ndarray:
+    window = max(1, len(values) // 50)
+    padded = np.concatenate([np.full(window - 1, np.nan), np.asarray(values, dtype=float)])
+    return np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in (run_dir / LOG).read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            # a kill may cut the last line; the step is done again
+            logger.warning(f"dropped an incomplete line of {run_dir / LOG}")
+    return lines
+
+
+def _wandb_logger(run_dir: Path, resume: bool, config: dict[str, Any]) -> Any:
+    if os.environ.get(WANDB_VARIABLE, "0") not in ("1", "True", "true"):
+        return None
+    from nnunetv2.training.logging.nnunet_logger import WandbLogger
+
+    wandb = WandbLogger(str(run_dir), resume)
+    wandb.update_config(config)
+    return wandb

@@ -1,0 +1,159 @@
+"""What a worker cuts out of a volume for one sample: crop, augmentation and masks, all from one generator."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from batchgeneratorsv2.helpers.scalar_type import sample_scalar
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
+from batchgeneratorsv2.transforms.spatial.rot90 import Rot90Transform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from torch import Tensor
+
+# voxels tried before a crop is taken anywhere: a volume in which fewer than one in a hundred is foreground
+# is then still centred on it in two cases of three
+FOREGROUND_TRIES = 100
+
+
+class Volume(Protocol):
+    """A preprocessed case that is read in parts (see `data.CaseVolume`)."""
+
+    shape: tuple[int, int, int]
+
+    def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """(C, *size) float32 from corner `lower`, zero outside the volume."""
+
+    def is_foreground(self, voxel: Sequence[int]) -> bool:
+        """Whether a voxel (D, H, W) is above the lower bound of the intensity window."""
+
+
+class Views(Protocol):
+    """Draws one sample from a volume."""
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Tensors of one sample; everything random comes from `rng`."""
+
+
+class ShiftIntensityTransform(ImageOnlyTransform):
+    """Adds one value, uniform in `offset_range`, to all channels."""
+
+    def __init__(self, offset_range: tuple[float, float]):
+        super().__init__()
+        self.offset_range = offset_range
+
+    def get_parameters(self, **data_dict) -> dict:
+        return {"offset": float(sample_scalar(self.offset_range))}
+
+    def _apply_to_image(self, img: Tensor, **params) -> Tensor:
+        return img.add_(params["offset"])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Flips, in-plane quarter turns, intensity scale and shift, with Hi-End-MAE's probabilities (METHODS §2).
+
+    Args:
+        p_rotate: of a turn by 90°, 180° or 270° in the plane of the last two axes.
+        scale: factor 1 ± this; shift: ± this, in units of the normalised image.
+    """
+
+    p_rotate: float = 0.3
+    p_scale: float = 0.1
+    scale: float = 0.1
+    p_shift: float = 0.1
+    shift: float = 0.1
+
+    def transform(self, crop_size: Sequence[int]) -> BasicTransform:
+        """The batchgeneratorsv2 pipeline for crops of a size; draws from the global generators."""
+        # a quarter turn of a plane that is not square would change the crop's shape
+        turns = (1, 2, 3) if crop_size[1] == crop_size[2] else (2,)
+        brightness = MultiplicativeBrightnessTransform((1 - self.scale, 1 + self.scale), synchronize_channels=True)
+        return ComposeTransforms(
+            [
+                MirrorTransform((0, 1, 2)),
+                RandomTransform(Rot90Transform(1, turns, allowed_axes={1, 2}), self.p_rotate),
+                RandomTransform(brightness, self.p_scale),
+                RandomTransform(ShiftIntensityTransform((-self.shift, self.shift)), self.p_shift),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class MaskedCrop:
+    """One augmented crop and a random order of its tokens; the first K tokens of the order are visible.
+
+    Gives "image" (C, D, H, W) float32 and "order" (N,) int64.
+
+    Args:
+        foreground_share: of crops that are centred on foreground, the others lie anywhere (METHODS §2: 3:1).
+        augmentation: None turns it off.
+    """
+
+    crop_size: tuple[int, int, int]
+    num_tokens: int
+    foreground_share: float = 0.75
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One sample of a volume."""
+        lower = draw_corner(volume, self.crop_size, self.foreground_share, rng)
+        image = torch.from_numpy(volume.read(lower, self.crop_size))
+        if self._transform is not None:
+            with seeded_globals(int(rng.integers(2**31))):
+                image = self._transform(image=image)["image"]
+        return {"image": image.contiguous(), "order": torch.from_numpy(rng.permutation(self.num_tokens))}
+
+    @cached_property
+    def _transform(self) -> BasicTransform | None:
+        return self.augmentation.transform(self.crop_size) if self.augmentation else None
+
+
+def draw_corner(
+    volume: Volume, crop_size: Sequence[int], foreground_share: float, rng: np.random.Generator
+) -> list[int]:
+    """Lower corner (D, H, W) of a random crop that lies inside the volume wherever the volume is large enough;
+    along a shorter axis the volume sits in the middle of the crop.
+
+    A foreground centre is found by trying random voxels, which draws uniformly from the foreground without
+    an index of it and reads a single compressed block per try.
+    """
+    slack = [s - c for s, c in zip(volume.shape, crop_size, strict=True)]
+    centre = _draw_foreground(volume, rng) if rng.random() < foreground_share else None
+    corner = []
+    for axis, room in enumerate(slack):
+        if room <= 0:
+            corner.append(-(-room // 2))
+        elif centre is None:
+            corner.append(int(rng.integers(room + 1)))
+        else:
+            corner.append(min(max(centre[axis] - crop_size[axis] // 2, 0), room))
+    return corner
+
+
+def _draw_foreground(volume: Volume, rng: np.random.Generator) -> list[int] | None:
+    for _ in range(FOREGROUND_TRIES):
+        voxel = [int(rng.integers(s)) for s in volume.shape]
+        if volume.is_foreground(voxel):
+            return voxel
+    return None
+
+
+@contextmanager
+def seeded_globals(seed: int) -> Iterator[None]:
+    """Seeds the global generators that batchgeneratorsv2 draws from, and puts their states back afterwards."""
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+    # not torch.manual_seed, which would also seed every GPU
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002

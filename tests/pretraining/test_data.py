@@ -1,0 +1,216 @@
+"""Finding preprocessed cases, reading them in parts, and samples that depend on (seed, step, index) alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_data import PLANS, write_case, write_preprocessed
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.data import (
+    CaseVolume,
+    SampleDataset,
+    StepSampler,
+    build_loader,
+    find_data,
+    warn_if_padded,
+)
+from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+
+SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22), "c": (30, 16, 17)}
+VIEWS = MaskedCrop((16, 16, 16), 8)
+
+
+@pytest.fixture
+def preprocessed(nnunet):
+    return write_preprocessed(nnunet.preprocessed, SHAPES)
+
+
+def find(*datasets: str):
+    return find_data(datasets or ("1",), PLANS, "3d_fullres")
+
+
+def test_finds_cases_and_format(preprocessed):
+    data = find()
+    assert [c.name for c in data.cases] == ["Dataset001_Tiny/a", "Dataset001_Tiny/b", "Dataset001_Tiny/c"]
+    assert [c.shape for c in data.cases] == list(SHAPES.values())
+    assert data.format.window_hu == (-175.0, 250.0) and data.format.foreground_above == 0.0
+
+
+def test_stock_ct_plans_have_their_own_foreground_threshold(nnunet, preprocessed):
+    file = preprocessed.parent / f"{PLANS}.json"
+    plans = json.loads(file.read_text())
+    plans["foreground_intensity_properties_per_channel"]["0"] = {
+        "mean": 50.0, "std": 100.0, "percentile_00_5": -150.0, "percentile_99_5": 250.0,
+    }  # fmt: skip
+    file.write_text(json.dumps(plans))
+    data = find()
+    assert data.format.foreground_above == -2.0
+    assert data.format.window_hu == (-150.0, 250.0)
+
+
+def test_reads_parts_like_numpy_and_pads_with_zeros(nnunet, preprocessed):
+    image = np.random.default_rng(0).random((2, 20, 24, 28), dtype=np.float32)
+    write_case(nnunet.preprocessed / "two", image)
+    case = find().cases[0]
+    volume = CaseVolume(type(case)("x/two", nnunet.preprocessed / "two.b2nd", image.shape[1:]), 0.5)
+    assert np.array_equal(volume.read((3, 4, 5), (8, 9, 10)), image[:, 3:11, 4:13, 5:15])
+    padded = np.pad(image, ((0, 0), (2, 3), (0, 0), (0, 4)))
+    assert np.array_equal(volume.read((-2, 0, 0), (25, 24, 32)), padded)
+    assert volume.is_foreground((1, 2, 3)) == (image[0, 1, 2, 3] > 0.5)
+
+
+def test_crops_are_centred_on_bright_voxels(preprocessed):
+    """The tiny cases are a ball on zeros: with share 1 the crop's middle voxel is never background."""
+    dataset = SampleDataset(find(), MaskedCrop((4, 4, 4), 1, foreground_share=1.0, augmentation=None), 0)
+    assert all(dataset[(0, i)]["image"].max() > 0 for i in range(100))
+
+
+def batches(data, workers, world_size=1, accumulate=1, batch_size=8, steps=3):
+    per_rank = []
+    for rank in range(world_size):
+        sampler = StepSampler(0, steps, batch_size, accumulate, rank, world_size)
+        loader = build_loader(SampleDataset(data, VIEWS, seed=5), sampler, workers, pin_memory=False)
+        per_rank.append(list(loader))
+    return per_rank
+
+
+def test_samples_do_not_depend_on_workers(preprocessed):
+    data = find()
+    expected = batches(data, 0)[0]
+    for workers in (1, 2):
+        got = batches(data, workers)[0]
+        assert len(got) == len(expected) == 3
+        for a, b in zip(expected, got, strict=True):
+            assert a["case"] == b["case"]
+            assert torch.equal(a["image"], b["image"]) and torch.equal(a["order"], b["order"])
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_global_batch_does_not_depend_on_processes_or_accumulation(preprocessed, world_size, accumulate):
+    data = find()
+    whole = batches(data, 0)[0]
+    parts = batches(data, 0, world_size, accumulate)
+    for step, batch in enumerate(whole):
+        pieces = [p[step * accumulate + part]["image"] for part in range(accumulate) for p in parts]
+        assert torch.equal(torch.cat(pieces), batch["image"])
+
+
+def test_seed_and_step_change_the_samples(preprocessed):
+    data = find()
+    one = SampleDataset(data, VIEWS, 5)
+    assert not torch.equal(one[(0, 0)]["image"], one[(1, 0)]["image"])
+    assert not torch.equal(one[(0, 0)]["image"], SampleDataset(data, VIEWS, 6)[(0, 0)]["image"])
+    assert {one[(0, i)]["case"] for i in range(60)} == {c.name for c in data.cases}
+
+
+def test_several_datasets(nnunet, preprocessed):
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
+    assert [c.name for c in find("1", "2").cases][-1] == "Dataset002_Other/z"
+
+
+def test_datasets_that_were_preprocessed_differently(nnunet, preprocessed):
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other", spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match=r"differ in spacing_mm.*hiendmae preprocess"):
+        find("1", "2")
+
+
+def test_warns_when_crops_are_larger_than_volumes(preprocessed, caplog):
+    cases = find().cases
+    warn_if_padded(cases, (16, 16, 16))
+    assert not caplog.records
+    warn_if_padded(cases, (16, 16, 18))
+    assert "1 of 3 volumes" in caplog.text and "padded with zeros" in caplog.text
+    warn_if_padded(cases, (64, 64, 64))
+    assert "every volume" in caplog.text
+
+
+def remove_folder(folder: Path):
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda f: remove_folder(f), r"not preprocessed.*hiendmae preprocess"),
+        (lambda f: [p.unlink() for p in f.glob("*.b2nd")], r"no preprocessed images.*hiendmae preprocess"),
+        (lambda f: (f / "a.b2nd").write_bytes(b"garbage"), r"cannot read .*a\.b2nd.*hiendmae preprocess"),
+        (lambda f: (f / "a.b2nd").write_bytes((f / "a.b2nd").read_bytes()[:100]), r"cannot read .*a\.b2nd"),
+        (lambda f: (f.parent / f"{PLANS}.json").unlink(), r"no plans 'TinyPlans'.*hiendmae preprocess"),
+    ],
+)
+def test_bad_data_on_disk(preprocessed, break_it, message):
+    break_it(preprocessed)
+    with pytest.raises(UserError, match=message):
+        find()
+
+
+def test_wrong_channel_count_on_disk(preprocessed):
+    write_case(preprocessed / "a", np.zeros((3, 16, 16, 16), np.float32))
+    with pytest.raises(UserError, match=r"shape \(3, 16, 16, 16\), needed \(1, D, H, W\)"):
+        find()
+
+
+def test_2d_configuration(nnunet):
+    write_preprocessed(nnunet.preprocessed, SHAPES, patch_size=(16, 16))
+    with pytest.raises(UserError, match="is 2D"):
+        find()
+
+
+def test_unknown_dataset_configuration_and_variables(preprocessed, monkeypatch):
+    with pytest.raises(UserError, match="no dataset '7'"):
+        find("7")
+    with pytest.raises(UserError, match="no configuration '2d'"):
+        find_data(("1",), PLANS, "2d")
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(UserError, match="nnUNet_preprocessed is not set"):
+        find()
+
+
+def test_a_case_that_breaks_in_the_middle_is_named(preprocessed):
+    data = find()
+    whole = (preprocessed / "a.b2nd").read_bytes()
+    (preprocessed / "a.b2nd").write_bytes(whole[:200] + bytes(len(whole) - 260) + whole[-60:])
+    dataset = SampleDataset(data, VIEWS, 0)
+    with pytest.raises(UserError, match="cannot read case Dataset001_Tiny/a"):
+        for i in range(20):
+            dataset[(0, i)]
+
+
+READER = """
+import sys, resource
+from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume, PretrainData, SampleDataset, VolumeFormat
+from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from pathlib import Path
+case = Case("x/big", Path(sys.argv[1]), tuple(int(s) for s in sys.argv[2].split(",")))
+data = PretrainData((case,), VolumeFormat(("CT",), (1, 1, 1), ("CTNormalization",), None, 0.0, "SimpleITKIO"))
+dataset = SampleDataset(data, MaskedCrop((16, 16, 16), 8), 0)
+dataset[(0, 0)]
+def anonymous():
+    line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+before = anonymous()
+for i in range(200):
+    dataset[(0, i)]
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
+def test_memory_is_that_of_a_crop_not_of_the_volume(nnunet):
+    """A 128 MB volume is read in 16 kB crops: 200 of them leave the process less than 16 MB larger (blosc2's own
+    buffers are a few compressed chunks)."""
+    shape = (320, 320, 320)
+    image = np.random.default_rng(0).integers(0, 50, shape, dtype=np.uint8).astype(np.float32)[None]
+    write_case(nnunet.preprocessed / "big", image)
+    path = str(nnunet.preprocessed / "big.b2nd")
+    out = subprocess.run(
+        [sys.executable, "-c", READER, path, ",".join(map(str, shape))], capture_output=True, text=True, check=True
+    )
+    assert int(out.stdout.split()[-1]) < 16e6

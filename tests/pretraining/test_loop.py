@@ -1,0 +1,257 @@
+"""The pretraining loop: reproducible, resumable to the bit, and never half-way through."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_preprocessed
+
+from nnunetv2_hiendmae import load_encoder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining import METHODS, checkpoint
+from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, locked
+from nnunetv2_hiendmae.pretraining.data import find_data
+from nnunetv2_hiendmae.pretraining.loop import Execution, pretrain
+
+SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
+CLI = [sys.executable, "-W", "ignore", "-m", "nnunetv2_hiendmae.cli"]
+methods = pytest.mark.parametrize("method", list(METHODS))
+
+
+@pytest.fixture
+def preprocessed(nnunet):
+    return write_preprocessed(nnunet.preprocessed, SHAPES)
+
+
+def run(run_dir: Path, settings=None, workers: int = 0, resume: bool = False) -> list[dict]:
+    settings = settings or tiny_settings()
+    data = find_data(settings.datasets, PLANS, "3d_fullres")
+    pretrain(settings, data, run_dir, Execution("cpu", workers), resume)
+    return read_log(run_dir)
+
+
+def read_log(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def losses(log: list[dict]) -> list[float]:
+    return [line["loss"] for line in log]
+
+
+@methods
+def test_leaves_everything_behind(preprocessed, tmp_path, method):
+    log = run(tmp_path / "run", tiny_settings(method))
+    assert [(line["step"], line["epoch"]) for line in log] == [(s, s // 3) for s in range(9)]
+    # warm-up from 0 over 3 steps, then down
+    lrs = [line["lr"] for line in log]
+    assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
+    assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
+    pictures = sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir())
+    assert pictures == ["epoch_0002.png", "epoch_0003.png"]
+    encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
+    assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
+    assert metadata.spacing_mm == (3.0, 3.0, 3.0) and metadata.window_hu == (-175.0, 250.0)
+    assert metadata.citations and metadata.training["step"] == 9 and metadata.training["cases"] == 2
+    trained = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["method"]
+    for name, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, trained[f"encoder.{name}"])
+    # others may read it: safetensors alone would leave 0600
+    mask = os.umask(0)
+    os.umask(mask)
+    assert (tmp_path / "run" / ENCODER).stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+@methods
+def test_same_seed_same_losses_for_any_number_of_workers(preprocessed, tmp_path, method):
+    expected = losses(run(tmp_path / "0", tiny_settings(method)))
+    for workers in (1, 2):
+        assert losses(run(tmp_path / str(workers), tiny_settings(method), workers)) == expected
+    assert losses(run(tmp_path / "other", tiny_settings(method, seed=4))) != expected
+    files = [(tmp_path / n / ENCODER).read_bytes() for n in ("0", "1", "2")]
+    assert files[0] == files[1] == files[2]
+
+
+def test_training_lowers_the_loss(preprocessed, tmp_path):
+    """The tiny cases are smooth waves: within 60 steps the mean loss of the last ten is below 0.9 of the first ten's."""
+    log = losses(run(tmp_path / "run", tiny_settings(steps_per_epoch=20, lr=5e-3, batch_size=8, picture_epochs=3)))
+    assert np.mean(log[-10:]) < 0.9 * np.mean(log[:10])
+
+
+@methods
+def test_accumulation_gives_the_same_losses(preprocessed, tmp_path, method):
+    """Means of two halves instead of one mean: float32 rounding (1e-7 relative), amplified over nine steps."""
+    whole = losses(run(tmp_path / "whole", tiny_settings(method)))
+    halves = losses(run(tmp_path / "halves", tiny_settings(method, accumulate=2)))
+    assert halves == pytest.approx(whole, abs=1e-5)
+
+
+def cli_arguments(method: str, run_dir: Path, *more: str) -> list[str]:
+    settings = tiny_settings(method)
+    crop = [str(s) for s in settings.spec.img_size]
+    options = [f"{k}={v}" for k, v in TINY_OPTIONS[method].items()]
+    return [
+        *("pretrain", "-d", "1", "-p", PLANS, "--method", method, "--encoder", "vit_nano_p8", "--crop-size", *crop),
+        *("--epochs", "3", "--steps-per-epoch", "3", "--batch-size", "4", "--lr", "1e-3", "--checkpoint-every", "1"),
+        *("--workers", "0", "-device", "cpu", "--set", *options, "-o", str(run_dir), *more),
+    ]
+
+
+def environment(nnunet) -> dict[str, str]:
+    return {**os.environ, **nnunet.environment, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@methods
+def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method):
+    """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1)."""
+    one = tmp_path / "one"
+    subprocess.run([*CLI, *cli_arguments(method, one)], env=environment(nnunet), check=True)
+    two = tmp_path / "two"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    module = ["-m", "nnunetv2_hiendmae.cli", *cli_arguments(method, two)]
+    subprocess.run([*launcher, *module], env=environment(nnunet), check=True)
+    assert losses(read_log(two)) == pytest.approx(losses(read_log(one)), abs=1e-6)
+    assert len(read_log(two)) == 9
+
+
+@pytest.mark.slow
+@methods
+def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnunet, tmp_path, method):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    long = ("--epochs", "8", "--steps-per-epoch", "6")
+    subprocess.run([*CLI, *cli_arguments(method, undisturbed, *long)], env=environment(nnunet), check=True)
+    process = subprocess.Popen([*CLI, *cli_arguments(method, killed, *long)], env=environment(nnunet))
+    deadline = time.monotonic() + 120
+    # between checkpoints: after the first one, with some steps of the next epoch done
+    while process.poll() is None and time.monotonic() < deadline:
+        steps = len((killed / "log.jsonl").read_text().splitlines()) if (killed / "log.jsonl").exists() else 0
+        if (killed / CHECKPOINT).exists() and steps >= 8:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] < 48
+    subprocess.run([*CLI, *cli_arguments(method, killed, *long, "--c")], env=environment(nnunet), check=True)
+    assert (killed / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
+    without_speed = [[{**line, "crops_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
+    assert without_speed[0] == without_speed[1]
+
+
+def test_continuing_a_finished_run_changes_nothing(preprocessed, tmp_path):
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / ENCODER).read_bytes()
+    assert len(run(tmp_path / "run", resume=True)) == 9
+    assert (tmp_path / "run" / ENCODER).read_bytes() == before
+
+
+def test_broken_intensities_stop_the_run_before_the_weights_change(nnunet, tmp_path):
+    def fill(number, shape):
+        return np.full(shape, np.nan if number == 1 else 0.5)
+
+    write_preprocessed(nnunet.preprocessed, {"fine": (16, 16, 16), "nan": (16, 16, 16)}, fill=fill)
+    # sample 0 of a step takes its case from the first draw: find a seed that meets the broken case in step 2
+    drawn = {seed: [np.random.default_rng([seed, step, 0]).integers(2) for step in range(3)] for seed in range(50)}
+    seed = next(s for s, cases in drawn.items() if cases == [0, 0, 1])
+    settings = tiny_settings(batch_size=1, steps_per_epoch=1, epochs=5, picture_epochs=5, seed=seed)
+    with pytest.raises(UserError, match=r"loss is nan at step 2, weights are unchanged.*Dataset001_Tiny/nan"):
+        run(tmp_path / "run", settings)
+    log = read_log(tmp_path / "run")
+    assert all(np.isfinite(line["loss"]) for line in log)
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert saved["step"] == len(log) == 2
+    assert all(torch.isfinite(t).all() for t in saved["method"].values())
+
+
+def test_a_run_folder_is_not_overwritten(preprocessed, tmp_path):
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / ENCODER).read_bytes()
+    with pytest.raises(UserError, match=r"already holds a run; continue it with --c"):
+        run(tmp_path / "run")
+    with pytest.raises(UserError, match=r"lr was 0.001, is 0.002"):
+        run(tmp_path / "run", tiny_settings(lr=2e-3), resume=True)
+    with pytest.raises(UserError, match="nothing to continue"):
+        run(tmp_path / "new", resume=True)
+    assert (tmp_path / "run" / ENCODER).read_bytes() == before
+
+
+def test_a_run_folder_in_use(preprocessed, tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="in use by another process"):
+        run(tmp_path / "run")
+
+
+def test_a_damaged_checkpoint(preprocessed, tmp_path):
+    run(tmp_path / "run")
+    file = tmp_path / "run" / CHECKPOINT
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
+    """Writing to a file-size limit is what a full disk does: an OSError in the middle of a write."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    checkpoint.save_checkpoint(folder, {"step": 1})
+    before = (folder / CHECKPOINT).read_bytes()
+    code = (
+        "import resource, signal, torch, sys; from pathlib import Path\n"
+        "from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint\n"
+        "from nnunetv2_hiendmae.errors import UserError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "from nnunetv2_hiendmae.architectures import PRESETS, build_encoder\n"
+        "from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder\n"
+        "folder, encoder = Path(sys.argv[1]), build_encoder(PRESETS['vit_nano_p8'])\n"
+        "try: save_checkpoint(folder, {'x': torch.zeros(1_000_000)})\n"
+        "except UserError as e: print('checkpoint:', e)\n"
+        "metadata = EncoderMetadata(encoder.spec, 'mae3d', None, None, (), ())\n"
+        "try: save_encoder(folder / 'encoder.safetensors', encoder.state_dict(), metadata)\n"
+        "except UserError as e: print('encoder:', e)\n"
+    )
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True)
+    assert [line.partition(" on the disk")[0] for line in out.stdout.splitlines()] == [
+        "checkpoint: no space left",
+        "encoder: no space left",
+    ], out.stderr
+    assert (folder / CHECKPOINT).read_bytes() == before
+    assert [p.name for p in folder.iterdir()] == [CHECKPOINT]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"GB are free.*-o"):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--crop-size", "20", "16", "16"], "not divisible by patch_size"),
+        (["--method", "nope"], "unknown method 'nope'"),
+        (["--encoder", "nope"], "unknown encoder 'nope'"),
+        (["--batch-size", "3", "--accumulate", "2"], "needed a multiple of 2"),
+        (["--epochs", "0"], "--epochs is 0"),
+        (["--set", "colour=1"], "--set colour=1 is no option"),
+        (["-d", "9"], "no dataset '9'"),
+        (["-c", "2d"], "no configuration '2d'"),
+        (["-device", "cuda"], "no CUDA device"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, arguments, message):
+    from nnunetv2_hiendmae.cli import main
+
+    if arguments == ["-device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    assert main([*cli_arguments("hiendmae", tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("hiendmae pretrain: ")
+    assert not (tmp_path / "run" / "log.jsonl").exists()

@@ -1,0 +1,101 @@
+"""Tiny preprocessed datasets as nnU-Net leaves them, written directly, and settings of tiny runs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, comp_blosc2_params
+
+from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.pretraining.checkpoint import PretrainSettings
+
+PLANS = "TinyPlans"
+TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
+TINY_OPTIONS = {
+    "hiendmae": {"decoder_dim": 12, "self_depth": 1},
+    "mae3d": {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+}
+WINDOW = (-175.0, 250.0)
+
+
+def write_preprocessed(
+    preprocessed: Path,
+    shapes: dict[str, tuple[int, int, int]],
+    dataset: str = "Dataset001_Tiny",
+    channels: int = 1,
+    spacing: tuple[float, float, float] = (3.0, 3.0, 3.0),
+    patch_size: tuple[int, ...] = (16, 16, 16),
+    fill=None,
+) -> Path:
+    """Cases with values in [0, 1]: a bright smooth ball (foreground) on zeros, or `fill(name, shape)`."""
+    root = preprocessed / dataset
+    folder = root / f"{PLANS}_3d_fullres"
+    folder.mkdir(parents=True, exist_ok=True)
+    lo, hi = WINDOW
+    stats = {"mean": lo, "std": hi - lo, "percentile_00_5": lo, "percentile_99_5": hi}
+    plans = {
+        "dataset_name": dataset,
+        "plans_name": PLANS,
+        "image_reader_writer": "SimpleITKIO",
+        "foreground_intensity_properties_per_channel": {str(c): stats for c in range(channels)},
+        "configurations": {
+            "3d_fullres": {
+                "data_identifier": folder.name,
+                "patch_size": list(patch_size),
+                "spacing": list(spacing),
+                "normalization_schemes": ["CTNormalization"] * channels,
+                "architecture": {},
+            }
+        },
+    }
+    (root / f"{PLANS}.json").write_text(json.dumps(plans))
+    names = {str(c): "CT" for c in range(channels)}
+    (root / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": {"background": 0}}))
+    for number, (name, shape) in enumerate(shapes.items()):
+        image = (fill or _ball)(number, shape)
+        write_case(folder / name, np.repeat(image[None], channels, axis=0).astype(np.float32))
+    return folder
+
+
+def write_case(target: Path, image: np.ndarray) -> None:
+    """One case (C, D, H, W) in nnU-Net's storage format."""
+    # blosc2 does not write over an existing file
+    target.with_name(f"{target.name}.b2nd").unlink(missing_ok=True)
+    target.with_name(f"{target.name}_seg.b2nd").unlink(missing_ok=True)
+    blocks, chunks = comp_blosc2_params(image.shape, (16, 16, 16), 4)
+    seg = np.zeros((1, *image.shape[1:]), np.int16)
+    nnUNetDatasetBlosc2.save_case(
+        image, seg, {}, str(target), chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks
+    )
+
+
+def _ball(number: int, shape: tuple[int, int, int]) -> np.ndarray:
+    axes = np.meshgrid(*(np.linspace(-1, 1, s) for s in shape), indexing="ij")
+    radius = np.sqrt(sum(a**2 for a in axes))
+    waves = 0.5 + 0.4 * np.sin(4 * axes[0] + number) * np.cos(5 * axes[1]) * np.cos(3 * axes[2] + number)
+    return np.where(radius < 0.8, waves, 0.0)
+
+
+def tiny_settings(method: str = "hiendmae", **changes) -> PretrainSettings:
+    """A run of a few steps on 16³ crops."""
+    values = {
+        "datasets": ("Dataset001_Tiny",),
+        "plans_name": PLANS,
+        "configuration": "3d_fullres",
+        "method": method,
+        "options": TINY_OPTIONS[method],
+        "spec": TINY_SPEC,
+        "epochs": 3,
+        "steps_per_epoch": 3,
+        "warmup_epochs": 1,
+        "batch_size": 4,
+        "accumulate": 1,
+        "lr": 1e-3,
+        "weight_decay": 0.05,
+        "betas": (0.9, 0.95),
+        "precision": "fp32",
+        "seed": 3,
+        "checkpoint_epochs": 1,
+        "picture_epochs": 2,
+    }
+    return PretrainSettings(**{**values, **changes})
