@@ -1,0 +1,1 @@
+from nnunetv2_hiendmae.trainers import *

@@ -1,0 +1,159 @@
+"""nnU-Net trainers that fine-tune our encoders. Settings come from the plans, weights from the encoder file."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.optim import parameter_groups
+from nnunetv2_hiendmae.plans_section import PLAN_COMMAND, PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
+from nnunetv2_hiendmae.weights import load_into
+
+# what nnUNetTrainer.train_step clips to in any case
+NNUNET_GRAD_CLIP = 12.0
+
+
+class _ViTTrainer(nnUNetTrainer):
+    """nnU-Net's training of a `ViTUNETR` with AdamW, warm-up and cosine, started from an encoder file.
+
+    The encoder file is read once, when training starts at epoch 0: continuing (`--c`), validating and predicting
+    need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
+
+    Raises:
+        RuntimeError: the plans are not for this trainer, or their encoder file is missing, changed or unfit.
+    """
+
+    # pretraining method that the plans must name, None: trained from scratch
+    method: str | None = None
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class compares signatures)
+    ):
+        # before the base class creates a results folder
+        self.section = self._read_section(plans)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        recipe = self.section.recipe
+        self.enable_deep_supervision = False
+        self.initial_lr = recipe.lr
+        self.weight_decay = recipe.weight_decay
+        self.num_epochs = recipe.epochs
+        self.num_iterations_per_epoch = recipe.iterations_per_epoch
+        self.num_val_iterations_per_epoch = recipe.val_iterations_per_epoch
+
+    @classmethod
+    def _read_section(cls, plans: dict[str, Any]) -> PlansSection:
+        name = plans.get("plans_name")
+        if PLANS_KEY not in plans:
+            raise RuntimeError(
+                f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it; run: {PLAN_COMMAND}"
+            )
+        try:
+            section = PlansSection.from_dict(plans[PLANS_KEY])
+        except (ValueError, TypeError) as e:
+            raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
+        if section.method != cls.method:
+            raise RuntimeError(
+                f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {_described(cls.method)}; "
+                f"use -tr {TRAINER_NAMES.get(section.method, 'another trainer')}, or run: {PLAN_COMMAND}"
+            )
+        return section
+
+    def initialize(self):
+        super().initialize()
+        if self.section.encoder_file is not None:
+            self._fresh_kernel = self._plain_network().encoder.patch_embed.proj.weight.detach().clone()
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        """Nothing to switch: the network has one output."""
+
+    def configure_optimizers(self):
+        """AdamW without weight decay on biases, norms, positions and CLS; one learning rate for all."""
+        recipe = self.section.recipe
+        groups = parameter_groups(self._plain_network(), recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+        if recipe.grad_clip < NNUNET_GRAD_CLIP:
+            optimizer.register_step_pre_hook(_clipping(recipe.grad_clip))
+        return optimizer, WarmupCosine(optimizer, recipe.lr, recipe.epochs, recipe.warmup_epochs)
+
+    def on_train_start(self):
+        # first, before data loaders start their processes
+        if not self.was_initialized:
+            self.initialize()
+        if self.current_epoch == 0:
+            self._load_encoder()
+            for citation in self.section.citations:
+                self.print_to_log_file(f"Please cite:\n{citation}", add_timestamp=False)
+        super().on_train_start()
+
+    def _load_encoder(self) -> None:
+        if self.section.encoder_file is None:
+            return
+        path = Path(self.section.encoder_file)
+        encoder = self._plain_network().encoder
+        if not torch.equal(encoder.patch_embed.proj.weight, self._fresh_kernel):
+            raise RuntimeError(
+                f"-pretrained_weights and the plans' encoder file {path} both claim the encoder; leave the option "
+                f"out, or use {TRAINER_NAMES[None]} with plans made by: {PLAN_COMMAND} --from-scratch"
+            )
+        del self._fresh_kernel
+        if not path.is_file():
+            raise RuntimeError(f"the plans' encoder file {path} does not exist; put it back, or run: {PLAN_COMMAND}")
+        if sha256(path) != self.section.encoder_sha256:
+            raise RuntimeError(f"the encoder file {path} changed since the plans were made; run: {PLAN_COMMAND}")
+        try:
+            report = load_into(encoder, path)
+        except UserError as e:
+            raise RuntimeError(str(e)) from e
+        self.print_to_log_file(f"Encoder weights from {path}: {report.text()}")
+
+    def _plain_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network
+        if isinstance(network, DistributedDataParallel):
+            network = network.module
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+class nnUNetTrainer_HiEndMAE(_ViTTrainer):
+    """Fine-tunes an encoder pretrained with Hi-End-MAE."""
+
+    method = "hiendmae"
+
+
+class nnUNetTrainer_MAE3D(_ViTTrainer):
+    """Fine-tunes an encoder pretrained with the plain 3D masked autoencoder."""
+
+    method = "mae3d"
+
+
+class nnUNetTrainer_ViTUNETR(_ViTTrainer):
+    """Trains the same network from scratch: the supervised baseline. Takes stock `-pretrained_weights`."""
+
+    method = None
+
+
+TRAINER_NAMES = {t.method: t.__name__ for t in (nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR)}
+
+
+def _described(method: str | None) -> str:
+    return "training from scratch" if method is None else f"weights of '{method}'"
+
+
+def _clipping(norm: float):
+    def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # nnU-Net has unscaled the gradients by now
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
+
+    return hook

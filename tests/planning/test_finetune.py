@@ -1,0 +1,173 @@
+"""From an encoder file to plans: defaults, overrides, and refusals that come before anything is written."""
+
+import json
+import logging
+
+import pytest
+from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
+
+from nnunetv2_hiendmae import trainers
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.planning import finetune
+from nnunetv2_hiendmae.planning.finetune import PLANS_NAMES, TRAINERS, plan_finetuning
+from nnunetv2_hiendmae.planning.recipes import RECIPES
+from nnunetv2_hiendmae.plans_section import PlansSection
+
+
+@pytest.fixture
+def toy(nnunet):
+    """A labelled CT dataset of three cases with a fingerprint."""
+    name = make_dataset(nnunet, 1, cases=3)
+    write_fingerprint(nnunet, name)
+    return name
+
+
+@pytest.fixture
+def encoder_file(tmp_path):
+    return save_tiny_encoder(tmp_path / "encoder.safetensors", spacing_mm=(2.0, 1.0, 1.0))
+
+
+def read(planned):
+    plans = json.loads(planned.path.read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    return plans, configuration, PlansSection.from_dict(plans["hiendmae"])
+
+
+def test_every_method_has_a_trainer_of_its_own():
+    assert set(TRAINERS) == set(PLANS_NAMES) == {*RECIPES, None}
+    for method, trainer in TRAINERS.items():
+        assert getattr(trainers, trainer).method == method
+
+
+def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
+    planned = plan_finetuning("1", encoder_file, num_processes=2)
+    plans, configuration, section = read(planned)
+    assert (planned.plans_name, planned.dataset_id, planned.dataset_name) == ("nnUNetPlans_HiEndMAE", 1, toy)
+    assert planned.trainer == "nnUNetTrainer_HiEndMAE"
+    assert configuration["spacing"] == [2, 1, 1] and configuration["batch_size"] == 4
+    assert plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == -175
+    arch_kwargs = configuration["architecture"]["arch_kwargs"]
+    assert arch_kwargs["cls_token"] is False and arch_kwargs["pos_embed"] == "learned"
+    assert arch_kwargs["embed_dim"] == 48 and arch_kwargs["decoder_width"] == 32
+    assert section.method == "hiendmae" and section.encoder_file == str(encoder_file)
+    assert section.encoder_sha256 == sha256(encoder_file) and section.citations == ("@a{b}",)
+    assert (section.recipe.epochs, section.recipe.warmup_epochs, section.recipe.lr) == (300, 30, 1e-4)
+    assert planned.next_commands == (
+        "nnUNetv2_preprocess -d 1 -plans_name nnUNetPlans_HiEndMAE -c 3d_fullres -np 2",
+        "nnUNetv2_train 1 3d_fullres 0 -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE",
+        "nnUNetv2_predict -d 1 -c 3d_fullres -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE -f 0 "
+        f"-i {nnunet.raw / toy / 'imagesTs'} -o OUTPUT_FOLDER",
+    )
+    assert any(str(encoder_file) in m for m in planned.messages)
+
+
+def test_arguments_win(toy, encoder_file):
+    planned = plan_finetuning(
+        toy,
+        encoder_file,
+        plans_name="Mine",
+        epochs=50,
+        lr=3e-4,
+        weight_decay=0.05,
+        batch_size=1,
+        patch_size=(32, 24, 40),
+        spacing_mm=(1, 2, 3),
+        window_hu=(-1000, 1000),
+        iterations_per_epoch=2,
+        val_iterations_per_epoch=1,
+        decoder_width=8,
+    )
+    plans, configuration, section = read(planned)
+    assert planned.path.name == "Mine.json"
+    assert configuration["patch_size"] == configuration["architecture"]["arch_kwargs"]["img_size"] == [32, 24, 40]
+    assert configuration["spacing"] == [1, 2, 3]
+    assert plans["foreground_intensity_properties_per_channel"]["0"]["std"] == 2000
+    recipe = section.recipe
+    # warm-up follows the epochs
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.lr, recipe.weight_decay) == (50, 5, 3e-4, 0.05)
+    assert (recipe.iterations_per_epoch, recipe.val_iterations_per_epoch) == (2, 1)
+
+
+def test_from_scratch_has_the_same_network_and_no_weights(toy, encoder_file):
+    pretrained = read(plan_finetuning(toy, encoder_file))
+    planned = plan_finetuning(toy, encoder_file, from_scratch=True)
+    scratch = read(planned)
+    assert planned.trainer == "nnUNetTrainer_ViTUNETR" and planned.plans_name == "nnUNetPlans_ViTUNETR"
+    assert scratch[1]["architecture"] == pretrained[1]["architecture"]
+    assert (scratch[2].method, scratch[2].encoder_file) == (None, None)
+    assert scratch[2].recipe == pretrained[2].recipe
+
+
+def test_other_modalities_ignore_the_window_with_a_warning(nnunet, encoder_file, caplog):
+    name = make_dataset(nnunet, 2, cases=2, channels=("T1", "T2"))
+    write_fingerprint(nnunet, name, channels=2)
+    with caplog.at_level(logging.WARNING):
+        plans, _, _ = read(plan_finetuning(name, encoder_file))
+    assert "window is ignored" in caplog.text
+    assert plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == 1
+
+
+def test_reader_of_the_file_is_used_where_it_can_read(toy, tmp_path, caplog):
+    reorienting = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="NibabelIOWithReorient")
+    assert read(plan_finetuning(toy, reorienting))[0]["image_reader_writer"] == "NibabelIOWithReorient"
+    tif = save_tiny_encoder(tmp_path / "b.safetensors", image_reader_writer="Tiff3DIO")
+    with caplog.at_level(logging.WARNING):
+        assert read(plan_finetuning(toy, tif))[0]["image_reader_writer"] == "SimpleITKIO"
+    assert "Tiff3DIO cannot read .nii.gz" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ({"patch_size": (30, 24, 24)}, r"e.g. \(32, 24, 24\)"),
+        ({"patch_size": (24, 24)}, "three axes"),
+        ({"patch_size": (8, 8, 8)}, "single token"),
+        ({"epochs": 0}, "epochs"),
+        ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs"),
+        ({"lr": -1.0}, "lr"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"spacing_mm": (0, 1, 1)}, "spacing"),
+        ({"window_hu": (250, -175)}, "LO < HI"),
+        ({"plans_name": "a__b"}, "--name"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_done(nnunet, encoder_file, arguments, told, monkeypatch):
+    name = make_dataset(nnunet, 1, cases=1)
+    monkeypatch.setattr(finetune, "ensure_fingerprint", lambda *_: pytest.fail("long work began"))
+    with pytest.raises(UserError, match=told) as e:
+        plan_finetuning(name, encoder_file, **arguments)
+    assert "\n" not in str(e.value)
+    assert not list(nnunet.preprocessed.rglob("*"))
+
+
+def test_datasets_that_do_not_fit_are_refused(nnunet, encoder_file, tmp_path):
+    no_labels = make_dataset(nnunet, 1, cases=2, with_labels=False)
+    with pytest.raises(UserError, match="2 of 2 training cases without a label"):
+        plan_finetuning(no_labels, encoder_file)
+    background = make_dataset(nnunet, 2, cases=1, labels={"background": 0})
+    with pytest.raises(UserError, match="names no label"):
+        plan_finetuning(background, encoder_file)
+    three_channels = save_tiny_encoder(tmp_path / "x.safetensors", spec=TINY.with_(in_channels=3))
+    with pytest.raises(UserError, match="3 input channels, the dataset 1"):
+        plan_finetuning(make_dataset(nnunet, 3, cases=1), three_channels)
+    with pytest.raises(UserError, match="no dataset '9'"):
+        plan_finetuning("9", encoder_file)
+    with pytest.raises(UserError, match="no encoder file"):
+        plan_finetuning("3", tmp_path / "nothing")
+    with pytest.raises(UserError, match="trained with 'foreign'"):
+        plan_finetuning("3", save_tiny_encoder(tmp_path / "y.safetensors", method="foreign"))
+
+
+@pytest.mark.parametrize("before", ["none", "label-free", "nnunet"])
+def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
+    name = make_dataset(nnunet, 1, cases=1)
+    ran = []
+    monkeypatch.setattr(
+        "nnunetv2_hiendmae.planning.dataset.DatasetFingerprintExtractor.run",
+        lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, name),
+    )
+    if before != "none":
+        write_fingerprint(nnunet, name, extra={"hiendmae_label_free": True} if before == "label-free" else None)
+    plan_finetuning(name, encoder_file)
+    assert ran == ([] if before == "nnunet" else [True])

@@ -1,0 +1,227 @@
+"""nnU-Net's own console scripts, each in a process of its own, on plans and trainers of ours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from nnunet_data import IGNORE, LESION, ORGAN, Folders, make_dataset, make_folders, save_tiny_encoder, write_fingerprint
+
+from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
+from nnunetv2_hiendmae.planning import PlannedFinetuning, plan_finetuning
+from nnunetv2_hiendmae.trainers.schedule import learning_rate
+
+pytestmark = pytest.mark.slow
+
+SHAPE = (24, 28, 24)
+EPOCHS, WARMUP, LR = 3, 1, 1e-3
+QUICK = {
+    "epochs": EPOCHS,
+    "warmup_epochs": WARMUP,
+    "lr": LR,
+    "iterations_per_epoch": 2,
+    "val_iterations_per_epoch": 1,
+    "batch_size": 2,
+    "decoder_width": 4,
+    "num_processes": 1,
+}
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """nnU-Net's folders and the environment of its commands."""
+
+    folders: Folders
+    environment: dict[str, str]
+    encoder_file: Path
+
+    def start(self, script: str, *arguments: object) -> subprocess.Popen:
+        """A console script in the background, in a process group of its own."""
+        command = [str(Path(sys.executable).parent / script), *map(str, arguments)]
+        return subprocess.Popen(
+            command,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, script: str, *arguments: object, fails: bool = False) -> str:
+        """What a console script said; it must succeed, or fail when `fails`."""
+        process = self.start(script, *arguments)
+        said, _ = process.communicate(timeout=300)
+        assert (process.returncode != 0) == fails, f"{script} {arguments} → {process.returncode}\n{said[-4000:]}"
+        return said
+
+    def preprocess(self, planned: PlannedFinetuning) -> None:
+        """The first of the printed commands, as it was printed."""
+        self.run(*planned.next_commands[0].split())
+
+    def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
+        """The second of the printed commands, on the CPU, for any fold."""
+        script, dataset, configuration, _, *rest = planned.next_commands[1].split()
+        return self.run(script, dataset, configuration, fold, *rest, "-device", "cpu", *options, fails=fails)
+
+    def results(self, planned: PlannedFinetuning, fold: object) -> Path:
+        """Folder of a trained fold."""
+        model = f"{planned.trainer}__{planned.plans_name}__3d_fullres"
+        return self.folders.results / planned.dataset_name / model / f"fold_{fold}"
+
+    def predict(self, planned: PlannedFinetuning, output: Path, *folds: object) -> np.ndarray:
+        """Segmentation (D, H, W) of the one test image."""
+        images = self.folders.raw / planned.dataset_name / "imagesTs"
+        model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
+        options = ["-f", *folds, "-i", images, "-o", output, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
+        self.run("nnUNetv2_predict", *model, *options)
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(output / "test_000.nii.gz")))
+
+
+def make_workplace(root: Path) -> Workplace:
+    folders = make_folders(root)
+    # one thread: many small processes on few cores
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    environment = {
+        **os.environ,
+        **folders.environment,
+        **threads,
+        EXT_TRAINER_VARIABLE: with_discovery(None),
+        "nnUNet_n_proc_DA": "0",
+        "nnUNet_def_n_proc": "1",
+        "MPLBACKEND": "agg",
+    }
+    return Workplace(folders, environment, save_tiny_encoder(root / "encoder.safetensors"))
+
+
+def prepare(workplace: Workplace, name: str, **arguments: object) -> PlannedFinetuning:
+    """Plans by our function, data by nnUNetv2_preprocess."""
+    with pytest.MonkeyPatch.context() as patch:
+        for variable, value in workplace.environment.items():
+            patch.setenv(variable, value)
+        planned = plan_finetuning(name, workplace.encoder_file, **{**QUICK, **arguments})
+    workplace.preprocess(planned)
+    return planned
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    return make_workplace(tmp_path_factory.mktemp("stock") / "nnunet")
+
+
+@pytest.fixture(scope="module")
+def planned(workplace):
+    """Four cases with two channels and an ignore label, in two folds; preprocessed."""
+    labels = {"background": 0, "organ": ORGAN, "lesion": LESION, "ignore": IGNORE}
+    name = make_dataset(
+        workplace.folders, 1, cases=4, shape=SHAPE, channels=("CT", "MR"), labels=labels, paint_ignore=True
+    )
+    splits = [
+        {"train": ["case_000", "case_001", "case_002"], "val": ["case_003"]},
+        {"train": ["case_001", "case_002", "case_003"], "val": ["case_000"]},
+    ]
+    (workplace.folders.raw / name / "splits_final.json").write_text(json.dumps(splits))
+    return prepare(workplace, name)
+
+
+@pytest.fixture(scope="module")
+def fold_1(workplace, planned):
+    """Output of a whole training, with probabilities."""
+    return workplace.train(planned, 1, "--npz")
+
+
+@pytest.fixture(scope="module")
+def interrupted(workplace, planned, fold_1):
+    """Fold 0, killed in its last epoch; afterwards the encoder file is gone."""
+    folder = workplace.results(planned, 0)
+    script, dataset, configuration, fold, *rest = planned.next_commands[1].split()
+    process = workplace.start(script, dataset, configuration, fold, *rest, "-device", "cpu")
+    try:
+        deadline = time.monotonic() + 200
+        while not any(f"Epoch {EPOCHS - 1}" in log.read_text() for log in folder.glob("training_log*")):
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    workplace.encoder_file.unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def continued(workplace, planned, interrupted):
+    """Output of continuing fold 0 to its end, without the encoder file."""
+    return workplace.train(planned, 0, "--c")
+
+
+def test_training_loads_the_encoder_and_validates(workplace, planned, fold_1):
+    folder = workplace.results(planned, 1)
+    assert fold_1.count("Encoder weights from") == 1
+    assert "1 dropped" in fold_1 and "1 → 2 input channels" in fold_1 and "@a{b}" in fold_1
+    assert (folder / "checkpoint_final.pth").is_file()
+    summary = json.loads((folder / "validation" / "summary.json").read_text())
+    assert [Path(c["prediction_file"]).name for c in summary["metric_per_case"]] == ["case_000.nii.gz"]
+    assert (folder / "validation" / "case_000.npz").is_file()
+
+
+def test_continuing_needs_no_encoder_file_and_keeps_the_schedule(workplace, planned, interrupted, continued):
+    assert "Encoder weights from" not in continued
+    assert "Epoch 0" not in continued
+    checkpoint = torch.load(interrupted / "checkpoint_final.pth", weights_only=False)
+    assert checkpoint["current_epoch"] == EPOCHS
+    assert checkpoint["logging"]["lrs"] == [learning_rate(e, LR, EPOCHS, WARMUP) for e in range(EPOCHS)]
+
+
+def test_a_fresh_start_without_the_encoder_file_says_so(workplace, planned, continued):
+    said = workplace.train(planned, "all", fails=True)
+    assert "does not exist" in said and "run: hiendmae plan" in said
+
+
+def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1, continued):
+    validation = workplace.results(planned, 0) / "validation"
+    assert not list(validation.glob("*.npz"))
+    workplace.train(planned, 0, "--val", "--npz")
+    assert (validation / "case_003.npz").is_file()
+    model = ["-p", planned.plans_name, "-tr", planned.trainer, "-f", 0, 1]
+    said = workplace.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
+    assert f"nnUNetv2_predict -d {planned.dataset_name}" in said and planned.trainer in said
+
+
+def test_prediction_needs_no_encoder_file(workplace, planned, fold_1, continued, tmp_path):
+    assert not workplace.encoder_file.exists()
+    segmentation = workplace.predict(planned, tmp_path, 0, 1)
+    assert segmentation.shape == SHAPE
+    # never the ignore label
+    assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}
+
+
+def test_regions_from_scratch_on_all_cases(tmp_path):
+    workplace = make_workplace(tmp_path / "nnunet")
+    regions = {"background": 0, "whole": [ORGAN, LESION], "lesion": LESION}
+    order = {"regions_class_order": [ORGAN, LESION]}
+    name = make_dataset(workplace.folders, 2, cases=2, shape=SHAPE, labels=regions, extra_json=order)
+    write_fingerprint(workplace.folders, name)
+    planned = prepare(workplace, name, epochs=1, warmup_epochs=0, from_scratch=True)
+    said = workplace.train(planned, "all")
+    assert "Encoder weights" not in said
+    summary = json.loads((workplace.results(planned, "all") / "validation" / "summary.json").read_text())
+    assert len(summary["mean"]) == 2 and len(summary["metric_per_case"]) == 2
+
+
+def test_wrong_trainer_and_wrong_plans_end_with_one_line(workplace, planned):
+    train = ["nnUNetv2_train", planned.dataset_id, "3d_fullres", 0, "-device", "cpu"]
+    said = workplace.run(*train, "-p", planned.plans_name, "-tr", "nnUNetTrainer_MAE3D", fails=True)
+    assert "use -tr nnUNetTrainer_HiEndMAE" in said.strip().splitlines()[-1]
+    plans = json.loads(planned.path.read_text())
+    del plans["hiendmae"]
+    planned.path.with_name("Foreign.json").write_text(json.dumps({**plans, "plans_name": "Foreign"}))
+    said = workplace.run(*train, "-p", "Foreign", "-tr", planned.trainer, fails=True)
+    assert "have no 'hiendmae' section" in said.strip().splitlines()[-1] and "run: hiendmae plan" in said

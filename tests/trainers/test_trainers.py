@@ -1,0 +1,227 @@
+"""Trainers take their settings from the plans and put the encoder file into the network once."""
+
+import inspect
+import json
+import os
+
+import pytest
+import torch
+from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_hiendmae import trainers
+from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
+from nnunetv2_hiendmae.planning import plan_finetuning
+from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
+from nnunetv2_hiendmae.trainers.schedule import learning_rate
+
+EPOCHS, WARMUP = 10, 2
+
+
+@pytest.fixture
+def encoder_file(tmp_path):
+    return save_tiny_encoder(tmp_path / "encoder.safetensors", seed=7)
+
+
+@pytest.fixture
+def make(nnunet, encoder_file, monkeypatch):
+    """make(trainer class, **changes of the recipe) → trainer on the CPU; the base's data loading is left out."""
+    name = make_dataset(nnunet, 1, cases=1)
+    write_fingerprint(nnunet, name)
+    monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
+
+    def build(trainer=nnUNetTrainer_HiEndMAE, section=None, **recipe):
+        planned = plan_finetuning(
+            name,
+            encoder_file,
+            from_scratch=trainer is nnUNetTrainer_ViTUNETR,
+            epochs=EPOCHS,
+            warmup_epochs=WARMUP,
+            decoder_width=4,
+            batch_size=2,
+        )
+        plans = json.loads(planned.path.read_text())
+        plans["hiendmae"]["recipe"].update(recipe)
+        plans["hiendmae"].update(section or {})
+        return from_plans(trainer, plans)
+
+    def from_plans(trainer, plans):
+        plans["continue_training"] = False
+        data = nnunet.preprocessed / name / plans["configurations"]["3d_fullres"]["data_identifier"]
+        data.mkdir(exist_ok=True)
+        # by this nnU-Net recognises its storage format
+        (data / "case_000.b2nd").touch()
+        dataset_json = json.loads((nnunet.preprocessed / name / "dataset.json").read_text())
+        return trainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+
+    build.from_plans = from_plans
+    return build
+
+
+def batch():
+    torch.manual_seed(0)
+    target = torch.randint(0, 3, (2, 1, 24, 24, 24)).float()
+    return {"data": torch.randn(2, 1, 24, 24, 24), "target": target}
+
+
+def test_signature_is_nnunets():
+    for name in trainers.__all__:
+        ours = inspect.signature(getattr(trainers, name).__init__).parameters
+        theirs = inspect.signature(nnUNetTrainer.__init__).parameters
+        assert list(ours) == list(theirs)
+        assert {k: p.default for k, p in ours.items()} == {k: p.default for k, p in theirs.items()}
+
+
+@pytest.mark.parametrize("name", trainers.__all__)
+def test_nnunet_finds_the_trainers(name, monkeypatch):
+    monkeypatch.setenv(EXT_TRAINER_VARIABLE, with_discovery(os.environ.get(EXT_TRAINER_VARIABLE)))
+    assert recursive_find_trainer_class_by_name(name) is getattr(trainers, name)
+
+
+def test_settings_come_from_the_plans(make):
+    trainer = make(lr=0.5, weight_decay=0.25, iterations_per_epoch=3, val_iterations_per_epoch=2, betas=[0.9, 0.95])
+    trainer.initialize()
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch) == (10, 3, 2)
+    assert (trainer.initial_lr, trainer.weight_decay, trainer.enable_deep_supervision) == (0.5, 0.25, False)
+    assert isinstance(trainer.optimizer, torch.optim.AdamW)
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.9, 0.95)
+    assert trainer._get_deep_supervision_scales() is None
+    trainer.set_deep_supervision_enabled(False)
+
+
+def test_biases_norms_and_positions_do_not_decay(make):
+    trainer = make(weight_decay=0.25)
+    trainer.initialize()
+    decays = {p: g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    names = dict(trainer.network.named_parameters())
+    assert len(decays) == len(names) == sum(len(g["params"]) for g in trainer.optimizer.param_groups)
+    for name, parameter in names.items():
+        exempt = parameter.ndim < 2 or "pos_embed" in name
+        assert decays[parameter] == (0 if exempt else 0.25), name
+    assert decays[names["encoder.pos_embed"]] == 0
+
+
+def test_training_starts_from_the_file_and_changes_nothing_else(make, encoder_file, capsys):
+    trainer = make()
+    trainer.initialize()
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    trainer.on_train_start()
+    after, stored = trainer.network.state_dict(), load_file(encoder_file)
+    assert set(before) == set(after)
+    for key, value in after.items():
+        inside = key.removeprefix("encoder.")
+        assert torch.equal(value, stored[inside] if key.startswith("encoder.") else before[key]), key
+    kernel = "encoder.patch_embed.proj.weight"
+    assert not torch.equal(before[kernel], after[kernel])
+    # the file has a CLS token, the network does not
+    told = capsys.readouterr().out
+    assert "1 dropped" in told and "cls_token" in told and "@a{b}" in told
+
+
+def test_an_uninitialised_trainer_starts_too(make, encoder_file):
+    trainer = make()
+    trainer.on_train_start()
+    assert torch.equal(trainer.network.encoder.norm.weight, load_file(encoder_file)["norm.weight"])
+
+
+@pytest.mark.parametrize("wrapped", ["compile", "ddp", "both"])
+def test_weights_go_through_the_wrappers(make, encoder_file, wrapped, tmp_path):
+    trainer = make()
+    trainer.initialize()
+    encoder = trainer.network.encoder
+    if wrapped != "ddp":
+        trainer.network = torch.compile(trainer.network)
+    if wrapped != "compile":
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        if wrapped != "compile":
+            trainer.network = DistributedDataParallel(trainer.network)
+        trainer.on_train_start()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert torch.equal(encoder.patch_embed.proj.weight, load_file(encoder_file)["patch_embed.proj.weight"])
+
+
+def test_continuing_needs_no_file_and_gives_the_same_rate(make, encoder_file, tmp_path):
+    trainer = make()
+    trainer.on_train_start()
+    trainer.current_epoch = 3
+    trainer.on_train_epoch_start()
+    trainer.train_step(batch())
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    trainer.lr_scheduler.step(4)
+
+    again = make()
+    encoder_file.unlink()
+    again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    again.on_train_start()
+    assert again.current_epoch == 4
+    again.on_train_epoch_start()
+    assert [g["lr"] for g in again.optimizer.param_groups] == [g["lr"] for g in trainer.optimizer.param_groups]
+    assert again.optimizer.param_groups[0]["lr"] == learning_rate(4, 1e-4, EPOCHS, WARMUP)
+    for a, b in zip(again.network.parameters(), trainer.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+    # the next step is the same too
+    assert again.train_step(batch())["loss"] == trainer.train_step(batch())["loss"]
+    for a, b in zip(again.network.parameters(), trainer.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_missing_and_changed_files_stop_the_start(make, encoder_file):
+    changed, missing = make(), make()
+    encoder_file.write_bytes(encoder_file.read_bytes() + b"\0")
+    with pytest.raises(RuntimeError, match=r"changed since the plans were made; run: hiendmae plan"):
+        changed.on_train_start()
+    encoder_file.unlink()
+    with pytest.raises(RuntimeError, match=r"does not exist.*hiendmae plan"):
+        missing.on_train_start()
+
+
+def test_pretrained_weights_of_nnunet_are_refused_beside_an_encoder_file(make, tmp_path):
+    donor = make(nnUNetTrainer_ViTUNETR)
+    donor.on_train_start()
+    donor.save_checkpoint(str(tmp_path / "donor.pth"))
+
+    trainer = make()
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(tmp_path / "donor.pth"))
+    with pytest.raises(RuntimeError, match="-pretrained_weights"):
+        trainer.on_train_start()
+
+    scratch = make(nnUNetTrainer_ViTUNETR)
+    scratch.initialize()
+    load_pretrained_weights(scratch.network, str(tmp_path / "donor.pth"))
+    scratch.on_train_start()
+    for a, b in zip(scratch.network.parameters(), donor.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("clip", [0.01, 12.0])
+def test_gradients_are_clipped(make, clip):
+    trainer = make(grad_clip=clip)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.train_step(batch())
+    norm = torch.linalg.vector_norm(torch.stack([p.grad.norm() for p in trainer.network.parameters()]))
+    assert norm <= clip * 1.001
+    assert norm > 0.009
+
+
+def test_wrong_plans_are_refused_before_a_folder_is_made(make, nnunet):
+    with pytest.raises(RuntimeError, match=r"weights of 'hiendmae'.*use -tr nnUNetTrainer_HiEndMAE"):
+        make(nnUNetTrainer_MAE3D)
+    with pytest.raises(RuntimeError, match=r"training from scratch.*use -tr nnUNetTrainer_ViTUNETR"):
+        make(nnUNetTrainer_HiEndMAE, section={"method": None, "encoder_file": None})
+    with pytest.raises(RuntimeError, match=r"unknown fields.*surprise"):
+        make(section={"surprise": 1})
+    plans = json.loads(next(nnunet.preprocessed.rglob("nnUNetPlans_*.json")).read_text())
+    del plans["hiendmae"]
+    with pytest.raises(RuntimeError, match=r"have no 'hiendmae' section.*run: hiendmae plan"):
+        make.from_plans(nnUNetTrainer_HiEndMAE, plans)
+    assert not list(nnunet.results.iterdir())
