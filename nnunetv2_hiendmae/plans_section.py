@@ -4,6 +4,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PLANS_KEY = "hiendmae"
+# per pretraining method, None from scratch: the trainer that insists on such plans
+TRAINERS = {
+    "hiendmae": "nnUNetTrainer_HiEndMAE",
+    "mae3d": "nnUNetTrainer_MAE3D",
+    None: "nnUNetTrainer_ViTUNETR",
+}
 PLAN_COMMAND = "hiendmae plan -d DATASET -w encoder.safetensors"
 
 

@@ -22,16 +22,8 @@ from nnunetv2_hiendmae.planning.dataset import (
 )
 from nnunetv2_hiendmae.planning.plans import CONFIGURATION, VolumeSettings, check_plans_name, write_plans
 from nnunetv2_hiendmae.planning.recipes import RECIPES
-from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
+from nnunetv2_hiendmae.plans_section import TRAINERS, FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.weights import EncoderMetadata, read_metadata
-
-# per method, None from scratch: the trainer that insists on it, and what the plans are called by default
-TRAINERS = {
-    "hiendmae": "nnUNetTrainer_HiEndMAE",
-    "mae3d": "nnUNetTrainer_MAE3D",
-    None: "nnUNetTrainer_ViTUNETR",
-}
-PLANS_NAMES = {"hiendmae": "nnUNetPlans_HiEndMAE", "mae3d": "nnUNetPlans_MAE3D", None: "nnUNetPlans_ViTUNETR"}
 
 WARMUP_FRACTION = 0.1
 
@@ -97,7 +89,7 @@ def plan_finetuning(
     metadata = _known_metadata(encoder_file)
     method = None if from_scratch else metadata.method
     recipe = RECIPES[metadata.method]
-    plans_name = plans_name or PLANS_NAMES[method]
+    plans_name = plans_name or TRAINERS[method].replace("nnUNetTrainer", "nnUNetPlans")
     check_plans_name(name, plans_name)
     check_labels(name, dataset_json)
 
@@ -171,15 +163,14 @@ def _volume(
     spacing_mm: tuple[float, float, float] | None,
     window_hu: tuple[float, float] | None,
 ) -> VolumeSettings:
-    spacing_mm = metadata.spacing_mm if spacing_mm is None else spacing_mm
+    volume = VolumeSettings.of(metadata).overridden(spacing_mm, window_hu)
+    volume = replace(volume, image_reader_writer=_reader(metadata, dataset_json))
     names = channel_names(dataset_json)
-    if not any(is_ct(n) for n in names):
-        if window_hu is not None or metadata.window_hu is not None:
-            logger.warning("no channel of %s is CT: the window is ignored, nnU-Net's normalisation is used", names)
-        window = None
-    else:
-        window = metadata.window_hu if window_hu is None else window_hu
-    return VolumeSettings(spacing_mm, window, _reader(metadata, dataset_json))
+    if any(is_ct(n) for n in names):
+        return volume
+    if volume.window_hu is not None:
+        logger.warning("no channel of %s is CT: the window is ignored, nnU-Net's normalisation is used", names)
+    return replace(volume, window_hu=None)
 
 
 def _reader(metadata: EncoderMetadata, dataset_json: dict[str, Any]) -> str | None:

@@ -3,8 +3,9 @@
 import json
 import logging
 import re
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.planning.dataset import channel_names, is_ct, prints_to_log, raw_dataset_json
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.weights import EncoderMetadata
 
 CONFIGURATION = "3d_fullres"
 NETWORKS = {"vit": "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"}
@@ -32,8 +34,10 @@ class VolumeSettings:
 
     Args:
         spacing_mm: target spacing (D, H, W) in array order, mm.
-        window_hu: CT window (lo, hi) that is clipped to and becomes [0, 1]; other channels keep nnU-Net's scheme.
+        window_hu: CT window (lo, hi) that is clipped to; other channels keep nnU-Net's scheme.
         image_reader_writer: name of nnU-Net's reader class; it decides the orientation of the array.
+        intensity_offset, intensity_scale: subtracted and divided by after clipping, in HU; None: lo and hi − lo,
+            so that the window becomes [0, 1].
 
     Raises:
         ValueError: a spacing that is not three positive numbers, or a window that is not lo < hi.
@@ -42,6 +46,8 @@ class VolumeSettings:
     spacing_mm: tuple[float, float, float] | None
     window_hu: tuple[float, float] | None
     image_reader_writer: str | None = None
+    intensity_offset: float | None = None
+    intensity_scale: float | None = None
 
     def __post_init__(self):
         if self.spacing_mm is not None:
@@ -52,6 +58,26 @@ class VolumeSettings:
             object.__setattr__(self, "window_hu", tuple(float(w) for w in self.window_hu))
             if len(self.window_hu) != 2 or not -np.inf < self.window_hu[0] < self.window_hu[1] < np.inf:
                 raise ValueError(f"window {self.window_hu} must be two numbers LO < HI in HU")
+
+    @classmethod
+    def of(cls, metadata: EncoderMetadata) -> "VolumeSettings":
+        """What an encoder saw in pretraining."""
+        return cls(
+            metadata.spacing_mm,
+            metadata.window_hu,
+            metadata.image_reader_writer,
+            metadata.intensity_offset,
+            metadata.intensity_scale,
+        )
+
+    def overridden(
+        self, spacing_mm: Sequence[float] | None = None, window_hu: Sequence[float] | None = None
+    ) -> "VolumeSettings":
+        """With what the user gave; a window that is given becomes [0, 1]."""
+        spacing = self if spacing_mm is None else replace(self, spacing_mm=tuple(spacing_mm))
+        if window_hu is None:
+            return spacing
+        return replace(spacing, window_hu=tuple(window_hu), intensity_offset=None, intensity_scale=None)
 
 
 def write_plans(
@@ -151,7 +177,7 @@ class _ViTPlanner(ExperimentPlanner):
             },
         }
         if volume.window_hu is not None:
-            self._put_window(*volume.window_hu)
+            self._put_window(volume)
 
     def _refuse_2d(self) -> None:
         median_shape = np.median(self.dataset_fingerprint["shapes_after_crop"], axis=0)
@@ -161,12 +187,15 @@ class _ViTPlanner(ExperimentPlanner):
                 f"the encoder is a 3D ViT; use nnU-Net itself: nnUNetv2_train {self.dataset_name} 2d 0"
             )
 
-    def _put_window(self, low: float, high: float) -> None:
-        # CTNormalization clips to the percentiles, subtracts the mean, divides by the std: [low, high] → [0, 1]
+    def _put_window(self, volume: VolumeSettings) -> None:
+        # CTNormalization clips to the percentiles, subtracts the mean, divides by the std
+        low, high = volume.window_hu
+        offset = low if volume.intensity_offset is None else volume.intensity_offset
+        scale = high - low if volume.intensity_scale is None else volume.intensity_scale
         properties = deepcopy(self.dataset_fingerprint["foreground_intensity_properties_per_channel"])
         for i, name in enumerate(channel_names(self.dataset_json)):
             if is_ct(name):
-                window = {"mean": low, "std": high - low, "percentile_00_5": low, "percentile_99_5": high}
+                window = {"mean": offset, "std": scale, "percentile_00_5": low, "percentile_99_5": high}
                 properties[str(i)] = {**properties.get(str(i), {}), **window}
         self.dataset_fingerprint["foreground_intensity_properties_per_channel"] = properties
 

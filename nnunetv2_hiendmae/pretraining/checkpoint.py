@@ -173,6 +173,8 @@ def export_encoder(
         method=settings.method,
         spacing_mm=volumes.spacing_mm,
         window_hu=volumes.window_hu,
+        intensity_offset=volumes.intensity_offset,
+        intensity_scale=volumes.intensity_scale,
         normalization_schemes=volumes.normalization_schemes,
         channel_names=volumes.channel_names,
         image_reader_writer=volumes.image_reader_writer,

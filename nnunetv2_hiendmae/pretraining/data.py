@@ -43,7 +43,7 @@ class VolumeFormat:
     Args:
         foreground_above: normalised value of the intensity window's lower bound (CT), 0 (the mean or the
             minimum, depending on nnU-Net's scheme) for anything else.
-        intensity_offset, intensity_scale: of CTNormalization: HU = value · scale + offset.
+        intensity_offset, intensity_scale: of CT normalisation: HU = value · scale + offset; None where the images are not CT.
     """
 
     channel_names: tuple[str, ...]
@@ -52,8 +52,8 @@ class VolumeFormat:
     window_hu: tuple[float, float] | None
     foreground_above: float
     image_reader_writer: str
-    intensity_offset: float = 0.0
-    intensity_scale: float = 1.0
+    intensity_offset: float | None = None
+    intensity_scale: float | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.optim import parameter_groups
-from nnunetv2_hiendmae.plans_section import PLAN_COMMAND, PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.plans_section import PLAN_COMMAND, PLANS_KEY, TRAINERS, PlansSection
 from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
 from nnunetv2_hiendmae.weights import load_into
 
@@ -66,7 +66,7 @@ class _ViTTrainer(nnUNetTrainer):
         if section.method != cls.method:
             raise RuntimeError(
                 f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {_described(cls.method)}; "
-                f"use -tr {TRAINER_NAMES.get(section.method, 'another trainer')}, or run: {PLAN_COMMAND}"
+                f"use -tr {TRAINERS.get(section.method, 'another trainer')}, or run: {PLAN_COMMAND}"
             )
         return section
 
@@ -105,7 +105,7 @@ class _ViTTrainer(nnUNetTrainer):
         if not torch.equal(encoder.patch_embed.proj.weight, self._fresh_kernel):
             raise RuntimeError(
                 f"-pretrained_weights and the plans' encoder file {path} both claim the encoder; leave the option "
-                f"out, or use {TRAINER_NAMES[None]} with plans made by: {PLAN_COMMAND} --from-scratch"
+                f"out, or use {TRAINERS[None]} with plans made by: {PLAN_COMMAND} --from-scratch"
             )
         del self._fresh_kernel
         if not path.is_file():
@@ -142,9 +142,6 @@ class nnUNetTrainer_ViTUNETR(_ViTTrainer):
     """Trains the same network from scratch: the supervised baseline. Takes stock `-pretrained_weights`."""
 
     method = None
-
-
-TRAINER_NAMES = {t.method: t.__name__ for t in (nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR)}
 
 
 def _described(method: str | None) -> str:

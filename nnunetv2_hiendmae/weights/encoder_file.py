@@ -28,7 +28,9 @@ class EncoderMetadata:
 
     Args:
         spacing_mm: voxel spacing (D, H, W) of the volumes it saw, None when it varied.
-        window_hu: CT window that became [0, 1], None when nnU-Net's own normalisation was used.
+        window_hu: CT window that intensities were clipped to, None where the images were not CT.
+        intensity_offset, intensity_scale: what CT normalisation then subtracted and divided by, in HU; with those
+            of `hiendmae preprocess` the window becomes [0, 1], stock nnU-Net plans have the dataset's own.
         normalization_schemes: nnU-Net's scheme of every input channel.
         image_reader_writer: nnU-Net reader of the training images (it decides the orientation).
         orientation: in words, e.g. "as stored" or "RAS".
@@ -45,6 +47,8 @@ class EncoderMetadata:
     image_reader_writer: str | None = None
     orientation: str = "as stored"
     citations: tuple[str, ...] = ()
+    intensity_offset: float | None = None
+    intensity_scale: float | None = None
     licence: str = "not stated"
     source: str | None = None
     source_sha256: str | None = None

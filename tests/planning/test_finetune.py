@@ -10,9 +10,9 @@ from nnunetv2_hiendmae import trainers
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning import finetune
-from nnunetv2_hiendmae.planning.finetune import PLANS_NAMES, TRAINERS, plan_finetuning
+from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.recipes import RECIPES
-from nnunetv2_hiendmae.plans_section import PlansSection
+from nnunetv2_hiendmae.plans_section import TRAINERS, PlansSection
 
 
 @pytest.fixture
@@ -35,9 +35,19 @@ def read(planned):
 
 
 def test_every_method_has_a_trainer_of_its_own():
-    assert set(TRAINERS) == set(PLANS_NAMES) == {*RECIPES, None}
+    assert set(TRAINERS) == {*RECIPES, None}
     for method, trainer in TRAINERS.items():
         assert getattr(trainers, trainer).method == method
+
+
+def test_intensities_of_stock_plans_are_carried_over(nnunet, toy, tmp_path):
+    """An encoder pretrained on stock nnU-Net data saw clipped z-scores; fine-tuning must show it the same."""
+    file = save_tiny_encoder(tmp_path / "stock.safetensors", intensity_offset=40.0, intensity_scale=120.0)
+    stats = read(plan_finetuning("1", file))[0]["foreground_intensity_properties_per_channel"]["0"]
+    assert (stats["mean"], stats["std"]) == (40, 120)
+    plans = read(plan_finetuning("1", file, window_hu=(-100, 300)))[0]
+    stats = plans["foreground_intensity_properties_per_channel"]["0"]
+    assert (stats["mean"], stats["std"], stats["percentile_99_5"]) == (-100, 400, 300)
 
 
 def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
