@@ -11,9 +11,6 @@ import tempfile
 import time
 from pathlib import Path
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ.setdefault(variable, "1")
-
 import blosc2
 import numpy as np
 import torch
@@ -45,7 +42,7 @@ class WholeVolume:
 def make_volume(folder: Path, number: int) -> Case:
     """A body with soft-tissue texture and scanner noise in air, CT window [−175, 250] → [0, 1]."""
     rng = np.random.default_rng(number)
-    d, h, w = (np.linspace(-1, 1, s, dtype=np.float32) for s in SHAPE)
+    h, w = (np.linspace(-1, 1, s, dtype=np.float32) for s in SHAPE[1:])
     body = (h[:, None] / 0.75) ** 2 + (w[None] / 0.9) ** 2 < 1
     tissue = 40 + 1800 * gaussian_filter(rng.standard_normal(SHAPE, dtype=np.float32), 3)
     hu = np.where(body[None], tissue, -1000) + rng.normal(0, 15, SHAPE)

@@ -239,7 +239,7 @@ def _pretrain(args: argparse.Namespace) -> None:
         args.name or run_name(settings, args.encoder)
     )
     encoder = pretrain(settings, data, root, Execution(args.device, args.workers), args.resume)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if encoder:
         print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {encoder}")
 
 

@@ -57,7 +57,7 @@ class EncoderSpec:
             raise ValueError(f"unknown encoder kind '{self.kind}', needed one of {ENCODER_KINDS}")
         if len(self.img_size) != 3 or len(self.patch_size) != 3:
             raise ValueError(
-                f"img_size {self.img_size} and patch_size {self.patch_size} need three axes (D, H, W): 2D is not supported"
+                f"img_size {self.img_size} and patch_size {self.patch_size} need D, H, W: 2D is not supported"
             )
         if min(*self.img_size, *self.patch_size) < 1:
             raise ValueError(f"img_size {self.img_size} and patch_size {self.patch_size} must be positive")

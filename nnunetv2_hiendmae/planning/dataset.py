@@ -19,7 +19,7 @@ from nnunetv2_hiendmae.errors import UserError
 
 # in dataset_fingerprint.json: written by `hiendmae preprocess` from images alone
 LABEL_FREE_KEY = "hiendmae_label_free"
-REQUIRED_KEYS = ("labels", "file_ending", "numTraining")
+REQUIRED_KEYS = ("file_ending",)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def check_labels(dataset_name: str, dataset_json: dict[str, Any]) -> None:
         UserError: the dataset names no foreground label, or training cases lack their label file.
     """
     folder = nnunet_folder("nnUNet_raw") / dataset_name
-    if not set(dataset_json["labels"]) - {"background", "ignore"}:
+    if not set(dataset_json.get("labels", ())) - {"background", "ignore"}:
         raise UserError(f"{folder / 'dataset.json'} names no label besides background, needed labels to fine-tune")
     try:
         cases = get_filenames_of_train_images_and_targets(str(folder), dataset_json)

@@ -149,6 +149,8 @@ class _ViTPlanner(ExperimentPlanner):
     def __init__(self, dataset_name: str, plans_name: str):
         # the encoder's axes are the array's: no transposing
         super().__init__(dataset_name, plans_name=plans_name, suppress_transpose=True)
+        # what the planner reads and a dataset for pretraining may lack
+        self.dataset_json = {"labels": {"background": 0}, "numTraining": len(self.dataset), **self.dataset_json}
         # 0: never a 3d_lowres configuration
         self.lowres_creation_threshold = 0
 

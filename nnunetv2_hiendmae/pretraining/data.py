@@ -43,7 +43,7 @@ class VolumeFormat:
     Args:
         foreground_above: normalised value of the intensity window's lower bound (CT), 0 (the mean or the
             minimum, depending on nnU-Net's scheme) for anything else.
-        intensity_offset, intensity_scale: of CT normalisation: HU = value · scale + offset; None where the images are not CT.
+        intensity_offset, intensity_scale: of CT normalisation, HU = value · scale + offset; None for other images.
     """
 
     channel_names: tuple[str, ...]

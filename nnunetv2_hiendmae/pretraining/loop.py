@@ -53,10 +53,11 @@ class Execution:
 
 def pretrain(
     settings: PretrainSettings, data: PretrainData, run_dir: Path, execution: Execution, resume: bool = False
-) -> Path:
-    """Pretrains into `run_dir` and returns the path of its encoder file.
+) -> Path | None:
+    """Pretrains into `run_dir`; under torchrun or SLURM every process calls this, the first one writes.
 
-    Under torchrun or SLURM every process calls this; the first one writes.
+    Returns:
+        The path of the run's encoder file; None in the processes that did not write it.
 
     Raises:
         UserError: bad settings or data, a folder in use, a full disk, or a loss that is not finite.
@@ -76,7 +77,7 @@ def pretrain(
                 f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
                 "raise --accumulate (same result, less memory), or lower --batch-size"
             ) from e
-    return run_dir / ENCODER
+    return run_dir / ENCODER if fabric.is_global_zero else None
 
 
 def _run(
@@ -212,8 +213,10 @@ def _open_log(fabric: Fabric, settings: PretrainSettings, run_dir: Path, first_s
 
 
 def _launch(settings: PretrainSettings, execution: Execution) -> Fabric:
-    processes = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE", processes)))
+    # torchrun's variables, or those of srun
+    processes = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    nodes = int(os.environ.get("SLURM_NNODES") or 1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // nodes))
     if settings.batch_size % (processes * settings.accumulate):
         raise UserError(
             f"--batch-size {settings.batch_size} cannot be split over {processes} processes x {settings.accumulate} "
@@ -225,7 +228,7 @@ def _launch(settings: PretrainSettings, execution: Execution) -> Fabric:
     fabric = Fabric(
         accelerator=execution.device,
         devices=local,
-        num_nodes=max(1, processes // local),
+        num_nodes=processes // local,
         strategy="ddp" if processes > 1 else "auto",
         precision=PRECISIONS[settings.precision],
     )

@@ -79,7 +79,7 @@ def test_same_seed_same_losses_for_any_number_of_workers(preprocessed, tmp_path,
 
 
 def test_training_lowers_the_loss(preprocessed, tmp_path):
-    """The tiny cases are smooth waves: within 60 steps the mean loss of the last ten is below 0.9 of the first ten's."""
+    """The tiny cases are smooth waves: within 60 steps the mean loss of ten falls below 0.9 of the first ten's."""
     log = losses(run(tmp_path / "run", tiny_settings(steps_per_epoch=20, lr=5e-3, batch_size=8, picture_epochs=3)))
     assert np.mean(log[-10:]) < 0.9 * np.mean(log[:10])
 

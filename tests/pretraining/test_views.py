@@ -42,7 +42,7 @@ def test_crops_lie_inside_and_reach_every_corner():
 
 
 def test_foreground_share():
-    """Centred crops hold a foreground voxel in their middle; of crops anywhere few do (the box is 6 % of the volume)."""
+    """Centred crops hold a foreground voxel in their middle; of crops anywhere few do (6 % of voxels)."""
     volume = IndexVolume((40, 40, 40), (slice(10, 26), slice(12, 28), slice(14, 30)))
     for share, low, high in ((1.0, 0.99, 1.0), (0.75, 0.7, 0.85), (0.0, 0.0, 0.2)):
         generator = rng(3)
@@ -113,7 +113,7 @@ def test_samples_depend_on_the_generator_alone():
     torch.manual_seed(1)
     first = views.draw(volume, rng(5))
     torch.manual_seed(2)
-    np.random.seed(9)
+    np.random.seed(9)  # noqa: NPY002
     second = views.draw(volume, rng(5))
     assert all(torch.equal(first[k], second[k]) for k in first)
     other = views.draw(volume, rng(6))
@@ -122,12 +122,12 @@ def test_samples_depend_on_the_generator_alone():
 
 def test_global_generators_are_left_alone():
     torch.manual_seed(4)
-    np.random.seed(4)
-    expected = torch.rand(3), np.random.rand(3)
+    np.random.seed(4)  # noqa: NPY002
+    expected = torch.rand(3), np.random.rand(3)  # noqa: NPY002
     torch.manual_seed(4)
-    np.random.seed(4)
+    np.random.seed(4)  # noqa: NPY002
     MaskedCrop((16, 16, 16), 8).draw(IndexVolume(), rng())
-    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()
+    assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()  # noqa: NPY002
 
 
 def test_order_is_a_uniform_permutation():

@@ -1,0 +1,146 @@
+"""UNETR: a ViT encoder and a convolutional decoder for segmentation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.residual import BasicBlockD
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures.vit import build_encoder
+
+Factor = tuple[int, int, int]
+
+
+def upsampling_factors(patch_size: Sequence[int]) -> tuple[list[Factor], Factor | None]:
+    """How four up-sampling steps lead from the token grid to the voxels, for any patch.
+
+    Returns:
+        Factors (d, h, w) of the first three steps, and of the last one; None: the last step interpolates to the
+        size of the image, which all axes do as soon as the patch of one is not a power of two (ours, after the
+        authors' network for patches of 12 voxels).
+
+    Each axis doubles as late as it can, so that an axis with thin patches keeps its resolution at the levels that
+    have many channels. What a patch beyond 16 voxels needs on top goes into the last step: earlier it would make
+    every level finer, with eight times the memory and the work per doubling.
+    """
+    early, last = [], []
+    for p in patch_size:
+        power_of_two = p & (p - 1) == 0
+        # the last step takes one doubling, or the fraction that is left of an odd patch
+        doublings = min(3, max(0, p.bit_length() - 1 - power_of_two))
+        early.append([1] * (3 - doublings) + [2] * doublings)
+        last.append(p >> doublings if power_of_two else None)
+    return list(zip(*early, strict=True)), None if None in last else tuple(last)
+
+
+def residual_block(in_channels: int, out_channels: int) -> BasicBlockD:
+    """Two 3³ convolutions without bias, instance norm without affine, leaky ReLU, projected skip connection."""
+    return BasicBlockD(
+        nn.Conv3d,
+        in_channels,
+        out_channels,
+        kernel_size=3,
+        stride=1,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": False},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
+    )
+
+
+def transposed_conv(in_channels: int, out_channels: int, factor: Factor) -> nn.ConvTranspose3d:
+    """Up-sampling by a whole factor per axis; kernels do not overlap."""
+    return nn.ConvTranspose3d(in_channels, out_channels, kernel_size=factor, stride=factor, bias=False)
+
+
+class SkipBranch(nn.Sequential):
+    """Brings a tap (B, E, d, h, w) to the level of `len(factors)` steps up: (B, width, D', H', W')."""
+
+    def __init__(self, embed_dim: int, width: int, factors: Sequence[Factor]):
+        layers = [transposed_conv(embed_dim, width, factors[0])]
+        for factor in factors[1:]:
+            layers += [transposed_conv(width, width, factor), residual_block(width, width)]
+        super().__init__(*layers)
+
+
+class UpStep(nn.Module):
+    """One level up: up-sample, concatenate the skip, residual block. `factor` None interpolates to the skip's size."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor: Factor | None):
+        super().__init__()
+        self.interpolate = factor is None
+        if self.interpolate:
+            self.up = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        else:
+            self.up = transposed_conv(in_channels, out_channels, factor)
+        self.block = residual_block(2 * out_channels, out_channels)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """(B, in, …) and the skip (B, out, D', H', W') → (B, out, D', H', W')."""
+        if self.interpolate:
+            x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.block(torch.cat([self.up(x), skip], dim=1))
+
+
+class ViTUNETR(nn.Module):
+    """UNETR (Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", 2022) on our ViT encoder.
+
+    Takes (B, C, D, H, W) with every axis a multiple of the patch and more than one token in all, gives logits
+    (B, num_classes, D, H, W). The signature is nnU-Net's, so that plans can name this class.
+
+    The decoder keeps PyTorch's default initialisation, with which the published fine-tuning recipes (AdamW, 1e-4)
+    were found. There is deliberately no `initialize`: nnU-Net would apply it to the encoder's patch embedding too.
+
+    Args:
+        input_channels: channels of the image, cascade inputs included.
+        num_classes: channels of the logits.
+        deep_supervision: must be false; there is one output.
+        decoder_width: channels w of the decoder at full resolution; 2w, 4w and 8w below.
+        spec_kwargs: the fields of `EncoderSpec` without `in_channels`, lists allowed for tuples.
+
+    Raises:
+        ValueError: deep supervision is asked for, or the spec is invalid or has no three taps.
+    """
+
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        decoder_width: int = 32,
+        **spec_kwargs: Any,
+    ):
+        super().__init__()
+        if deep_supervision:
+            raise ValueError(
+                "ViTUNETR has one output, deep supervision needs several: train with "
+                "-tr nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR, which switch it off"
+            )
+        self.spec = EncoderSpec.from_dict(dict(in_channels=input_channels, **spec_kwargs))
+        if self.spec.kind != "vit" or len(self.spec.taps) != 3:
+            raise ValueError(
+                f"ViTUNETR needs an encoder of kind 'vit' with three taps, got kind '{self.spec.kind}' "
+                f"with taps {self.spec.taps}"
+            )
+        e, w = self.spec.embed_dim, decoder_width
+        early, last = upsampling_factors(self.spec.patch_size)
+        self.encoder = build_encoder(self.spec)
+        self.image_block = residual_block(input_channels, w)
+        # tap i joins the decoder after 3 - i steps
+        self.skips = nn.ModuleList(SkipBranch(e, (2 << i) * w, early[: 3 - i]) for i in range(3))
+        widths = [e, 8 * w, 4 * w, 2 * w, w]
+        self.ups = nn.ModuleList(UpStep(widths[i], widths[i + 1], f) for i, f in enumerate([*early, last]))
+        self.head = nn.Conv3d(w, num_classes, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, D, H, W) → logits (B, num_classes, D, H, W)."""
+        # the maps come as transposed token rows, whose strides are those of channels-last: made plain, so that the
+        # weights alone decide about the decoder's memory format
+        maps = [m.contiguous() for m in self.encoder.feature_maps(x)]
+        out = maps[3]
+        for step, tap in enumerate((2, 1, 0)):
+            out = self.ups[step](out, self.skips[tap](maps[tap]))
+        return self.head(self.ups[3](out, self.image_block(x)))

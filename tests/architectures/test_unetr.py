@@ -1,0 +1,290 @@
+"""ViTUNETR: parity with the authors' fine-tuning network, any patch, nnU-Net's way of building it."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from fixtures_util import Fixture
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from safetensors.torch import load_file
+
+from nnunetv2_hiendmae.architectures import ViTUNETR, build_encoder
+from nnunetv2_hiendmae.architectures.unetr import upsampling_factors
+
+CLASS_NAME = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
+TINY = {"embed_dim": 12, "depth": 4, "num_heads": 2, "cls_token": False, "pos_embed": "learned"}
+
+
+def tiny(patch_size, img_size, channels=1, **changes):
+    torch.manual_seed(0)
+    kwargs = {"decoder_width": 4, "patch_size": patch_size, "img_size": img_size, **TINY, **changes}
+    return ViTUNETR(channels, 3, **kwargs)
+
+
+# ---- parity -----------------------------------------------------------------------------------------------------
+
+VIT_NAMES = {
+    "patch_embedding.patch_embeddings.1.weight": "patch_embed.proj.weight",
+    "patch_embedding.patch_embeddings.1.bias": "patch_embed.proj.bias",
+    "patch_embedding.position_embeddings": "pos_embed",
+    "norm.weight": "norm.weight",
+    "norm.bias": "norm.bias",
+}
+BLOCK_NAMES = {"out_proj": "proj", "linear1": "fc1", "linear2": "fc2"}
+# their residual blocks: two convolutions and the 1³ one of the skip connection
+STAGES = {
+    "encoder1": "image_block",
+    "encoder2": "skips.0",
+    "encoder3": "skips.1",
+    "encoder4": "skips.2",
+    "decoder5": "ups.0",
+    "decoder4": "ups.1",
+    "decoder3": "ups.2",
+    "decoder2": "ups.3",
+}
+CONVS = {"conv1": "conv1", "conv2": "conv2", "conv3": "skip.0"}
+
+
+def translate(name, tensor):
+    """A tensor of the authors' network → [(our name, tensor)]. dynamic-network-architectures registers every
+    convolution of a block twice, so those appear under two names."""
+    if name.startswith("vit.blocks."):
+        parts = [BLOCK_NAMES.get(p, p) for p in name.split(".")[1:]]
+        return [("encoder." + ".".join(parts), tensor)]
+    if name.startswith("vit."):
+        if tensor.ndim == 2:
+            # a matrix over (p_d, p_h, p_w, C) becomes a kernel
+            tensor = tensor.unflatten(1, (12, 12, 12, 1)).permute(0, 4, 1, 2, 3)
+        return [("encoder." + VIT_NAMES[name.removeprefix("vit.")], tensor)]
+    stage, *rest, leaf = name.split(".")
+    if stage == "out":
+        return [(f"head.{leaf}", tensor)]
+    ours = STAGES[stage]
+    if rest[0] == "transp_conv_init":
+        return [(f"{ours}.0.{leaf}", tensor)]
+    if rest[0] in ("transp_conv", "conv3d"):
+        return [(f"{ours}.up.{leaf}", tensor)]
+    if rest[0] == "blocks":
+        layer = 1 + 2 * int(rest[1]) + int(rest[2])
+        if rest[2] == "0":
+            return [(f"{ours}.{layer}.{leaf}", tensor)]
+        block, conv = f"{ours}.{layer}", rest[3]
+    else:
+        block, conv = ours if stage == "encoder1" else f"{ours}.block", rest[1]
+    return [(f"{block}.{CONVS[conv]}.{inner}.{leaf}", tensor) for inner in ("conv", "all_modules.0")]
+
+
+@pytest.fixture(scope="module")
+def finetune():
+    """The fixture, our network with its weights, and what every stage of ours puts out."""
+    fixture = Fixture("hiendmae_finetune")
+    network = ViTUNETR(
+        1,
+        3,
+        decoder_width=4,
+        img_size=(96, 96, 96),
+        patch_size=(12, 12, 12),
+        embed_dim=18,
+        depth=12,
+        num_heads=3,
+        cls_token=False,
+        pos_embed="learned",
+        norm_eps=1e-5,
+    )
+    theirs = load_file(fixture.path / "finetune.safetensors")
+    network.load_state_dict(dict(pair for k, v in theirs.items() for pair in translate(k, v.float())))
+    seen = {}
+    hooks = [
+        network.get_submodule(ours).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
+        for key, ours in STAGES.items()
+    ]
+    with torch.no_grad():
+        seen["logits"] = network(fixture.image)
+    for hook in hooks:
+        hook.remove()
+    return fixture, network, seen
+
+
+def statistics(x):
+    x = x[0].flatten(1).double()
+    return torch.stack([x.mean(1), x.std(1), x.amin(1), x.amax(1)], dim=1).float()
+
+
+def test_encoder_equals_the_authors_fine_tuning_vit(finetune):
+    fixture, network, _ = finetune
+    with torch.no_grad():
+        out, taps = network.encoder(fixture.image)
+    fixture.check("vit_out", out)
+    for i, tap in zip((3, 6, 9), taps, strict=True):
+        fixture.check("vit_hidden", tap, fixture["vit_hidden"][i])
+
+
+def test_the_fixture_notices_the_epsilon_of_layer_norm(finetune):
+    """Guards the guard: with pretraining's 1e-6 the output leaves the tolerance by far."""
+    fixture, network, _ = finetune
+    encoder = build_encoder(network.spec.with_(norm_eps=1e-6))
+    encoder.load_state_dict(network.encoder.state_dict())
+    with torch.no_grad():
+        out, _ = encoder(fixture.image)
+    assert (out - fixture["vit_out"]).abs().max() > 100 * fixture.tolerance("vit_out")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_decoder_stage_equals_the_authors(finetune, stage):
+    fixture, _, seen = finetune
+    out = seen[stage]
+    step = out.shape[2] // 8
+    fixture.check(f"{stage}_sub", out[..., ::step, ::step, ::step])
+    fixture.check(f"{stage}_stats", statistics(out))
+
+
+def test_logits_equal_the_authors(finetune):
+    fixture, _, seen = finetune
+    logits = seen["logits"]
+    assert logits.shape == (1, 3, 96, 96, 96)
+    fixture.check("logits_sub4", logits[..., ::4, ::4, ::4])
+    fixture.check("logits_plane47", logits[:, :, 47])
+    fixture.check("logits_stats", statistics(logits))
+
+
+# ---- any patch --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "early", "last"),
+    [
+        ((16, 16, 16), [(2, 2, 2)] * 3, (2, 2, 2)),
+        ((4, 8, 8), [(1, 1, 1), (1, 2, 2), (2, 2, 2)], (2, 2, 2)),
+        ((1, 2, 4), [(1, 1, 1), (1, 1, 1), (1, 1, 2)], (1, 2, 2)),
+        ((16, 32, 64), [(2, 2, 2)] * 3, (2, 4, 8)),
+        ((12, 12, 12), [(2, 2, 2)] * 3, None),
+        ((6, 16, 1), [(1, 2, 1), (2, 2, 1), (2, 2, 1)], None),
+        ((3, 24, 5), [(1, 2, 1), (1, 2, 2), (2, 2, 2)], None),
+    ],
+)
+def test_upsampling_factors(patch_size, early, last):
+    assert upsampling_factors(patch_size) == (early, last)
+
+
+# (patch, crop)
+PATCHES = [
+    ((16, 16, 16), (32, 16, 32)),
+    ((4, 8, 8), (8, 16, 24)),
+    ((12, 12, 12), (24, 12, 24)),
+    ((1, 8, 8), (3, 16, 16)),
+    ((3, 12, 6), (6, 24, 12)),
+    ((2, 32, 16), (4, 32, 32)),
+]
+
+
+@pytest.mark.parametrize(("patch_size", "crop"), PATCHES)
+def test_any_patch_gives_logits_of_the_crop_and_a_gradient_to_every_parameter(patch_size, crop):
+    network = tiny(patch_size, crop, channels=2)
+    logits = network(torch.randn(2, 2, *crop))
+    assert logits.shape == (2, 3, *crop)
+    logits.square().mean().backward()
+    without = [
+        name
+        for name, p in network.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.any())
+    ]
+    assert without == []
+
+
+@pytest.mark.parametrize("patch_size", [(8, 8, 8), (12, 12, 6)])
+def test_another_crop_than_the_specs(patch_size):
+    network = tiny(patch_size, (24, 24, 24))
+    crop = tuple(n * p for n, p in zip((2, 1, 3), patch_size, strict=True))
+    assert network(torch.randn(1, 1, *crop)).shape == (1, 3, *crop)
+    with pytest.raises(ValueError, match="not divisible by the patch"):
+        network(torch.randn(1, 1, 20, 24, 24))
+
+
+# ---- nnU-Net's way of building it -------------------------------------------------------------------------------
+
+
+def build_from_plans(channels=1, deep_supervision=False, **changes):
+    arch_kwargs = {"patch_size": (4, 8, 8), "img_size": (16, 32, 32), "decoder_width": 4, **TINY, **changes}
+    # plans are JSON: tuples arrive as lists
+    arch_kwargs = json.loads(json.dumps(arch_kwargs))
+    return get_network_from_plans(CLASS_NAME, arch_kwargs, [], channels, 3, True, deep_supervision)
+
+
+def test_nnunet_builds_it_from_plans():
+    network = build_from_plans(channels=2, taps=[0, 1, 3])
+    assert isinstance(network, ViTUNETR)
+    assert network.spec.in_channels == 2
+    assert network.spec.patch_size == (4, 8, 8)
+    assert network.spec.taps == (0, 1, 3)
+    assert network.encoder.spec is network.spec
+
+
+def test_nnunet_leaves_the_encoder_as_the_encoder_was_initialised():
+    """nnU-Net applies a network's `initialize` to every module, a convolution-shaped patch embedding included."""
+    torch.manual_seed(0)
+    network = build_from_plans()
+    e, p = TINY["embed_dim"], 4 * 8 * 8
+    assert network.encoder.patch_embed.proj.weight.abs().max() <= math.sqrt(6 / (e + p))
+    torch.manual_seed(0)
+    alone = build_encoder(network.spec)
+    for (name, a), b in zip(network.encoder.state_dict().items(), alone.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_refuses_deep_supervision_and_a_wrong_number_of_taps():
+    with pytest.raises(ValueError, match=r"one output.*-tr nnUNetTrainer_HiEndMAE"):
+        build_from_plans(deep_supervision=True)
+    with pytest.raises(ValueError, match="three taps"):
+        build_from_plans(taps=[1, 2])
+    with pytest.raises(ValueError, match="unknown encoder fields"):
+        build_from_plans(feature_size=3)
+
+
+# ---- memory format, precision, compilation ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch_size", [(8, 8, 8), (12, 12, 12)])
+def test_channels_last_changes_nothing(patch_size):
+    network = tiny(patch_size, (24, 24, 24)).eval()
+    x = torch.randn(1, 1, 24, 24, 24)
+    with torch.no_grad():
+        expected = network(x)
+        network = network.to(memory_format=torch.channels_last_3d)
+        ours = network(x.to(memory_format=torch.channels_last_3d))
+    # other kernels, other summation order: float32 rounding through some twenty layers
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
+def autocast_agrees(device):
+    network = tiny((12, 12, 12), (24, 24, 24)).to(device)
+    x = torch.randn(1, 1, 24, 24, 24, device=device)
+    expected = network(x)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        logits = network(x)
+    # bfloat16 has 8 bits of mantissa; on average over the volume a few roundings remain
+    assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
+
+
+def test_bfloat16_autocast_on_cpu():
+    autocast_agrees("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bfloat16_autocast_on_cuda():
+    autocast_agrees("cuda")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patch_size", "backend"), [((4, 8, 8), "eager"), ((12, 12, 12), "inductor")])
+def test_compiles_without_a_graph_break(patch_size, backend):
+    network = tiny(patch_size, (24, 24, 24)).eval()
+    x = torch.randn(1, 1, 24, 24, 24)
+    compiled = torch.compile(copy.deepcopy(network), fullgraph=True, backend=backend)
+    with torch.no_grad():
+        # fused kernels round differently
+        torch.testing.assert_close(compiled(x), network(x), atol=1e-4, rtol=1e-4)

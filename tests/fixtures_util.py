@@ -1,0 +1,58 @@
+"""Reading the recorded fixtures: numbers of the authors' programs, stored by tests/fixtures/*/meta.json's rules."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+class Fixture:
+    """One folder of tests/fixtures: `meta`, the recorded `tensors`, and the authors' checkpoint."""
+
+    def __init__(self, name: str):
+        self.path = FIXTURES / name
+        self.meta: dict[str, Any] = json.loads((self.path / "meta.json").read_text(encoding="utf-8"))
+        self.tensors: dict[str, Tensor] = load_file(self.path / "io.safetensors")
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    @property
+    def image(self) -> Tensor:
+        """The input (B, C, D, H, W), decoded as `input_rule` says."""
+        if "x_u8" in self.tensors:
+            return self["x_u8"].float() / 255
+        coarse, fine = self["x_a_u8"], self["x_b_u8"]
+        for axis in (2, 3, 4):
+            coarse = coarse.repeat_interleave(4, dim=axis)
+        return (coarse.float() + fine.repeat(1, 1, 4, 4, 4).float()) / 510
+
+    def checkpoint(self) -> dict[str, Any]:
+        """checkpoint.pth as the authors wrote it; MiM's pickles an argparse.Namespace."""
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(self.path / "checkpoint.pth", map_location="cpu", weights_only=True)
+
+    def state_dict(self, prefix: str = "") -> dict[str, Tensor]:
+        """The model's tensors, those under `prefix` with the prefix taken off."""
+        content = self.checkpoint()
+        weights = next(content[key] for key in ("state_dict", "model", "student") if key in content)
+        return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+
+    def tolerance(self, name: str) -> float:
+        """Largest allowed |difference|: float32 rounding relative to the tensor, or five times the noise that was
+        measured between the authors' float32 and float64 results."""
+        noise = self.meta["noise"].get(name, {}).get("max_abs_err", 0.0)
+        return max(1e-5 + 1e-5 * self[name].abs().max().item(), 5 * noise)
+
+    def check(self, name: str, ours: Tensor, recorded: Tensor | None = None) -> None:
+        """Asserts that `ours` equals the recorded tensor (or the given part of it) within the tolerance."""
+        recorded = self[name] if recorded is None else recorded
+        assert ours.shape == recorded.shape, f"{name}: {tuple(ours.shape)} instead of {tuple(recorded.shape)}"
+        error = (ours.detach() - recorded).abs().max().item()
+        assert error <= self.tolerance(name), f"{name}: off by {error:.2e}, tolerance {self.tolerance(name):.2e}"

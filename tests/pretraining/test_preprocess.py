@@ -1,0 +1,559 @@
+"""Raw images, with labels, without, and broken, become the arrays that pretraining reads."""
+
+import json
+import logging
+import re
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from filelock import FileLock
+from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining import preprocess
+from nnunetv2_hiendmae.pretraining.cases import read_raw_dataset
+from nnunetv2_hiendmae.pretraining.fingerprint import body_mask, ensure_fingerprint
+from nnunetv2_hiendmae.pretraining.preprocess import PreprocessSummary, preprocess_datasets
+
+PLANS = "HiEndMAEPretrain"
+# what nnU-Net's own extractor writes, and the marker that the label-free one adds
+FINGERPRINT_KEYS = {
+    "spacings",
+    "shapes_after_crop",
+    "foreground_intensity_properties_per_channel",
+    "median_relative_size_after_cropping",
+}
+
+
+def run(*datasets, spacing=(3, 3, 3), processes=1, **settings) -> PreprocessSummary:
+    return preprocess_datasets(datasets, spacing_mm=spacing, num_processes=processes, **settings)
+
+
+def make(nnunet, number=1, **kwargs):
+    return make_dataset(nnunet, number, **{"cases": 2, "with_labels": False, **kwargs})
+
+
+def image(nnunet, name, case=0, channel=0, ending=".nii.gz"):
+    return nnunet.raw / name / "imagesTr" / f"case_{case:03d}_{channel:04d}{ending}"
+
+
+def folder(nnunet, name, plans=PLANS):
+    return nnunet.preprocessed / name / f"{plans}_3d_fullres"
+
+
+def arrays(nnunet, name, plans=PLANS):
+    """Case -> array, read by nnU-Net as its trainers do."""
+    data = infer_dataset_class(str(folder(nnunet, name, plans)))(str(folder(nnunet, name, plans)))
+    assert isinstance(data, nnUNetDatasetBlosc2)
+    return {case: data.load_case(case)[0][:] for case in data.identifiers}
+
+
+def write_image(path, array, spacing=(1.5, 1.5, 1.5)):
+    volume = sitk.GetImageFromArray(array.astype(np.float32))
+    volume.SetSpacing(spacing[::-1])
+    sitk.WriteImage(volume, str(path))
+
+
+def edit_json(nnunet, name, **changes):
+    path = nnunet.raw / name / "dataset.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
+def tree(root):
+    """Every file below `root` with its content."""
+    return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def few_samples(monkeypatch):
+    """nnU-Net's extractor draws 10^8 voxels whatever the dataset: too many for a test."""
+    original = DatasetFingerprintExtractor.__init__
+
+    def patched(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 10000
+
+    monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", patched)
+
+
+# ---- what comes out
+
+
+def test_unlabelled_ct(nnunet):
+    name = make(nnunet, spacing=(1.5, 3.0, 1.5))
+    raw = tree(nnunet.raw)
+    assert run(1) == PreprocessSummary(2, 0, ())
+    assert tree(nnunet.raw) == raw
+    fingerprint = json.loads((nnunet.preprocessed / name / "dataset_fingerprint.json").read_text())
+    assert set(fingerprint) == FINGERPRINT_KEYS | {"hiendmae_label_free"}
+    assert fingerprint["hiendmae_label_free"] is True
+    assert fingerprint["spacings"] == [[1.5, 3.0, 1.5]] * 2
+    assert fingerprint["shapes_after_crop"] == [[32, 34, 30]] * 2
+    cases = arrays(nnunet, name)
+    assert set(cases) == {"case_000", "case_001"}
+    for array in cases.values():
+        assert array.shape == (1, 16, 34, 15)
+        # the default method's window, [-175, 250] HU, became [0, 1]
+        assert array.min() == 0 and array.max() == 1
+    source, _ = SimpleITKIO().read_images([str(image(nnunet, name))])
+    run(1, spacing=(1.5, 3.0, 1.5), plans_name="Same")
+    expected = (np.clip(source, -175, 250) + 175) / 425
+    np.testing.assert_allclose(arrays(nnunet, name, "Same")["case_000"], expected, atol=1e-6)
+    # imagesTs is never touched, nothing but cases lies in the folder, no temporary is left
+    assert {p.name for p in folder(nnunet, name).iterdir()} == {
+        f"case_{i:03d}{end}" for i in range(2) for end in (".b2nd", "_seg.b2nd", ".pkl")
+    }
+    assert not list(nnunet.preprocessed.rglob("*.partial"))
+
+
+def test_statistics_are_of_body_voxels(nnunet):
+    name = make(nnunet, cases=1, channels=("CT", "PET"))
+    fingerprint, broken = ensure_fingerprint(read_raw_dataset(name), 1)
+    assert broken == []
+    ct, pet = (fingerprint["foreground_intensity_properties_per_channel"][c] for c in "01")
+    source, _ = SimpleITKIO().read_images([str(image(nnunet, name, channel=c)) for c in range(2)])
+    body = source[0][source[0] > -500]
+    assert ct["min"] >= -500
+    assert ct["mean"] == pytest.approx(body.mean(), abs=1)
+    assert ct["percentile_99_5"] == pytest.approx(np.percentile(body, 99.5), abs=3)
+    assert pet["min"] >= source[1].mean()
+    assert set(ct) == {"mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"}
+
+
+def test_body_mask_is_never_empty():
+    assert body_mask(np.full((2, 2, 2), -1000.0), "CT").all()
+    assert body_mask(np.full((2, 2, 2), 7.0), "T1").all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [("CT",), ("T1", "T2")])
+def test_labels_change_nothing(nnunet, few_samples, channels):
+    one, other = (
+        make(nnunet, i, channels=channels, with_labels=labelled, name=n)
+        for i, labelled, n in ((1, False, "Without"), (2, True, "With"))
+    )
+    # images with a black frame, so that cropping and its mask matter
+    for name in (one, other):
+        for case in range(2):
+            for channel in range(len(channels)):
+                path = image(nnunet, name, case, channel)
+                array = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+                write_image(path, np.pad(array[6:-6, 6:-6, 6:-6], 6))
+    for case in range(2):
+        seg = np.zeros((32, 34, 30))
+        seg[8:12, 8:12, 8:12] = 1 + case
+        write_image(nnunet.raw / other / "labelsTr" / f"case_{case:03d}.nii.gz", seg)
+    run(1, 2)
+    fingerprints = [
+        json.loads((nnunet.preprocessed / n / "dataset_fingerprint.json").read_text()) for n in (one, other)
+    ]
+    assert "hiendmae_label_free" in fingerprints[0]
+    assert set(fingerprints[1]) == FINGERPRINT_KEYS
+    without, with_labels = arrays(nnunet, one), arrays(nnunet, other)
+    for case in ("case_000", "case_001"):
+        np.testing.assert_array_equal(without[case], with_labels[case])
+        assert without[case].shape[1:] == (10, 11, 9)
+    for end in ("_seg.b2nd", ".pkl"):
+        assert (folder(nnunet, one) / f"case_000{end}").read_bytes() == (
+            folder(nnunet, other) / f"case_000{end}"
+        ).read_bytes()
+
+
+def test_labels_for_some_cases_are_not_used(nnunet):
+    name = make(nnunet, with_labels=True)
+    (nnunet.raw / name / "labelsTr" / "case_001.nii.gz").unlink()
+    run(1)
+    assert json.loads((nnunet.preprocessed / name / "dataset_fingerprint.json").read_text())["hiendmae_label_free"]
+
+
+@pytest.mark.slow
+def test_broken_label_does_not_stop_pretraining(nnunet, few_samples, caplog):
+    name = make(nnunet, with_labels=True)
+    (nnunet.raw / name / "labelsTr" / "case_001.nii.gz").write_bytes(b"")
+    assert run(1).done == 2
+    assert "--verify_dataset_integrity" in caplog.text
+    assert json.loads((nnunet.preprocessed / name / "dataset_fingerprint.json").read_text())["hiendmae_label_free"]
+
+
+def test_ct_without_window_must_not_see_labels(nnunet, tmp_path):
+    name = make(nnunet, with_labels=True)
+    write_fingerprint(nnunet, name, cases=2)
+    encoder = save_tiny_encoder(tmp_path / "encoder.safetensors", window_hu=None)
+    with pytest.raises(UserError, match=r"must not see labels; give --window"):
+        run(1, like=encoder)
+    write_fingerprint(nnunet, name, cases=2, extra={"hiendmae_label_free": True})
+    assert run(1, like=encoder).done == 2
+
+
+def test_incomplete_dataset_json(nnunet):
+    name = make(nnunet)
+    edit_json(nnunet, name, labels=None, numTraining=None)
+    raw = tree(nnunet.raw)
+    assert run(1).done == 2
+    assert tree(nnunet.raw) == raw
+    completed = json.loads((nnunet.preprocessed / name / "dataset.json").read_text())
+    assert completed["labels"] == {"background": 0} and completed["numTraining"] == 2
+
+
+def test_existing_fingerprint_is_reused(nnunet):
+    name = make(nnunet)
+    path = write_fingerprint(nnunet, name, cases=2)
+    before = path.read_bytes()
+    run(1)
+    assert path.read_bytes() == before
+
+
+def test_fingerprint_that_was_cut_short_is_made_anew(nnunet):
+    name = make(nnunet)
+    path = write_fingerprint(nnunet, name)
+    path.write_text(path.read_text()[:50])
+    run(1)
+    assert json.loads(path.read_text())["hiendmae_label_free"]
+
+
+def test_paths_listed_in_dataset_json(nnunet):
+    name = make(nnunet)
+    elsewhere = nnunet.root / "elsewhere"
+    shutil.move(nnunet.raw / name / "imagesTr", elsewhere)
+    entry = {"images": [str(elsewhere / "case_001_0000.nii.gz")]}
+    edit_json(nnunet, name, dataset={"scan": entry})
+    with pytest.raises(UserError, match="has no 'label'; nnU-Net needs"):
+        run(1)
+    edit_json(nnunet, name, dataset={"scan": {**entry, "label": ""}})
+    assert run(1) == PreprocessSummary(1, 0, ())
+    assert set(arrays(nnunet, name)) == {"scan"}
+
+
+# ---- settings
+
+
+def test_explicit_settings_win_over_an_encoder_file(nnunet, tmp_path):
+    name = make(nnunet)
+    encoder = save_tiny_encoder(
+        tmp_path / "e.safetensors",
+        spacing_mm=(2.0, 2.5, 3.0),
+        window_hu=(-1000.0, 1000.0),
+        image_reader_writer="NibabelIOWithReorient",
+    )
+    preprocess_datasets([1], like=encoder, num_processes=1, plans_name="Like")
+    plans = json.loads((nnunet.preprocessed / name / "Like.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["spacing"] == [2.0, 2.5, 3.0]
+    assert configuration["patch_size"] == list(TINY.img_size)
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient"
+    assert plans["foreground_intensity_properties_per_channel"]["0"]["percentile_00_5"] == -1000
+    preprocess_datasets(
+        [1], like=str(encoder), spacing_mm=[3, 3, 3], window_hu=[-50, 50], num_processes=1, plans_name="Given"
+    )
+    plans = json.loads((nnunet.preprocessed / name / "Given.json").read_text())
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [3, 3, 3]
+    assert plans["foreground_intensity_properties_per_channel"]["0"]["percentile_99_5"] == 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"like": "no_such_method"}, r"neither a method \(hiendmae, .*\) nor an existing encoder file"),
+        ({"spacing": (3, 0, 3)}, "check --spacing"),
+        ({"spacing": (3, 3)}, "check --spacing"),
+        ({"window_hu": (250, -175)}, "check --spacing and --window"),
+        ({"processes": 0}, "at least one of each"),
+        ({"plans_name": "a/b"}, "plans name"),
+    ],
+)
+def test_bad_settings(nnunet, settings, message):
+    make(nnunet)
+    with pytest.raises(UserError, match=message):
+        run(1, **settings)
+
+
+def test_other_channels_keep_nnunets_normalisation_and_this_is_said_once(nnunet, caplog):
+    one, other = (make(nnunet, i, channels=("CT", "T1")) for i in (1, 2))
+    run(1, 2)
+    assert [r.levelname for r in caplog.records if "nnU-Net's normalisation stays for: T1" in r.message] == ["WARNING"]
+    for name in (one, other):
+        ct, t1 = arrays(nnunet, name)["case_000"]
+        assert ct.min() == 0 and ct.max() == 1
+        assert abs(t1.mean()) < 0.1 and t1.min() < -1
+
+
+@pytest.mark.parametrize("channels", [("CT", "T1"), ("T1",)])
+def test_datasets_need_the_same_channels(nnunet, channels):
+    make(nnunet, 1)
+    make(nnunet, 2, channels=channels)
+    with pytest.raises(UserError, match=r"Dataset001_Toy has the channels CT and Dataset002_Toy has .*T1"):
+        run(1, 2)
+    assert not list(nnunet.preprocessed.rglob("*.json"))
+
+
+def test_a_dataset_given_twice_is_one(nnunet):
+    name = make(nnunet)
+    assert run(1, name).done == 2
+
+
+# ---- running again
+
+
+@pytest.mark.slow
+def test_parallel_equals_serial_and_names_what_is_broken(nnunet):
+    name = make(nnunet, cases=4)
+    truncate(image(nnunet, name, 1))
+    parallel = run(1, processes=2, plans_name="Parallel")
+    assert (parallel.done, [case for _, case, _ in parallel.broken]) == (3, ["case_001"])
+    assert run(1) == parallel
+    for case, array in arrays(nnunet, name).items():
+        np.testing.assert_array_equal(array, arrays(nnunet, name, "Parallel")[case])
+
+
+def test_an_interrupted_run_goes_on(nnunet):
+    name = make(nnunet, cases=3)
+    assert run(1) == PreprocessSummary(3, 0, ())
+    # as a killed process leaves it: one case not begun, one without its image, rubbish in the hidden folder
+    for end in (".b2nd", "_seg.b2nd", ".pkl"):
+        (folder(nnunet, name) / f"case_000{end}").unlink()
+    (folder(nnunet, name) / "case_001.b2nd").unlink()
+    partial = nnunet.preprocessed / name / f".{PLANS}_3d_fullres.partial"
+    partial.mkdir()
+    (partial / "case_000.b2nd").write_bytes(b"half")
+    kept = folder(nnunet, name) / "case_002.b2nd"
+    stamp = kept.stat().st_mtime_ns
+    assert run(1) == PreprocessSummary(2, 1, ())
+    assert kept.stat().st_mtime_ns == stamp
+    assert not partial.exists()
+    assert set(arrays(nnunet, name)) == {"case_000", "case_001", "case_002"}
+    assert run(1) == PreprocessSummary(0, 3, ())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"spacing": (2, 3, 3)}, r"spacing \[3.0, 3.0, 3.0\], now \[2.0, 3.0, 3.0\]"),
+        ({"window_hu": (-1000, 1000)}, "CT window"),
+    ],
+)
+def test_other_settings_never_mix_with_existing_cases(nnunet, settings, told):
+    name = make(nnunet)
+    run(1)
+    before = tree(nnunet.preprocessed)
+    with pytest.raises(UserError, match=rf"made with other settings: {told}.*choose another name with -p or delete"):
+        run(1, **settings)
+    assert tree(nnunet.preprocessed) == before
+    # without cases there is nothing to protect
+    shutil.rmtree(folder(nnunet, name))
+    assert run(1, **settings) == PreprocessSummary(2, 0, ())
+
+
+def test_other_reader_never_mixes_with_existing_cases(nnunet, tmp_path):
+    make(nnunet)
+    run(1)
+    encoder = save_tiny_encoder(tmp_path / "e.safetensors", image_reader_writer="NibabelIOWithReorient")
+    with pytest.raises(UserError, match="reader SimpleITKIO, now NibabelIOWithReorient"):
+        run(1, like=encoder, window_hu=(-175, 250))
+
+
+@pytest.mark.parametrize("foreign", [{}, {"hiendmae": {}}])
+def test_plans_of_others_are_left_alone(nnunet, foreign):
+    name = make(nnunet)
+    run(1)
+    plans = nnunet.preprocessed / name / f"{PLANS}.json"
+    content = {**json.loads(plans.read_text()), **foreign}
+    if not foreign:
+        content["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "PlainConvUNet"
+    plans.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="choose another name with -p"):
+        run(1)
+    assert json.loads(plans.read_text()) == content
+
+
+def test_two_processes_do_not_share_a_folder(nnunet):
+    name = make(nnunet)
+    (nnunet.preprocessed / name).mkdir()
+    with (
+        FileLock(nnunet.preprocessed / name / f".{PLANS}.lock"),
+        pytest.raises(UserError, match="another process is preprocessing"),
+    ):
+        run(1)
+
+
+def test_full_disk(nnunet):
+    name = make(nnunet, cases=1, shape=(48, 48, 48))
+    ensure_fingerprint(read_raw_dataset(name), 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot write case_000 .*run the same command again"):
+            run(1, spacing=(1.5, 1.5, 1.5))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(folder(nnunet, name).iterdir())
+    assert not list(nnunet.preprocessed.rglob("*.partial"))
+    assert run(1, spacing=(1.5, 1.5, 1.5)).done == 1
+
+
+def test_folder_that_cannot_be_written(nnunet):
+    make(nnunet)
+    nnunet.preprocessed.rmdir()
+    nnunet.preprocessed.write_text("a file where a folder should be")
+    with pytest.raises(UserError, match=r"cannot write to .* choose a writable nnUNet_preprocessed"):
+        run(1)
+
+
+# ---- broken input
+
+NOISE = np.random.default_rng(0).normal(0, 100, (32, 34, 30)).astype(np.float32)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def with_value(value):
+    array = NOISE.copy()
+    array[3:5, 3, 3] = value
+    return array
+
+
+def write_4d(path):
+    volumes = [sitk.GetImageFromArray(NOISE)] * 3
+    sitk.WriteImage(sitk.JoinSeries(volumes), str(path))
+
+
+BROKEN = {
+    "truncated": (truncate, "truncated or damaged"),
+    "empty": (lambda p: p.write_bytes(b""), "Unable to determine ImageIO reader"),
+    "garbage": (lambda p: p.write_bytes(bytes(range(256)) * 40), "Unable to determine ImageIO reader"),
+    "4d": (write_4d, r"shape \(3, 32, 34, 30\), needed 1 channel"),
+    "nan": (lambda p: write_image(p, with_value(np.nan)), "2 voxels are NaN or infinite"),
+    "inf": (lambda p: write_image(p, with_value(-np.inf)), "2 voxels are NaN or infinite"),
+    "constant": (lambda p: write_image(p, np.zeros((32, 34, 30))), "every voxel is 0"),
+    "thin": (lambda p: write_image(p, NOISE[:1], (0.5, 1.5, 1.5)), r"become \(0, 17, 15\) at the target spacing"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("fingerprint_exists", [False, True])
+def test_a_broken_case_is_named_and_the_rest_goes_on(nnunet, caplog, capfd, kind, fingerprint_exists):
+    name = make(nnunet, cases=3)
+    if fingerprint_exists:
+        ensure_fingerprint(read_raw_dataset(name), 1)
+    spoil, reason = BROKEN[kind]
+    # the first case, the one from which nnU-Net takes the reader
+    spoil(image(nnunet, name, 0))
+    summary = run(1)
+    assert (summary.done, summary.skipped) == (2, 0)
+    ((dataset, case, told),) = summary.broken
+    assert (dataset, case) == (name, "case_000")
+    assert re.search(reason, told), told
+    assert "\n" not in told
+    assert [r.levelno for r in caplog.records if told in r.getMessage()] == [logging.WARNING]
+    assert "Traceback" not in capfd.readouterr().err
+    assert set(arrays(nnunet, name)) == {"case_001", "case_002"}
+    again = run(1)
+    assert (again.done, again.skipped, len(again.broken)) == (0, 2, 1)
+
+
+def test_nan_in_a_format_that_keeps_it(nnunet):
+    name = make(nnunet, cases=2)
+    for case in range(2):
+        array = sitk.ReadImage(str(image(nnunet, name, case)))
+        sitk.WriteImage(array, str(image(nnunet, name, case, ending=".nrrd")))
+    edit_json(nnunet, name, file_ending=".nrrd")
+    write_image(image(nnunet, name, 1, ending=".nrrd"), with_value(np.nan))
+    assert run(1) == PreprocessSummary(1, 0, ((name, "case_001", "2 voxels are NaN or infinite"),))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda p: p.with_name("case_000_0000.nii.gz").unlink(), "case_000_0000.nii.gz is missing"),
+        (lambda p: p.unlink(), r"array of shape \(1, 32, 34, 30\), needed 2 channel\(s\) \(T1, T2\)"),
+        (lambda p: p.rename(p.with_name("case_000_0002.nii.gz")), "case_000_0001.nii.gz is missing"),
+        (lambda p: write_image(p, NOISE[:20]), "Not all input images have the same shape"),
+    ],
+)
+def test_broken_channel_files(nnunet, spoil, reason):
+    name = make(nnunet, channels=("T1", "T2"))
+    spoil(image(nnunet, name, 0, 1))
+    summary = run(1)
+    assert summary.done == 1
+    ((_, case, told),) = summary.broken
+    assert case == "case_000"
+    assert re.search(reason, told), told
+
+
+@pytest.mark.parametrize("fingerprint_exists", [False, True])
+def test_nothing_but_broken_cases(nnunet, fingerprint_exists):
+    name = make(nnunet)
+    if fingerprint_exists:
+        ensure_fingerprint(read_raw_dataset(name), 1)
+    for case in range(2):
+        truncate(image(nnunet, name, case))
+    with pytest.raises(UserError, match=rf"all 2 training images of {name} are broken: case_000 \(.*truncated"):
+        run(1)
+
+
+def test_single_slices_are_refused(nnunet):
+    name = make(nnunet)
+    for case in range(2):
+        write_image(image(nnunet, name, case), NOISE[:1])
+    with pytest.raises(UserError, match=f"every image of {name} is a single slice; 2D is not supported"):
+        run(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"file_ending": ".nrrd"}, r"holds no '\.nrrd' files"),
+        ({"file_ending": None}, 'no "file_ending"'),
+        ({"channel_names": None}, 'no "channel_names"'),
+    ],
+)
+def test_unusable_dataset_json(nnunet, change, message):
+    name = make(nnunet)
+    edit_json(nnunet, name, **change)
+    with pytest.raises(UserError, match=message):
+        run(1)
+
+
+def test_unreadable_datasets(nnunet):
+    name = make(nnunet)
+    shutil.rmtree(nnunet.raw / name / "imagesTr")
+    with pytest.raises(UserError, match="no training images"):
+        run(1)
+    (nnunet.raw / name / "dataset.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        run(1)
+    (nnunet.raw / name / "dataset.json").unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        run(1)
+    with pytest.raises(UserError, match="no dataset '7'"):
+        run(7)
+    with pytest.raises(UserError, match="0 datasets"):
+        run()
+
+
+def test_no_reader_for_the_files(nnunet):
+    name = make(nnunet)
+    for case in range(2):
+        image(nnunet, name, case).rename(image(nnunet, name, case, ending=".xyz"))
+    edit_json(nnunet, name, file_ending=".xyz")
+    with pytest.raises(UserError, match=r"no reader for '\.xyz' files"):
+        run(1)
+
+
+def test_bugs_are_not_called_broken_cases(nnunet, monkeypatch):
+    make(nnunet)
+
+    def bug(*args, **kwargs):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(preprocess._CheckedPreprocessor, "run_case_save", bug)
+    with pytest.raises(KeyError, match="a bug"):
+        run(1)

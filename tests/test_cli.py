@@ -1,0 +1,121 @@
+"""The commands that only tell: env, doctor, methods, presets, inspect; and what every command has in common."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from nnunet_data import save_tiny_encoder
+
+from nnunetv2_hiendmae import cli, environment
+from nnunetv2_hiendmae.architectures import PRESETS
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint
+
+COMMANDS = ["env", "doctor", "methods", "presets", "inspect", "preprocess", "pretrain", "plan", "demo"]
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_env_is_a_line_for_the_shell_that_keeps_other_folders(tmp_path):
+    other = tmp_path / "other trainers"
+    environ = {**os.environ, "nnUNet_extTrainer": str(other)}
+    script = f'eval "$({sys.executable} -m nnunetv2_hiendmae.cli env)" && printf %s "$nnUNet_extTrainer"'
+    out = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=True).stdout
+    assert out.split(os.pathsep) == [str(environment.discovery_folder()), str(other)]
+    # twice is once
+    assert environment.with_discovery(out) == out
+
+
+def test_env_imports_nothing_heavy():
+    code = "import sys; from nnunetv2_hiendmae.cli import main; main(['env']); print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "False"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert "usage: hiendmae" in capsys.readouterr().out
+
+
+def test_methods(capsys):
+    _, out, _ = run(capsys, "methods", "--json")
+    listed = json.loads(out)
+    assert set(listed) == set(METHODS)
+    assert listed["hiendmae"]["options"]["mask_ratio"] == 0.75
+    assert listed["hiendmae"]["recipe"]["betas"] == [0.9, 0.95]
+    _, text, _ = run(capsys, "methods")
+    assert all(m.title in text and m.source in text for m in METHODS.values())
+
+
+def test_presets(capsys):
+    _, out, _ = run(capsys, "presets", "--json")
+    listed = json.loads(out)
+    assert set(listed) == set(PRESETS)
+    # METHODS §2: the released encoder, its position table counted
+    assert listed["vit_hiend_p12"]["parameters"] == 342_638_592 + 512 * 1536
+    _, text, _ = run(capsys, "presets")
+    assert len(text.splitlines()) == 1 + len(PRESETS)
+
+
+def test_inspect(capsys, tmp_path):
+    file = save_tiny_encoder(tmp_path / "encoder.safetensors")
+    code, out, _ = run(capsys, "inspect", str(file), "--json")
+    about = json.loads(out)
+    assert code == 0 and about["kind"] == "encoder file" and about["method"] == "hiendmae"
+    assert about["loads"].endswith("0 adapted, 0 dropped") and about["spacing_mm"] == [1.5, 1.5, 1.5]
+    save_checkpoint(tmp_path, {"step": 7, "method": {"x": torch.zeros(3)}, "optimizer": {}, "precision": {}})
+    _, out, _ = run(capsys, "inspect", str(tmp_path / "checkpoint_latest.pth"))
+    assert "step: 7" in out
+    (tmp_path / "run.json").write_text("{}")
+    _, out, _ = run(capsys, "inspect", str(tmp_path), "--json")
+    assert json.loads(out)["encoder"]["kind"] == "encoder file"
+
+
+@pytest.mark.parametrize("content", [None, b"garbage"])
+def test_inspect_of_something_else(capsys, tmp_path, content):
+    file = tmp_path / "x.bin"
+    if content:
+        file.write_bytes(content)
+    code, out, err = run(capsys, "inspect", str(file))
+    assert code == 2 and not out and len(err.strip().splitlines()) == 1
+
+
+def test_doctor(capsys, monkeypatch, nnunet):
+    monkeypatch.setenv(environment.EXT_TRAINER_VARIABLE, environment.with_discovery(None))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 50e9}))
+    code, out, _ = run(capsys, "doctor")
+    assert code == 0, out
+    assert "nnU-Net finds nnUNetTrainer_HiEndMAE" in out
+    monkeypatch.delenv("nnUNet_raw")
+    monkeypatch.delenv(environment.EXT_TRAINER_VARIABLE)
+    code, out, _ = run(capsys, "doctor", "--json")
+    failed = {c["name"]: c["mend"] for c in json.loads(out) if not c["ok"]}
+    assert code == 2 and set(failed) == {"nnUNet_raw", "trainers"}
+    assert failed["trainers"] == 'run: eval "$(hiendmae env)"'
+
+
+@pytest.mark.parametrize("command", [["preprocess", "-d", "1"], ["pretrain", "-d", "1"]])
+def test_without_nnunets_variables(capsys, monkeypatch, command):
+    for variable in environment.NNUNET_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "nnUNet_raw is not set" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "with_discovery", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["env"])

@@ -1,0 +1,128 @@
+"""Encoder files: what comes back, what is refused, and how they fit networks that differ from them."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import nnunetv2_hiendmae
+from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata, save_encoder
+
+SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
+METADATA = EncoderMetadata(
+    SPEC, "hiendmae", (1.5, 1.0, 1.0), (-175.0, 250.0), ("CTNormalization",), ("CT",), citations=("@a{b}",)
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(path, build_encoder(SPEC).state_dict(), METADATA)
+    return path
+
+
+def test_round_trip_through_the_public_functions(file):
+    encoder, metadata = nnunetv2_hiendmae.load_encoder(file)
+    stored = load_file(file)
+    assert all(torch.equal(v, stored[k]) for k, v in encoder.state_dict().items())
+    assert metadata.version and metadata == read_metadata(file)
+    assert {**vars(metadata), "version": ""} == vars(METADATA)
+    image = torch.rand(2, 1, 16, 16, 24)
+    tokens, taps = encoder(image, torch.tensor([[0, 5, 2], [11, 3, 4]]))
+    assert tokens.shape == (2, 4, 24) and [t.shape for t in taps] == [(2, 4, 24)] * 3
+    assert nnunetv2_hiendmae.load_report(file).summary() == f"{len(stored)} loaded, 0 adapted, 0 dropped"
+
+
+def test_an_existing_file_survives_a_failed_write(file, monkeypatch):
+    before = file.read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("nnunetv2_hiendmae.weights.encoder_file.save_file", fail)
+    with pytest.raises(UserError, match="no space left"):
+        save_encoder(file, build_encoder(SPEC).state_dict(), METADATA)
+    assert file.read_bytes() == before
+    assert [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p.unlink(), "no encoder file"),
+        (lambda p: p.write_bytes(b"garbage"), "not a readable encoder file"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-100]), "not a readable encoder file"),
+        (lambda p: save_file({"x": torch.zeros(1)}, p), "not an encoder file of ours"),
+        (lambda p: save_file(load_file(p), p, metadata={"hiendmae": "{}"}), "not a readable encoder file"),
+        (lambda p: save_file(load_file(p), p, metadata={"hiendmae": json.dumps([1])}), "not a readable encoder file"),
+    ],
+)
+def test_what_is_no_encoder_file(file, make, message):
+    make(file)
+    with pytest.raises(UserError, match=message):
+        nnunetv2_hiendmae.load_encoder(file)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_changed_tensors_never_load_silently(file, data):
+    """Deleting, renaming or reshaping any tensor is refused, and the message names one that is wrong."""
+    state = load_file(file)
+    name = data.draw(st.sampled_from(sorted(state)))
+    change = data.draw(st.sampled_from(["delete", "rename", "reshape", "add"]))
+    tensor = state[name] if change == "add" else state.pop(name)
+    if change == "rename":
+        state[f"{name}_"] = tensor
+    elif change == "reshape":
+        state[name] = torch.zeros(*tensor.shape, 2)
+    elif change == "add":
+        state["extra"] = torch.zeros(1)
+    broken = file.with_name("broken.safetensors")
+    save_encoder(broken, state, METADATA)
+    with pytest.raises(UserError, match="extra" if change == "add" else name.replace(".", r"\.")):
+        nnunetv2_hiendmae.load_encoder(broken)
+
+
+def test_fits_more_channels_another_grid_and_no_cls(file):
+    source, _ = nnunetv2_hiendmae.load_encoder(file)
+    target = build_encoder(SPEC.with_(in_channels=3, img_size=(32, 16, 24), cls_token=False, pos_embed="learned"))
+    report = load_into(target, file)
+    assert {r.source for r in report.with_status("adapted")} == {"patch_embed.proj.weight", "pos_embed"}
+    assert [r.source for r in report.with_status("dropped")] == ["cls_token"]
+    assert len(report.records) == len(source.state_dict())
+    # the same image in all three channels gives what the one channel gave
+    image = torch.rand(1, 1, 16, 16, 24)
+    ours = target.patch_embed.proj(image.expand(-1, 3, -1, -1, -1))
+    torch.testing.assert_close(ours, source.patch_embed.proj(image), rtol=1e-5, atol=1e-6)
+    assert target.pos_embed.requires_grad and target.pos_embed.shape == (1, 4 * 2 * 3, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 5, "taps": (1, 2, 3)}, "depth 4 in the file, 5 in the plans"),
+        ({"embed_dim": 48}, "embed_dim 24 in the file, 48"),
+        ({"num_heads": 4}, "num_heads 2 in the file, 4"),
+        ({"patch_size": (8, 8, 4)}, "patch_size"),
+    ],
+)
+def test_another_architecture_is_refused(file, changes, message):
+    target = build_encoder(SPEC.with_(**changes))
+    before = {k: v.clone() for k, v in target.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        load_into(target, file)
+    assert all(torch.equal(before[k], v) for k, v in target.state_dict().items())
+
+
+def test_two_channels_do_not_fit_three(tmp_path):
+    spec = SPEC.with_(in_channels=2)
+    path = tmp_path / "two.safetensors"
+    save_encoder(path, build_encoder(spec).state_dict(), EncoderMetadata(spec, "mae3d", None, None, (), ()))
+    with pytest.raises(UserError, match="2 input channels, the dataset 3"):
+        load_into(build_encoder(SPEC.with_(in_channels=3)), path)
