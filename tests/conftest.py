@@ -1,7 +1,12 @@
 """Fixtures for all tests; also lets tests in sub-folders import the helper modules beside this file."""
 
+import os
 import sys
 from pathlib import Path
+
+# before torch is imported, and for every process that a test starts: the tests' tensors are tiny, and threads that
+# wait for each other on busy cores are many times slower than one (OMP_THREAD_LIMIT holds against set_num_threads)
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS"), "1"))
 
 import pytest
 

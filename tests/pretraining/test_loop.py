@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,19 +105,42 @@ def cli_arguments(method: str, run_dir: Path, *more: str) -> list[str]:
 
 
 def environment(nnunet) -> dict[str, str]:
-    return {**os.environ, **nnunet.environment, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **nnunet.environment}
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
 
 
 @pytest.mark.slow
-@methods
-def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "shapes"),
+    [
+        pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
+        pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
+        pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
+    ],
+)
+def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, shapes):
     """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1)."""
     one = tmp_path / "one"
     subprocess.run([*CLI, *cli_arguments(method, one)], env=environment(nnunet), check=True)
     two = tmp_path / "two"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--master-addr",
+        "127.0.0.1",
+        "--master-port",
+        free_port(),
+    ]
     module = ["-m", "nnunetv2_hiendmae.cli", *cli_arguments(method, two)]
-    subprocess.run([*launcher, *module], env=environment(nnunet), check=True)
+    launches = [[*launcher, *shape, *module] for shape in shapes]
+    running = [subprocess.Popen(launch, env=environment(nnunet)) for launch in launches]
+    assert [process.wait(timeout=300) for process in running] == [0] * len(shapes)
     assert losses(read_log(two)) == pytest.approx(losses(read_log(one)), abs=1e-6)
     assert len(read_log(two)) == 9
 

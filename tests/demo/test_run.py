@@ -1,0 +1,103 @@
+"""The demo from end to end, and what it says when something is in the way."""
+
+import json
+import os
+import sys
+
+import pytest
+
+from nnunetv2_hiendmae.demo.process import Runner, console_script
+from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
+from nnunetv2_hiendmae.errors import UserError
+
+SMALLEST = {
+    "pretrain_epochs": 2,
+    "steps_per_epoch": 2,
+    "pretrain_batch_size": 2,
+    "finetune_epochs": 2,
+    "iterations_per_epoch": 1,
+    "decoder_width": 4,
+    "spacing_mm": (5.0, 5.0, 5.0),
+}
+
+
+@pytest.mark.slow
+def test_demo_from_end_to_end(tmp_path):
+    output, said = tmp_path / "demo", []
+    results = run_demo(output, say=said.append, **SMALLEST)
+
+    assert results == json.loads((output / RESULTS_FILE).read_text())
+    assert results["pretraining"]["steps"] == 4
+    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == {"pretrained": 2, "scratch": 2}
+    for run in results["dice"].values():
+        assert set(run["per_class"]) == {
+            "spleen", "liver", "stomach", "kidney", "aorta", "vertebrae", "back_muscle"
+        }  # fmt: skip
+        assert run["per_class"]["kidney"] is None  # patient B's volume holds none
+        assert 0 <= run["mean"] <= 1
+    assert results["seconds"].keys() == results["peak_gb_of_largest_process"].keys()
+    assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 12
+
+    for picture in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
+        assert (output / picture).stat().st_size > 5_000
+    report = (output / "report.md").read_text(encoding="utf-8")
+    for words in ("TotalSegmentator's output, not human truth", "| liver |", "held-out", "One seed"):
+        assert words in report
+    for link in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
+        assert f"]({link})" in report
+
+    with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
+        run_demo(output)
+
+
+def test_foreign_folder_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="not a demo's"):
+        run_demo(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_file_as_output_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        run_demo(tmp_path / "file")
+
+
+def test_interrupted_demo_starts_anew(tmp_path):
+    (tmp_path / SETTINGS_FILE).write_text("{}")
+    mine = tmp_path / "elsewhere" / "image.nii.gz"
+    mine.parent.mkdir()
+    mine.touch()
+    (tmp_path / "nnUNet_raw").mkdir()
+    (tmp_path / "nnUNet_raw" / "Dataset001_Mine").symlink_to(mine.parent)
+    claim(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [SETTINGS_FILE, "elsewhere"]
+    assert mine.exists()  # data is linked, and must outlive the link
+
+
+def test_impossible_budget(tmp_path):
+    with pytest.raises(UserError, match="finetune_epochs is 0"):
+        run_demo(tmp_path / "demo", finetune_epochs=0)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_unknown_method(tmp_path):
+    with pytest.raises(UserError, match="unknown method 'simclr'"):
+        run_demo(tmp_path / "demo", method="simclr")
+    assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+def test_failing_phase_names_its_log(tmp_path):
+    runner = Runner(tmp_path / "logs", dict(os.environ), say=lambda _: None)
+    with pytest.raises(UserError, match=r"phase 'look'.*encoder\.safetensors.*01_look\.log"):
+        runner.ours("look", "inspect", tmp_path / "encoder.safetensors")
+    with pytest.raises(RuntimeError, match=r"(?s)exit code 2: nnUNetv2_train.*01_train\.log.*required"):
+        runner.stock("train", "nnUNetv2_train")
+    assert not runner.phases
+
+
+def test_missing_console_script():
+    with pytest.raises(UserError, match="no command nnUNetv2_dance"):
+        console_script("nnUNetv2_dance")
+    assert console_script("nnUNetv2_train").startswith(os.path.dirname(sys.executable))  # noqa: PTH120

@@ -1,0 +1,101 @@
+"""What holds for the files of the repository."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_hiendmae.demo.datasets import EMBEDDED_DATA
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "nnunetv2_hiendmae"
+TEXT = {".py", ".md", ".toml", ".cff", ".yml", ".yaml", ".json", ".sh", ".cfg", ".txt", ""}
+SKIPPED = {
+    ".git",
+    ".venv",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+    "build",
+    "dist",
+    "demo_output",
+    "__pycache__",
+}
+MEGABYTE = 1_000_000
+LONGEST_MODULE = 300
+# spelled in pieces, so that this file passes its own test
+MACHINE_PATH = re.compile(r"(?<![\w.<$}])/(?:ro" + r"ot|wo" + r"rk|ho" + r"me/\w+|Us" + r"ers/\w+|opt/py\w+)/")
+REGISTRY = re.compile("py" + r"pi\.org|pythonhosted\.or" + "g|index-" + "url|anaconda" + r"\.org")
+
+
+def text_files() -> list[Path]:
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:  # an unpacked archive has no index
+        files = [p for p in ROOT.rglob("*") if p.is_file()]
+    else:
+        files = [ROOT / name for name in listed.stdout.split("\0") if name]
+    return [
+        p for p in files if p.is_file() and p.suffix in TEXT and not SKIPPED & set(p.relative_to(ROOT).parts)
+        and not any(part.endswith(".egg-info") for part in p.parts)
+    ]  # fmt: skip
+
+
+def size(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_no_machine_paths_or_registry_hosts():
+    found = []
+    for path in text_files():
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if MACHINE_PATH.search(line) or REGISTRY.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not found, "\n".join(found)
+
+
+def test_embedded_data_is_small_and_its_origin_is_named():
+    assert size(EMBEDDED_DATA) <= 12 * MEGABYTE
+    notice = (EMBEDDED_DATA / "NOTICE").read_text(encoding="utf-8")
+    for word in ("TotalSegmentator", "pyradiomics", "slicerio", "Apache", "BSD-3-Clause", "MIT", "not human truth"):
+        assert word in notice
+    for image in EMBEDDED_DATA.rglob("*_0000.nii.gz"):
+        case = image.name.removesuffix("_0000.nii.gz")
+        assert re.search(rf"\b{case}\b", notice.replace("A_z0-2", "")), f"NOTICE does not name {case}"
+
+
+def test_fixtures_are_small():
+    assert size(ROOT / "tests" / "fixtures") <= 15 * MEGABYTE
+
+
+def test_modules_are_short():
+    long = {
+        p.name: n
+        for p in PACKAGE.rglob("*.py")
+        if (n := len(p.read_text(encoding="utf-8").splitlines())) > LONGEST_MODULE
+    }
+    assert not long
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_commands_in_the_docs_exist(page):
+    used = set(re.findall(r"(?:^|[`(]|\$\()hiendmae ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
+    shown = subprocess.run(
+        [sys.executable, "-m", "nnunetv2_hiendmae.cli", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert not {command for command in used if not re.search(rf"\b{command}\b", shown)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs"])
+def test_links_between_pages_lead_somewhere(page):
+    pages = sorted((ROOT / page).glob("*.md")) if (ROOT / page).is_dir() else [ROOT / page]
+    broken = []
+    for path in pages:
+        targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", path.read_text(encoding="utf-8"))
+        broken += [f"{path.name} -> {target}" for target in targets if not (path.parent / target).exists()]
+    assert not broken
