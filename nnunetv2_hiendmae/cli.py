@@ -6,6 +6,7 @@ import logging
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.INFO)
+    # raised by libraries we import, on torch's account; nothing a user can act on
+    warnings.filterwarnings("ignore", message=".*torch.jit.*", category=FutureWarning)
     try:
         return args.run(args) or 0
     except UserError as e:
