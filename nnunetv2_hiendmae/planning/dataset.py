@@ -19,7 +19,9 @@ from nnunetv2_hiendmae.errors import UserError
 
 # in dataset_fingerprint.json: written by `hiendmae preprocess` from images alone
 LABEL_FREE_KEY = "hiendmae_label_free"
-REQUIRED_KEYS = ("file_ending",)
+# what neither planning nor pretraining can do without; the second name is that of old datasets
+REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
+EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}'
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +36,13 @@ def raw_dataset_json(dataset_name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        raise UserError(f"cannot read {path}, nnU-Net's description of the dataset; see: ls {path.parent}") from e
+        told = f"cannot read {path}, nnU-Net's description of the dataset"
+        raise UserError(f"{told}; write one, e.g. {EXAMPLE_JSON}") from e
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}); mend it, see: python -m json.tool {path}") from e
-    missing = [k for k in REQUIRED_KEYS if k not in content]
-    if "channel_names" not in content and "modality" not in content:
-        missing.append("channel_names")
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}, which nnU-Net needs; add them")
+    for keys in REQUIRED_KEYS:
+        if not any(content.get(k) for k in keys):
+            raise UserError(f'{path} has no "{keys[0]}", which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}')
     return content
 
 

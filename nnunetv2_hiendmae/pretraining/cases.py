@@ -1,7 +1,6 @@
 """The training images of a raw dataset, what makes one of them unusable, and work on all of them at once."""
 
 import io
-import json
 import logging
 import multiprocessing
 import sys
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.planning.dataset import channel_names
+from nnunetv2_hiendmae.planning.dataset import channel_names, raw_dataset_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def read_raw_dataset(name: str) -> RawDataset:
         UserError: dataset.json is missing or incomplete, or there are no training images.
     """
     folder = nnunet_folder("nnUNet_raw") / name
-    dataset_json = _dataset_json(folder / "dataset.json")
+    dataset_json = raw_dataset_json(name)
     # nnU-Net changes what it is given
     listing = deepcopy(dataset_json)
     try:
@@ -109,21 +108,6 @@ def read_raw_dataset(name: str) -> RawDataset:
         {str(case): _images(folder, str(case), files["images"], listing) for case, files in found.items()},
         all(Path(files["label"]).is_file() for files in found.values()),
     )
-
-
-def _dataset_json(path: Path) -> dict[str, Any]:
-    # planning.dataset has a stricter reader: fine-tuning cannot do without labels and numTraining, pretraining can
-    example = '{"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}'
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}, nnU-Net's description of the dataset; write one, e.g. {example}") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); mend it, e.g. {example}") from e
-    for keys in (("channel_names", "modality"), ("file_ending",)):
-        if not any(content.get(k) for k in keys):
-            raise UserError(f'{path} has no "{keys[0]}"; add it, e.g. {example}')
-    return content
 
 
 def _images(folder: Path, case: str, found: list[str], dataset_json: dict[str, Any]) -> tuple[str, ...]:

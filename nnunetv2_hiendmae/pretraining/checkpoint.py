@@ -27,7 +27,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Everything that decides the result of a run; a resumed run must have the same.
+    """What a run computes, and how often it saves.
 
     Args:
         batch_size: crops per optimizer step over all processes and accumulated micro-batches.
@@ -93,6 +93,12 @@ class PretrainSettings:
         """JSON-ready form."""
         return json.loads(json.dumps({**asdict(self), "spec": self.spec.to_dict()}))
 
+    def deciding(self) -> dict[str, Any]:
+        """JSON-ready form of what decides the result; a resumed run must have the same."""
+        return {
+            k: v for k, v in self.to_dict().items() if k not in ("accumulate", "checkpoint_epochs", "picture_epochs")
+        }
+
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
@@ -127,7 +133,7 @@ def claim_run(run_dir: Path, settings: PretrainSettings, resume: bool) -> None:
         return
     if not file.is_file():
         raise UserError(f"nothing to continue in {run_dir} (no {SETTINGS}); run the same command without --c")
-    before, now = json.loads(file.read_text()), settings.to_dict()
+    before, now = json.loads(file.read_text()), settings.deciding()
     differing = [k for k in now if before.get(k) != now[k]]
     if differing:
         told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
@@ -180,6 +186,6 @@ def export_encoder(
         image_reader_writer=volumes.image_reader_writer,
         citations=method.citations,
         licence="that of the images it was trained on; the software is Apache-2.0",
-        training={"step": step, "cases": cases, **{k: v for k, v in settings.to_dict().items() if k != "spec"}},
+        training={"step": step, "cases": cases, **{k: v for k, v in settings.deciding().items() if k != "spec"}},
     )
     save_encoder(run_dir / ENCODER, method.encoder.state_dict(), metadata)

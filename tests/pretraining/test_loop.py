@@ -169,6 +169,21 @@ def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnune
     assert without_speed[0] == without_speed[1]
 
 
+def test_what_does_not_decide_the_result_may_change_when_continuing(preprocessed, tmp_path):
+    run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2_hiendmae.pretraining.loop.draw_reconstruction", _interrupt)
+        run(tmp_path / "stopped", tiny_settings(checkpoint_epochs=1))
+    assert torch.load(tmp_path / "stopped" / CHECKPOINT, weights_only=True)["step"] == 3
+    log = run(tmp_path / "stopped", tiny_settings(checkpoint_epochs=2, picture_epochs=1), resume=True)
+    assert losses(log) == losses(read_log(tmp_path / "whole"))
+    assert (tmp_path / "stopped" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+
+
+def _interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_continuing_a_finished_run_changes_nothing(preprocessed, tmp_path):
     run(tmp_path / "run")
     before = (tmp_path / "run" / ENCODER).read_bytes()
