@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text, write_with
 from nnunetv2_hiendmae.pretraining.data import VolumeFormat
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
@@ -179,6 +180,9 @@ def _wandb_logger(run_dir: Path, resume: bool, config: dict[str, Any]) -> Any:
         return None
     from nnunetv2.training.logging.nnunet_logger import WandbLogger
 
-    wandb = WandbLogger(str(run_dir), resume)
+    try:
+        wandb = WandbLogger(str(run_dir), resume)
+    except RuntimeError as e:
+        raise UserError(f"{WANDB_VARIABLE} is set, but {e} Or run: unset {WANDB_VARIABLE}") from e
     wandb.update_config(config)
     return wandb

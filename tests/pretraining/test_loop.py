@@ -221,6 +221,31 @@ def test_a_run_folder_is_not_overwritten(preprocessed, tmp_path):
     assert (tmp_path / "run" / ENCODER).read_bytes() == before
 
 
+class FakeWandb:
+    """As much of Weights & Biases as nnU-Net's logger touches; remembers what was logged."""
+
+    def __init__(self):
+        self.logged, self.config, self.summary, self.step = [], {}, {}, 0
+
+    def init(self, **_):
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+
+def test_weights_and_biases_through_nnunets_own_logger(preprocessed, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(tmp_path / "without")
+    fake = FakeWandb()
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", fake)
+    log = run(tmp_path / "run")
+    assert [(s, v["loss"]) for s, v in fake.logged if "loss" in v] == [(x["step"], x["loss"]) for x in log]
+    assert fake.config["method"] == "hiendmae"
+
+
 def test_a_run_folder_in_use(preprocessed, tmp_path):
     with locked(tmp_path / "run"), pytest.raises(UserError, match="in use by another process"):
         run(tmp_path / "run")
