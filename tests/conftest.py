@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 # before torch is imported, and for every process that a test starts: the tests' tensors are tiny, and threads that
-# wait for each other on busy cores are many times slower than one (OMP_THREAD_LIMIT holds against set_num_threads)
-os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS"), "1"))
+# spin while they wait for each other on busy cores are many times slower than one. nnUNetv2_train asks for all cores
+# again, hence the passive waiting; OMP_THREAD_LIMIT would stop that, but makes torch's convolutions wait for ever
+os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 import pytest
 
