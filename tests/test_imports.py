@@ -27,7 +27,7 @@ ALLOWED = {
     "planning": {"architectures", "weights", "plans_section", "environment", *BASE},
     "trainers": {"architectures", "weights", "optim", "plans_section", *BASE},
     "evaluation": BASE,
-    "demo": {"evaluation", "planning", "environment", *BASE},
+    "demo": {"evaluation", "plans_section", "environment", *BASE},
     "doctor": {"environment", *BASE},
     "listing": {"architectures", "weights", "pretraining", "planning", *BASE},
     "cli": None,  # everything
