@@ -12,8 +12,7 @@ from pathlib import Path
 
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, enable_discovery, nnunet_folder, with_discovery
 from nnunetv2_hiendmae.errors import UserError
-
-DEFAULT_PRETRAIN_PLANS = "HiEndMAEPretrain"
+from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,7 +77,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
     _datasets(parser)
-    parser.add_argument("-p", dest="plans", default=DEFAULT_PRETRAIN_PLANS, metavar="PLANS", help="name of the plans")
+    parser.add_argument("-p", dest="plans", default=PRETRAIN_PLANS, metavar="PLANS", help="name of the plans")
     parser.add_argument("--like", metavar="METHOD|FILE", help="method or encoder file whose spacing and window to use")
     parser.add_argument("--spacing", type=float, nargs=3, metavar=("D", "H", "W"), help="target spacing in mm")
     parser.add_argument(
@@ -93,7 +92,7 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add(
         "-p",
         dest="plans",
-        default=DEFAULT_PRETRAIN_PLANS,
+        default=PRETRAIN_PLANS,
         metavar="PLANS",
         help="plans the images were preprocessed with",
     )
@@ -123,7 +122,12 @@ def _add_pretrain(parser: argparse.ArgumentParser) -> None:
     add("--set", dest="options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the method")
     add("--seed", type=int, default=0, help="decides initial weights, crops, augmentation and masks")
     add("--workers", type=int, default=4, metavar="N", help="loader processes per process; does not change the losses")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="auto: bf16 on a GPU, else fp32")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        help="auto: bf16 (old GPUs fp16), fp32 on a CPU",
+    )
     add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device")
     add("--checkpoint-every", type=int, default=10, metavar="N", help="epochs between checkpoints")
     add("--pictures-every", type=int, default=10, metavar="N", help="epochs between reconstruction pictures")
@@ -234,14 +238,16 @@ def _preprocess(args: argparse.Namespace) -> int:
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.pretraining.loop import Execution, pretrain
+    from nnunetv2_hiendmae.pretraining.launch import Execution
+    from nnunetv2_hiendmae.pretraining.loop import pretrain
     from nnunetv2_hiendmae.pretraining.request import build_settings, run_name
 
     settings, data = build_settings(args)
+    execution = Execution(args.device, args.workers)
     root = args.output or nnunet_folder("nnUNet_results") / "pretraining" / (
         args.name or run_name(settings, args.encoder)
     )
-    encoder = pretrain(settings, data, root, Execution(args.device, args.workers), args.resume)
+    encoder = pretrain(settings, data, root, execution, args.resume)
     if encoder:
         print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {encoder}")
 

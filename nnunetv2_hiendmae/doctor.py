@@ -74,5 +74,5 @@ def _device() -> Check:
     if not torch.cuda.is_available():
         return Check("device", True, f"no GPU, {os.cpu_count()} CPU cores; add -device cpu to the commands")
     names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    precision = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return Check("device", True, f"{names} ({precision})")

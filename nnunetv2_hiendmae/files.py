@@ -19,15 +19,27 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with telling_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
+        try:
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_disk_errors(path: Path) -> Iterator[None]:
+    """What goes wrong when writing to `path` inside is told in one line.
+
+    Raises:
+        UserError: the disk is full or the path is not writable.
+    """
+    try:
+        yield
     except OSError as e:
-        raise _as_user_error(path, e) from e
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise _as_user_error(Path(path), e) from e
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint
+from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint, read_settings
 from nnunetv2_hiendmae.weights import load_report, read_metadata
 
 
@@ -84,7 +84,7 @@ def _describe(path: Path) -> dict[str, Any]:
             raise UserError(
                 f"{path} is not a run folder (no {SETTINGS}); give an encoder file, a checkpoint or a run folder"
             )
-        about = {"kind": "run folder", "settings": json.loads((path / SETTINGS).read_text())}
+        about = {"kind": "run folder", "settings": read_settings(path)}
         if (path / CHECKPOINT).exists():
             about["checkpoint"] = _describe(path / CHECKPOINT)
         if (path / ENCODER).exists():

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PLANS_KEY = "hiendmae"
+# name of the plans that `hiendmae preprocess` writes and `hiendmae pretrain` reads
+PRETRAIN_PLANS = "HiEndMAEPretrain"
 # per pretraining method, None from scratch: the trainer that insists on such plans
 TRAINERS = {
     "hiendmae": "nnUNetTrainer_HiEndMAE",

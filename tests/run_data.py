@@ -37,6 +37,7 @@ def write_preprocessed(
         "dataset_name": dataset,
         "plans_name": PLANS,
         "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [0, 1, 2],
         "foreground_intensity_properties_per_channel": {str(c): stats for c in range(channels)},
         "configurations": {
             "3d_fullres": {
@@ -44,7 +45,7 @@ def write_preprocessed(
                 "patch_size": list(patch_size),
                 "spacing": list(spacing),
                 "normalization_schemes": ["CTNormalization"] * channels,
-                "architecture": {},
+                "architecture": {"network_class_name": "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"},
             }
         },
     }

@@ -77,6 +77,11 @@ def test_inspect(capsys, tmp_path):
     _, out, _ = run(capsys, "inspect", str(tmp_path / "checkpoint_latest.pth"))
     assert "step: 7" in out
     (tmp_path / "run.json").write_text("{}")
+    stock = tmp_path / "nnunet"
+    stock.mkdir()
+    torch.save({"network_weights": {}}, stock / "checkpoint_latest.pth")
+    code, _, err = run(capsys, "inspect", str(stock / "checkpoint_latest.pth"))
+    assert code == 2 and "no pretraining checkpoint of ours" in err
     _, out, _ = run(capsys, "inspect", str(tmp_path), "--json")
     assert json.loads(out)["encoder"]["kind"] == "encoder file"
 

@@ -23,7 +23,7 @@ ALLOWED = {
     "optim": set(),
     "architectures": {"errors"},
     "weights": {"architectures", *BASE},
-    "pretraining": {"architectures", "weights", "optim", "environment", *BASE},
+    "pretraining": {"architectures", "weights", "optim", "environment", "plans_section", *BASE},
     "planning": {"architectures", "weights", "plans_section", "environment", *BASE},
     "trainers": {"architectures", "weights", "optim", "plans_section", *BASE},
     "evaluation": BASE,

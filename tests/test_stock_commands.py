@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,12 +76,14 @@ class Workplace:
         model = f"{planned.trainer}__{planned.plans_name}__3d_fullres"
         return self.folders.results / planned.dataset_name / model / f"fold_{fold}"
 
-    def predict(self, planned: PlannedFinetuning, output: Path, *folds: object) -> np.ndarray:
-        """Segmentation (D, H, W) of the one test image."""
+    def predict(
+        self, planned: PlannedFinetuning, output: Path, *folds: object, more: tuple[str, ...] = ()
+    ) -> np.ndarray:
+        """Segmentation (D, H, W) of the one test image; `more` are further options."""
         images = self.folders.raw / planned.dataset_name / "imagesTs"
         model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
         options = ["-f", *folds, "-i", images, "-o", output, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
-        self.run("nnUNetv2_predict", *model, *options)
+        self.run("nnUNetv2_predict", *model, *options, *more)
         return sitk.GetArrayFromImage(sitk.ReadImage(str(output / "test_000.nii.gz")))
 
 
@@ -201,6 +203,26 @@ def test_prediction_needs_no_encoder_file(workplace, planned, fold_1, continued,
     assert segmentation.shape == SHAPE
     # never the ignore label
     assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}
+
+
+def test_exported_model_predicts_the_same_elsewhere(workplace, planned, fold_1, interrupted, tmp_path):
+    model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
+    workplace.run("nnUNetv2_export_model_to_zip", *model, "-f", 1, "-o", tmp_path / "model.zip")
+    # another machine: it has the archive and new images, and neither data, plans nor encoder
+    folders = make_folders(tmp_path / "elsewhere")
+    elsewhere = replace(workplace, environment={**workplace.environment, **folders.environment})
+    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
+    assert not workplace.encoder_file.exists()
+    assert [p.name for p in folders.results.iterdir()] == [planned.dataset_name]
+
+    segmentations, probabilities = [], []
+    for place, name in ((workplace, "here"), (elsewhere, "there")):
+        segmentations.append(place.predict(planned, tmp_path / name, 1, more=("--save_probabilities",)))
+        with np.load(tmp_path / name / "test_000.npz") as stored:
+            probabilities.append(stored["probabilities"])
+    assert np.array_equal(*segmentations)
+    assert np.array_equal(*probabilities)
+    assert np.ptp(probabilities[0]) > 0
 
 
 def test_regions_from_scratch_on_all_cases(tmp_path):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,11 @@ EMBEDDED_DATA = Path(__file__).parent / "data"
 LONGEST_AXIS_VOXELS = 128
 # nnU-Net makes five folds by itself, and cannot with fewer cases
 NNUNET_FOLDS = 5
+# nnU-Net finds datasets by three digits
+DATASET_PATTERN = "Dataset[0-9][0-9][0-9]_*/dataset.json"
+# what nnU-Net needs of a dataset.json; old datasets have the second name
+REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
+EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}'
 
 
 @dataclass(frozen=True)
@@ -42,24 +48,31 @@ class DemoData:
         return _dataset_id(self.finetuning)
 
     @property
-    def dataset_json(self) -> dict:
+    def dataset_json(self) -> dict[str, Any]:
         """Of the fine-tuning data."""
-        return json.loads((self.finetuning / "dataset.json").read_text(encoding="utf-8"))
+        return _description(self.finetuning)
 
     @property
     def file_ending(self) -> str:
         """Of the fine-tuning data, e.g. '.nii.gz'."""
         return self.dataset_json["file_ending"]
 
+    @property
+    def first_channel_is_ct(self) -> bool:
+        """Whether nnU-Net takes the first channel of the fine-tuning data for CT."""
+        names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
+        return isinstance(names, dict) and str(names.get("0")).casefold() == "ct"
+
 
 def find_data(folder: Path | None) -> DemoData:
     """The embedded data (None), or the two datasets in a folder of the user.
 
     Raises:
-        UserError: not exactly one dataset with and one without labels, or too few cases for nnU-Net's folds.
+        UserError: not exactly one dataset with and one without labels, a dataset.json that cannot be used, or too few
+            cases for nnU-Net's folds.
     """
     root = EMBEDDED_DATA if folder is None else Path(folder).resolve()
-    datasets = sorted(p.parent for p in root.glob("Dataset*/dataset.json"))
+    datasets = sorted(p.parent for p in root.glob(DATASET_PATTERN))
     labelled = [d for d in datasets if _files(d, "labelsTr")]
     unlabelled = [d for d in datasets if d not in labelled and _files(d, "imagesTr")]
     if len(labelled) != 1 or len(unlabelled) != 1:
@@ -68,6 +81,12 @@ def find_data(folder: Path | None) -> DemoData:
             "each: DatasetXXX_A/imagesTr for pretraining, DatasetYYY_B/imagesTr + labelsTr for fine-tuning"
         )
     data = DemoData(unlabelled[0], labelled[0], _held_out(labelled[0]), embedded=folder is None)
+    labels = data.dataset_json.get("labels")
+    if not isinstance(labels, dict) or "background" not in labels or not set(labels) - {"background", "ignore"}:
+        raise UserError(
+            f'"labels" of {data.finetuning / "dataset.json"} is {labels}, needed name -> value with the background and '
+            f"at least one more; change it, e.g. {EXAMPLE_JSON}"
+        )
     cases = len(_files(data.finetuning, "labelsTr"))
     if cases < NNUNET_FOLDS and not (data.finetuning / "splits_final.json").is_file():
         raise UserError(
@@ -100,7 +119,8 @@ def isotropic_spacing(data: DemoData) -> float:
             reader.ReadImageInformation()
         except RuntimeError as e:
             raise UserError(
-                f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); give --spacing D H W"
+                f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); "
+                f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
             ) from e
         spacing, size = np.array(reader.GetSpacing()), np.array(reader.GetSize())
         finest.append(spacing.min())
@@ -113,8 +133,23 @@ def _held_out(dataset: Path) -> bool:
 
 
 def _files(dataset: Path, part: str) -> list[Path]:
-    ending = json.loads((dataset / "dataset.json").read_text(encoding="utf-8")).get("file_ending", "")
-    return sorted((dataset / part).glob(f"*{ending}"))
+    return sorted((dataset / part).glob(f"*{_description(dataset)['file_ending']}"))
+
+
+def _description(dataset: Path) -> dict[str, Any]:
+    path = dataset / "dataset.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}); see: ls -l {path}") from e
+    except ValueError as e:
+        raise UserError(f"{path} is not valid JSON ({e}); mend it, see: python -m json.tool {path}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, needed an object such as {EXAMPLE_JSON}")
+    for keys in REQUIRED_KEYS:
+        if not any(content.get(key) for key in keys):
+            raise UserError(f'{path} has no "{keys[0]}", which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}')
+    return content
 
 
 def _dataset_id(dataset: Path) -> str:

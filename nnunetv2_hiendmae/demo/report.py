@@ -45,7 +45,7 @@ def write_pictures(output: Path, data: DemoData, runs: Sequence[Any], outcome: d
         data.finetuning / images / f"{identifier}_0000{data.file_ending}",
         masks,
         _colours(data),
-        window=CT_SOFT_TISSUE if data.dataset_json["channel_names"]["0"] == "CT" else None,
+        window=CT_SOFT_TISSUE if data.first_channel_is_ct else None,
         title=f"{data.finetuning.name}, case {identifier}",
     )
 

@@ -130,7 +130,7 @@ def run_demo(
         Run("scratch", "DemoScratch", TRAINERS[None], ("--from-scratch",)),
     )
     for run in runs:
-        _plan(runner, found, run, encoder, settings)
+        _plan(runner, found, run, encoder, num_processes, settings)
     for run in runs:
         _finetune(runner, found, output, run, seed, num_processes, device)
 
@@ -201,14 +201,14 @@ def _pretrain(
     )  # fmt: skip
 
 
-def _plan(runner: Runner, data: DemoData, run: Run, encoder: Path, settings: Budget) -> None:
+def _plan(runner: Runner, data: DemoData, run: Run, encoder: Path, num_processes: int, settings: Budget) -> None:
     epochs = settings.finetune_epochs
     runner.ours(
         f"plan_{run.name}", "plan", "-d", data.finetuning_id, "-w", encoder, "--name", run.plans,
         "--epochs", epochs, "--warmup-epochs", epochs // 10, "--lr", settings.finetune_lr,
         "--spacing", *settings.spacing_mm, "--batch-size", settings.finetune_batch_size,
         "--iterations-per-epoch", settings.iterations_per_epoch, "--val-iterations-per-epoch", 1,
-        "--decoder-width", settings.decoder_width, *run.arguments,
+        "--decoder-width", settings.decoder_width, "-np", num_processes, *run.arguments,
     )  # fmt: skip
 
 

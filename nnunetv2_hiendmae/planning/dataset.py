@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
@@ -77,14 +76,27 @@ def check_labels(dataset_name: str, dataset_json: dict[str, Any]) -> None:
         )
 
 
-def ensure_fingerprint(dataset_name: str, num_processes: int) -> None:
+def fingerprint_file(dataset_name: str) -> Path:
+    """Where nnU-Net keeps a dataset's fingerprint."""
+    return nnunet_folder("nnUNet_preprocessed") / dataset_name / "dataset_fingerprint.json"
+
+
+def read_fingerprint(dataset_name: str) -> dict[str, Any] | None:
+    """The fingerprint on disk; None when there is none, or a cut-short one (nnU-Net writes it in place)."""
+    try:
+        return json.loads(fingerprint_file(dataset_name).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def ensure_labelled_fingerprint(dataset_name: str, num_processes: int) -> None:
     """Runs nnU-Net's fingerprint extraction unless a fingerprint made with labels is there.
 
     Raises:
         UserError: nnU-Net cannot read the dataset.
     """
-    path = nnunet_folder("nnUNet_preprocessed") / dataset_name / "dataset_fingerprint.json"
-    if path.is_file() and not load_json(str(path)).get(LABEL_FREE_KEY):
+    existing = read_fingerprint(dataset_name)
+    if existing is not None and not existing.get(LABEL_FREE_KEY):
         return
     logger.info("extracting the fingerprint of %s", dataset_name)
     try:

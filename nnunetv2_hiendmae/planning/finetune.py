@@ -8,6 +8,7 @@ from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
@@ -16,7 +17,7 @@ from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning.dataset import (
     channel_names,
     check_labels,
-    ensure_fingerprint,
+    ensure_labelled_fingerprint,
     is_ct,
     raw_dataset_json,
 )
@@ -102,6 +103,7 @@ def plan_finetuning(
     channels = channel_names(dataset_json)
     try:
         spec = _finetuning_spec(metadata.spec, len(channels), patch_size)
+        _check_channels(metadata, channels)
         volume = _volume(metadata, dataset_json, spacing_mm, window_hu)
         finetune = _recipe(
             recipe.finetune,
@@ -119,7 +121,7 @@ def plan_finetuning(
         file = Path(encoder_file).resolve()
         section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
 
-    ensure_fingerprint(name, num_processes)
+    ensure_labelled_fingerprint(name, num_processes)
     path = write_plans(
         name, plans_name, spec, volume, decoder_width=decoder_width, batch_size=batch_size, section=section
     )
@@ -155,6 +157,21 @@ def _finetuning_spec(source: EncoderSpec, channels: int, patch_size: tuple[int, 
     if spec.num_tokens == 1:
         raise ValueError(f"patch size {size} is a single token of the encoder, needed at least two; make it larger")
     return spec
+
+
+def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
+    """Several channels must be those of pretraining; one may be spread over others, with a warning."""
+    seen = metadata.channel_names
+    if len(seen) > 1 and [n.casefold() for n in seen] != [n.casefold() for n in names]:
+        raise ValueError(
+            f"the encoder was trained on the channels {', '.join(seen)}, the dataset has {', '.join(names)}: needed "
+            "the same, in the same order"
+        )
+    others = [n for n in names if get_normalization_scheme(n).__name__ not in metadata.normalization_schemes]
+    if others and metadata.normalization_schemes:
+        logger.warning(
+            "%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), ", ".join(seen)
+        )
 
 
 def _volume(

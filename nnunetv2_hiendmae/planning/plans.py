@@ -18,7 +18,13 @@ from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.planning.dataset import channel_names, is_ct, prints_to_log, raw_dataset_json
+from nnunetv2_hiendmae.planning.dataset import (
+    channel_names,
+    is_ct,
+    prints_to_log,
+    raw_dataset_json,
+    read_fingerprint,
+)
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
@@ -226,7 +232,7 @@ class _ViTPlanner(ExperimentPlanner):
 def _planner(dataset_name: str, plans_name: str) -> _ViTPlanner:
     raw_dataset_json(dataset_name)
     raw, preprocessed = nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")
-    if not (preprocessed / dataset_name / "dataset_fingerprint.json").is_file():
+    if read_fingerprint(dataset_name) is None:
         raise UserError(
             f"{dataset_name} has no fingerprint in {preprocessed}; "
             f"run: nnUNetv2_extract_fingerprint -d {dataset_name[7:10]}"

@@ -1,6 +1,7 @@
 """The run folder: its lock, its settings, and checkpoints that a kill at any moment leaves whole."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import replacing, write_text
+from nnunetv2_hiendmae.files import replacing, telling_disk_errors, write_text
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.data import VolumeFormat
+from nnunetv2_hiendmae.pretraining.data import PretrainData
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 
@@ -22,6 +23,7 @@ CHECKPOINT = "checkpoint_latest.pth"
 ENCODER = "encoder.safetensors"
 SETTINGS = "run.json"
 LOCK = ".lock"
+DATA_KEY = "data_sha256"
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -64,12 +66,17 @@ class PretrainSettings:
                 raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, needed at least 1")
         if not 0 <= self.warmup_epochs <= self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs}, needed 0 to {self.epochs} (--epochs)")
-        if self.lr <= 0 or self.weight_decay < 0:
+        if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--lr {self.lr} must be positive and --weight-decay {self.weight_decay} not negative")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision} is unknown, needed one of {', '.join(PRECISIONS)}")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}, needed 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}, needed 0 to 2^63 - 1")
+        if self.spec.drop_path_rate:
+            # its draws come from the global generator: neither stateless nor in the checkpoint
+            raise UserError(
+                f"drop_path_rate {self.spec.drop_path_rate} is for fine-tuning only, needed 0 in pretraining"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -86,8 +93,9 @@ class PretrainSettings:
         torch.manual_seed(self.seed)
         try:
             return METHODS[self.method](self.spec, **self.options)
-        except ValueError as e:
-            raise UserError(f"{self.method} with encoder {self.spec} cannot be built: {e}; change --set") from e
+        except (ValueError, AssertionError, RuntimeError) as e:
+            # timm and torch check sizes with assertions and runtime errors
+            raise UserError(f"{self.method} cannot be built with {self.options}: {e}; change --set") from e
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -107,7 +115,8 @@ def locked(run_dir: Path) -> Iterator[None]:
     Raises:
         UserError: another process uses it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with telling_disk_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run_dir / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -119,25 +128,42 @@ def locked(run_dir: Path) -> Iterator[None]:
         lock.release()
 
 
-def claim_run(run_dir: Path, settings: PretrainSettings, resume: bool) -> None:
-    """Records the settings of a new run, or checks those of a resumed one.
+def claim_run(run_dir: Path, settings: PretrainSettings, data: PretrainData, resume: bool) -> None:
+    """Records the settings and the data of a new run, or checks those of a resumed one.
 
     Raises:
-        UserError: the folder holds a run and `resume` is off, there is nothing to resume, or settings differ.
+        UserError: the folder holds a run and `resume` is off, there is nothing to resume, or settings or data differ.
     """
     file = run_dir / SETTINGS
     if not resume:
         if (run_dir / CHECKPOINT).exists() or (run_dir / ENCODER).exists():
             raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
-        write_text(file, json.dumps(settings.to_dict(), indent=2))
+        write_text(file, json.dumps({**settings.to_dict(), DATA_KEY: data.digest()}, indent=2))
         return
     if not file.is_file():
         raise UserError(f"nothing to continue in {run_dir} (no {SETTINGS}); run the same command without --c")
-    before, now = json.loads(file.read_text()), settings.deciding()
+    before, now = read_settings(run_dir), settings.deciding()
     differing = [k for k in now if before.get(k) != now[k]]
     if differing:
         told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in differing)
         raise UserError(f"cannot continue {run_dir} with other settings: {told}; give the same ones, or another --name")
+    if before.get(DATA_KEY) != data.digest():
+        raise UserError(
+            f"cannot continue {run_dir}: its preprocessed cases are not those it was started with (some came or went, "
+            "or their size or normalisation changed); start anew under another --name"
+        )
+
+
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Content of a run's settings file.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    try:
+        return json.loads((run_dir / SETTINGS).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{run_dir / SETTINGS} is damaged ({e}); start anew under another --name") from e
 
 
 def save_checkpoint(run_dir: Path, state: dict[str, Any]) -> None:
@@ -165,15 +191,21 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds for a damaged file
-        raise UserError(f"the checkpoint {path} is damaged ({e}); start anew under another --name") from e
+        reason = str(e).partition("\n")[0]
+        raise UserError(
+            f"{path} is damaged or no pretraining checkpoint ({reason}); start anew under another --name"
+        ) from e
+    if not isinstance(state, dict) or not {"step", "method", "optimizer", "precision"} <= set(state):
+        # nnU-Net's own checkpoints have the same name
+        raise UserError(f"{path} is no pretraining checkpoint of ours; give the folder of a run of hiendmae pretrain")
+    return state
 
 
-def export_encoder(
-    run_dir: Path, method: Method, settings: PretrainSettings, volumes: VolumeFormat, step: int, cases: int
-) -> None:
+def export_encoder(run_dir: Path, method: Method, settings: PretrainSettings, data: PretrainData, step: int) -> None:
     """Writes `encoder.safetensors` of a run. Its bytes depend on settings, data and weights only."""
+    volumes = data.format
     metadata = EncoderMetadata(
         spec=settings.spec,
         method=settings.method,
@@ -186,6 +218,11 @@ def export_encoder(
         image_reader_writer=volumes.image_reader_writer,
         citations=method.citations,
         licence="that of the images it was trained on; the software is Apache-2.0",
-        training={"step": step, "cases": cases, **{k: v for k, v in settings.deciding().items() if k != "spec"}},
+        orientation=f"as {volumes.image_reader_writer} reads it",
+        training={
+            "step": step,
+            "cases": len(data.cases),
+            **{k: v for k, v in settings.deciding().items() if k != "spec"},
+        },
     )
     save_encoder(run_dir / ENCODER, method.encoder.state_dict(), metadata)

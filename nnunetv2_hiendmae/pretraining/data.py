@@ -1,5 +1,6 @@
 """Preprocessed nnU-Net cases as a stateless source of samples: sample i of step s is a function of (seed, s, i)."""
 
+import hashlib
 import json
 import logging
 import os
@@ -41,6 +42,8 @@ class VolumeFormat:
     """How the plans turned images into arrays; the same for all datasets of a run.
 
     Args:
+        window_hu: that CT channels were clipped to; None without a CT channel.
+        foreground_channel: the first CT channel, else channel 0.
         foreground_above: normalised value of the intensity window's lower bound (CT), 0 (the mean or the
             minimum, depending on nnU-Net's scheme) for anything else.
         intensity_offset, intensity_scale: of CT normalisation, HU = value · scale + offset; None for other images.
@@ -52,6 +55,7 @@ class VolumeFormat:
     window_hu: tuple[float, float] | None
     foreground_above: float
     image_reader_writer: str
+    foreground_channel: int = 0
     intensity_offset: float | None = None
     intensity_scale: float | None = None
 
@@ -62,6 +66,11 @@ class PretrainData:
 
     cases: tuple[Case, ...]
     format: VolumeFormat
+
+    def digest(self) -> str:
+        """SHA-256 over names and shapes of the cases and their format; samples depend on all of it."""
+        described = [[(c.name, c.shape) for c in self.cases], vars(self.format)]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def find_data(datasets: Sequence[str], plans_name: str, configuration: str) -> PretrainData:
@@ -76,7 +85,7 @@ def find_data(datasets: Sequence[str], plans_name: str, configuration: str) -> P
         name = dataset_name(dataset)
         plans, folder = _preprocessed(name, plans_name, configuration)
         formats[name] = _volume_format(name, plans, configuration)
-        cases += _cases(name, folder, len(formats[name].channel_names))
+        cases += _cases(name, folder, len(formats[name].channel_names), _mend(plans, configuration))
     first_name, first = next(iter(formats.items()))
     for name, other in formats.items():
         differing = [k for k in vars(first) if vars(first)[k] != vars(other)[k]]
@@ -105,10 +114,11 @@ def warn_if_padded(cases: Sequence[Case], crop_size: Sequence[int]) -> None:
 class CaseVolume:
     """A case that is read in parts; never holds the volume. Implements `views.Volume`."""
 
-    def __init__(self, case: Case, foreground_above: float):
+    def __init__(self, case: Case, volumes: VolumeFormat):
         self.shape = case.shape
+        self.spacing_mm = volumes.spacing_mm
         self._array = _open(str(case.path))
-        self._foreground_above = foreground_above
+        self._channel, self._above = volumes.foreground_channel, volumes.foreground_above
 
     def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """(C, *size) float32 from corner `lower`, zero outside the volume."""
@@ -116,8 +126,8 @@ class CaseVolume:
         return np.ascontiguousarray(crop_and_pad_nd(self._array, box, 0), dtype=np.float32)
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
-        """Whether the first channel at (D, H, W) is above the lower bound of the intensity window."""
-        return bool(self._array[(0, *voxel)] > self._foreground_above)
+        """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
+        return bool(self._array[(self._channel, *voxel)] > self._above)
 
 
 class SampleDataset(Dataset):
@@ -133,7 +143,7 @@ class SampleDataset(Dataset):
         rng = np.random.default_rng([self.seed, *key])
         case = self.data.cases[rng.integers(len(self.data.cases))]
         try:
-            sample = self.views.draw(CaseVolume(case, self.data.format.foreground_above), rng)
+            sample = self.views.draw(CaseVolume(case, self.data.format), rng)
         except (RuntimeError, OSError) as e:  # what blosc2 raises for a damaged file
             raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
         return {**sample, "case": case.name}
@@ -179,9 +189,9 @@ def _one_thread(_: int) -> None:
 
 def _preprocessed(name: str, plans_name: str, configuration: str) -> tuple[PlansManager, Path]:
     root = nnunet_folder("nnUNet_preprocessed") / name
-    mend = f"run: hiendmae preprocess -d {name} -p {plans_name}"
     plans_file = root / f"{plans_name}.json"
     if not plans_file.is_file():
+        mend = f"run: hiendmae preprocess -d {name} -p {plans_name}"
         there = ", ".join(sorted(p.stem for p in root.glob("*.json") if "configurations" in p.read_text())) or "none"
         raise UserError(f"no plans '{plans_name}' in {root} (there: {there}); {mend}")
     plans = PlansManager(json.loads(plans_file.read_text()))
@@ -198,22 +208,45 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> tuple[Plans
         )
     folder = root / manager.data_identifier
     if not folder.is_dir():
-        raise UserError(f"{name} is not preprocessed with {plans_name} ({folder} is missing); {mend}")
+        raise UserError(
+            f"{name} is not preprocessed with {plans_name} ({folder} is missing); {_mend(plans, configuration)}"
+        )
     return plans, folder
+
+
+def _mend(plans: PlansManager, configuration: str) -> str:
+    """The command that preprocesses with these plans: whose they are decides."""
+    network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
+    if network.startswith("nnunetv2_hiendmae.") and "hiendmae" not in plans.plans:
+        return f"run: hiendmae preprocess -d {plans.dataset_name} -p {plans.plans_name}"
+    return f"run: nnUNetv2_preprocess -d {plans.dataset_name} -plans_name {plans.plans_name} -c {configuration}"
 
 
 def _volume_format(name: str, plans: PlansManager, configuration: str) -> VolumeFormat:
     manager = plans.get_configuration(configuration)
+    mend = f"run: hiendmae preprocess -d {name}"
+    if list(plans.transpose_forward) != [0, 1, 2]:
+        raise UserError(
+            f"{plans.plans_name} of {name} transposes the axes to {plans.transpose_forward}, needed arrays as they are "
+            f"stored: the encoder's axes are those of the images; {mend}"
+        )
     schemes = tuple(manager.normalization_schemes)
     channel_names = _channel_names(name, len(schemes))
     spacing = tuple(float(s) for s in manager.spacing)
     reader = plans.plans["image_reader_writer"]
-    if schemes[0] != "CTNormalization":
+    ct_channels = [i for i, scheme in enumerate(schemes) if scheme == "CTNormalization"]
+    if not ct_channels:
         return VolumeFormat(channel_names, spacing, schemes, None, 0.0, reader)
-    stats = plans.foreground_intensity_properties_per_channel["0"]
-    window = (float(stats["percentile_00_5"]), float(stats["percentile_99_5"]))
-    offset, scale = float(stats["mean"]), max(float(stats["std"]), 1e-8)
-    return VolumeFormat(channel_names, spacing, schemes, window, (window[0] - offset) / scale, reader, offset, scale)
+    keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    properties = plans.foreground_intensity_properties_per_channel
+    stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in ct_channels}
+    if len(stats) > 1:
+        raise UserError(f"the CT channels of {name} were normalised differently by {plans.plans_name}; {mend}")
+    low, high, offset, scale = stats.pop()
+    above = (low - offset) / max(scale, 1e-8)
+    return VolumeFormat(
+        channel_names, spacing, schemes, (low, high), above, reader, ct_channels[0], offset, max(scale, 1e-8)
+    )
 
 
 def _channel_names(name: str, count: int) -> tuple[str, ...]:
@@ -223,17 +256,14 @@ def _channel_names(name: str, count: int) -> tuple[str, ...]:
     return tuple(str(v) for v in names.values()) or tuple(str(i) for i in range(count))
 
 
-def _cases(name: str, folder: Path, channels: int) -> list[Case]:
+def _cases(name: str, folder: Path, channels: int, mend: str) -> list[Case]:
     identifiers = sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))
     if not identifiers:
-        raise UserError(
-            f"no preprocessed images (.b2nd) in {folder}, needed at least one; run: hiendmae preprocess -d {name}"
-        )
-    return [_case(name, folder / f"{i}.b2nd", channels) for i in identifiers]
+        raise UserError(f"no preprocessed images (.b2nd) in {folder}, needed at least one; {mend}")
+    return [_case(name, folder / f"{i}.b2nd", channels, f"delete it and {mend}") for i in identifiers]
 
 
-def _case(name: str, path: Path, channels: int) -> Case:
-    mend = f"delete it and run: hiendmae preprocess -d {name}"
+def _case(name: str, path: Path, channels: int, mend: str) -> Case:
     try:
         shape = tuple(int(s) for s in blosc2.open(str(path), mode="r").shape)
     except Exception as e:  # blosc2 raises RuntimeError, OSError and others for a damaged file

@@ -40,6 +40,10 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, spec: EncoderSpec, width: int, depth: int, num_heads: int):
         super().__init__()
+        if num_heads < 1 or width < 1 or width % num_heads or depth < 1:
+            raise ValueError(
+                f"decoder_dim {width} must be a multiple of decoder_heads {num_heads}, decoder_depth {depth} > 0"
+            )
         norm = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.queries = DecoderQueries(spec, width)
         self.blocks = nn.ModuleList(

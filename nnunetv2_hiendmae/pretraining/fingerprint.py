@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,14 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
-from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, is_ct, prints_to_log
+from nnunetv2_hiendmae.planning.dataset import (
+    LABEL_FREE_KEY,
+    fingerprint_file,
+    is_ct,
+    prints_to_log,
+    read_fingerprint,
+)
 from nnunetv2_hiendmae.pretraining.cases import (
     BrokenCase,
     RawDataset,
@@ -25,7 +29,6 @@ from nnunetv2_hiendmae.pretraining.cases import (
     refuse_if_nothing_left,
 )
 
-FINGERPRINT_FILE = "dataset_fingerprint.json"
 # between air with most of the lung and everything else, in HU
 CT_BODY_HU = -500.0
 # over all cases together: enough for half-percent percentiles, and small enough for any machine
@@ -64,9 +67,9 @@ def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, A
     Raises:
         UserError: every case is broken, or the disk is full.
     """
-    path = nnunet_folder("nnUNet_preprocessed") / raw.name / FINGERPRINT_FILE
-    existing = _read(path)
-    if existing is not None:
+    existing = read_fingerprint(raw.name)
+    # one made without labels is made anew once there are labels: stock commands would reuse it
+    if existing is not None and not (raw.labelled and existing.get(LABEL_FREE_KEY)):
         return existing, []
     reader, samples = raw.reader(), max(1, STATISTIC_VOXELS // len(raw.cases))
     jobs = {(raw.name, case): _AnalysisJob(images, reader, raw.channels, samples) for case, images in raw.cases.items()}
@@ -74,11 +77,11 @@ def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, A
     if not analyses:
         refuse_if_nothing_left(raw.name, broken)
     if raw.labelled and not broken:
-        fingerprint = _from_labels(raw.name, path, num_processes)
+        fingerprint = _from_labels(raw.name, num_processes)
         if fingerprint is not None:
             return fingerprint, []
     fingerprint = _label_free(list(analyses.values()))
-    write_text(path, json.dumps(fingerprint, indent=4) + "\n")
+    write_text(fingerprint_file(raw.name), json.dumps(fingerprint, indent=4) + "\n")
     return fingerprint, broken
 
 
@@ -133,7 +136,7 @@ def _statistics(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def _from_labels(name: str, path: Path, num_processes: int) -> dict[str, Any] | None:
+def _from_labels(name: str, num_processes: int) -> dict[str, Any] | None:
     """nnU-Net's own fingerprint, written by nnU-Net; None when a label is broken."""
     try:
         with prints_to_log():
@@ -150,12 +153,4 @@ def _from_labels(name: str, path: Path, num_processes: int) -> dict[str, Any] | 
             name[7:10],
         )
         return None
-    return _read(path)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        # nnU-Net writes it in place, so an interruption may have cut it short
-        return None
+    return read_fingerprint(name)

@@ -85,8 +85,13 @@ class HiEndMAE(MaskedCropMethod):
         self_depth: int = 2,
     ):
         super().__init__(spec, mask_ratio, normalize_target=True, unbiased_target=False)
-        heads = decoder_heads or spec.num_heads
-        dim = decoder_dim or _default_decoder_dim(spec.embed_dim, heads)
+        heads = spec.num_heads if decoder_heads is None else decoder_heads
+        dim = _default_decoder_dim(spec.embed_dim, heads) if decoder_dim is None else decoder_dim
+        if heads < 1 or dim < 1 or dim % heads or self_depth < 0:
+            raise ValueError(
+                f"decoder_dim {dim} must be a multiple of decoder_heads {heads}, both positive, and self_depth "
+                f"{self_depth} not negative"
+            )
         norm = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.queries = DecoderQueries(spec, dim)
         self.tap_embeds = nn.ModuleList(nn.Linear(spec.embed_dim, dim) for _ in spec.taps)

@@ -2,12 +2,8 @@
 
 import logging
 import math
-import os
-import shutil
-import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +15,6 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.pretraining.checkpoint import (
     ENCODER,
-    PRECISIONS,
     PretrainSettings,
     claim_run,
     export_encoder,
@@ -34,6 +29,7 @@ from nnunetv2_hiendmae.pretraining.data import (
     build_loader,
     warn_if_padded,
 )
+from nnunetv2_hiendmae.pretraining.launch import Execution, check_free_disk, launch, on_first_process
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.runlog import RECONSTRUCTIONS, RunLog, draw_reconstruction
 
@@ -41,14 +37,6 @@ logger = logging.getLogger(__name__)
 
 # samples in a reconstruction picture; drawn as if they belonged to the step after the last
 PICTURE_SAMPLES = 4
-
-
-@dataclass(frozen=True)
-class Execution:
-    """How a run is carried out; none of it changes the result beyond float rounding."""
-
-    device: str = "cuda"
-    workers: int = 4
 
 
 def pretrain(
@@ -63,15 +51,19 @@ def pretrain(
         UserError: bad settings or data, a folder in use, a full disk, or a loss that is not finite.
     """
     _check_channels(settings, data)
-    fabric = _launch(settings, execution)
-    if fabric.is_global_zero:
-        warn_if_padded(data.cases, settings.spec.img_size)
-    with locked(run_dir) if fabric.is_global_zero else nullcontext():
-        if fabric.is_global_zero:
-            claim_run(run_dir, settings, resume)
-        fabric.barrier()
+    method = settings.build_method()
+    fabric = launch(settings, execution)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            warn_if_padded(data.cases, settings.spec.img_size)
+            check_free_disk(run_dir, method)
+            held.enter_context(locked(run_dir))
+            claim_run(run_dir, settings, data, resume)
+
+        on_first_process(fabric, claim)
         try:
-            _run(fabric, settings, data, run_dir, execution.workers, resume)
+            _run(fabric, settings, data, method, run_dir, execution.workers, resume)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
@@ -81,12 +73,15 @@ def pretrain(
 
 
 def _run(
-    fabric: Fabric, settings: PretrainSettings, data: PretrainData, run_dir: Path, workers: int, resume: bool
+    fabric: Fabric,
+    settings: PretrainSettings,
+    data: PretrainData,
+    method: Method,
+    run_dir: Path,
+    workers: int,
+    resume: bool,
 ) -> None:
-    method = settings.build_method()
     optimizer = torch.optim.AdamW(parameter_groups(method, settings.weight_decay), lr=settings.lr, betas=settings.betas)
-    if fabric.is_global_zero:
-        _check_free_disk(run_dir, method)
     model, optimizer = fabric.setup(method, optimizer)
     first_step = _restore(fabric, method, optimizer, run_dir) if resume else 0
     if first_step == settings.total_steps:
@@ -184,6 +179,9 @@ def _end_epoch(
         picture = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}.png"
         draw_reconstruction(picture, made, batch["case"], data.format)
     if last or epoch % settings.checkpoint_epochs == 0:
+        _check_weights(method, step)
+        # the encoder first: a run counts as finished by its checkpoint, and then has its encoder
+        export_encoder(run_dir, method, settings, data, step)
         state = {
             "step": step,
             "method": method.state_dict(),
@@ -191,7 +189,15 @@ def _end_epoch(
             "precision": fabric.strategy.precision.state_dict(),
         }
         save_checkpoint(run_dir, state)
-        export_encoder(run_dir, method, settings, data.format, step, len(data.cases))
+
+
+def _check_weights(method: Method, step: int) -> None:
+    wrong = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
+    if wrong:
+        raise UserError(
+            f"weights became infinite or NaN before step {step} ({wrong[0]} and {len(wrong) - 1} more), the last "
+            "checkpoint is kept; lower --lr or use --precision fp32, under another --name"
+        )
 
 
 def _restore(fabric: Fabric, method: Method, optimizer: torch.optim.Optimizer, run_dir: Path) -> int:
@@ -212,45 +218,10 @@ def _open_log(fabric: Fabric, settings: PretrainSettings, run_dir: Path, first_s
     return RunLog(run_dir, first_step, settings.total_steps, settings.batch_size, settings.to_dict())
 
 
-def _launch(settings: PretrainSettings, execution: Execution) -> Fabric:
-    # torchrun's variables, or those of srun
-    processes = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    nodes = int(os.environ.get("SLURM_NNODES") or 1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // nodes))
-    if settings.batch_size % (processes * settings.accumulate):
-        raise UserError(
-            f"--batch-size {settings.batch_size} cannot be split over {processes} processes x {settings.accumulate} "
-            f"micro-batches, needed a multiple of {processes * settings.accumulate}"
-        )
-    if execution.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    fabric = Fabric(
-        accelerator=execution.device,
-        devices=local,
-        num_nodes=processes // local,
-        strategy="ddp" if processes > 1 else "auto",
-        precision=PRECISIONS[settings.precision],
-    )
-    fabric.launch()
-    return fabric
-
-
-def _check_free_disk(run_dir: Path, method: Method) -> None:
-    """A checkpoint is weights and two AdamW moments; while it is replaced there are two of them."""
-    needed = 2 * 3 * 4 * sum(p.numel() for p in method.parameters())
-    free = shutil.disk_usage(run_dir).free
-    if free < needed:
-        raise UserError(
-            f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB; free some, or "
-            "choose another disk with -o"
-        )
-
-
 def _check_channels(settings: PretrainSettings, data: PretrainData) -> None:
     found = len(data.format.channel_names)
     if settings.spec.in_channels != found:
         raise UserError(
             f"the encoder takes {settings.spec.in_channels} channels, the images have {found} "
-            f"({', '.join(data.format.channel_names)}); leave out --channels"
+            f"({', '.join(data.format.channel_names)}); preprocess it again, or start under another --name"
         )

@@ -38,7 +38,7 @@ class MaskedCropMethod(Method):
         if not 0 < self.visible < spec.num_tokens:
             raise UserError(
                 f"mask_ratio {mask_ratio} leaves {self.visible} of {spec.num_tokens} tokens visible, needed at least 1 "
-                "visible and 1 masked; change --set mask_ratio=…"
+                "visible and 1 masked; change --set mask_ratio=…, or --crop-size for more tokens"
             )
         self.normalize_target = normalize_target
         self.unbiased_target = unbiased_target

@@ -19,6 +19,7 @@ from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, is_ct
 from nnunetv2_hiendmae.planning.plans import CONFIGURATION, VolumeSettings
+from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 from nnunetv2_hiendmae.pretraining.cases import (
     BrokenCase,
     BrokenCaseError,
@@ -40,7 +41,6 @@ from nnunetv2_hiendmae.pretraining.preprocess_plans import (
     plans_path,
 )
 
-DEFAULT_PLANS_NAME = "HiEndMAEPretrain"
 # the image comes last: where it stands, the case is finished
 CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
@@ -75,7 +75,7 @@ class _CaseJob:
 def preprocess_datasets(
     datasets: Sequence[str | int],
     *,
-    plans_name: str = DEFAULT_PLANS_NAME,
+    plans_name: str = PRETRAIN_PLANS,
     like: str | Path | None = None,
     spacing_mm: Sequence[float] | None = None,
     window_hu: Sequence[float] | None = None,

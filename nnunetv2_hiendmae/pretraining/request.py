@@ -23,7 +23,8 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
         raise UserError(f"unknown method '{args.method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
     method = METHODS[args.method]
     recipe, options = method.recipe, parse_options(method, args.options)
-    datasets = tuple(dataset_name(d) for d in args.datasets)
+    # a dataset given twice, by id and by name, is one dataset
+    datasets = tuple(dict.fromkeys(dataset_name(d) for d in args.datasets))
     data = find_data(datasets, args.plans, args.configuration)
     epochs = _given(args.epochs, recipe.epochs)
     settings = PretrainSettings(
@@ -46,6 +47,9 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
         checkpoint_epochs=args.checkpoint_every,
         picture_epochs=args.pictures_every,
     )
+    with torch.device("meta"):
+        # what cannot be built is told before anything is written
+        settings.build_method()
     return settings, data
 
 
@@ -71,8 +75,9 @@ def _spec(args: Namespace, channels: int) -> EncoderSpec:
 def _precision(args: Namespace) -> str:
     if args.precision != "auto":
         return args.precision
-    on_gpu = args.device == "cuda" and torch.cuda.is_available()
-    return "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+    if args.device != "cuda" or not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def _given(value, default):

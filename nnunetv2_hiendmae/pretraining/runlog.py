@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text, write_with
+from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.pretraining.data import VolumeFormat
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
 
@@ -26,6 +28,8 @@ WANDB_VARIABLE = "nnUNet_wandb_enabled"
 # log lines without a terminal: at least this many seconds apart
 PLAIN_LINE_SECONDS = 30
 DRAW_SECONDS = 20
+# a figure has about 1000 pixels across, a run has up to millions of steps
+CURVE_POINTS = 2000
 
 
 class RunLog:
@@ -45,7 +49,8 @@ class RunLog:
         if (run_dir / LOG).exists():
             kept = [line for line in _lines(run_dir) if line["step"] < first_step]
             write_text(run_dir / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = (run_dir / LOG).open("a", encoding="utf-8")
+        with telling_disk_errors(run_dir / LOG):
+            self._file = (run_dir / LOG).open("a", encoding="utf-8")
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps, initial=first_step, unit="step", disable=not self._terminal, dynamic_ncols=True
@@ -59,8 +64,9 @@ class RunLog:
         speed = self.crops_per_step / max(now - self._last, 1e-9)
         self._last = now
         line = {"step": step, "epoch": epoch, **values, "crops_per_second": round(speed, 2)}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        with telling_disk_errors(self.run_dir / LOG):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
         self._bar.set_postfix(
             loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", crops_s=f"{speed:.0f}", refresh=False
         )
@@ -84,7 +90,9 @@ class RunLog:
     def close(self) -> None:
         """Ends the bar and the file."""
         self._bar.close()
-        self._file.close()
+        # what could not be written was told before; closing tries again
+        with suppress(OSError):
+            self._file.close()
 
     def _plain_line(self, step: int, epoch: int, values: dict[str, float]) -> str:
         done = step + 1 - self._first_step
@@ -104,18 +112,19 @@ def draw_progress(run_dir: Path) -> None:
     if not lines:
         return
     losses = [k for k in lines[0] if k == "loss" or k.startswith("loss_")]
-    steps = [line["step"] for line in lines]
+    shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
+    steps = [line["step"] for line in lines][shown]
     figure = Figure(figsize=(8, 9), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
     for key in losses:
-        values = [line[key] for line in lines]
-        axes[0].plot(steps, values, alpha=0.3, linewidth=0.8, color=f"C{losses.index(key)}")
-        axes[0].plot(steps, _smooth(values), label=key, color=f"C{losses.index(key)}")
+        values, color = [line[key] for line in lines], f"C{losses.index(key)}"
+        axes[0].plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=color)
+        axes[0].plot(steps, running_mean(values)[shown], label=key, color=color)
     axes[0].set(ylabel="loss", title=f"{run_dir.name}: step {steps[-1] + 1}")
     axes[0].legend()
-    axes[1].plot(steps, [line["lr"] for line in lines])
+    axes[1].plot(steps, [line["lr"] for line in lines][shown])
     axes[1].set(ylabel="learning rate")
-    axes[2].plot(steps, _smooth([line["crops_per_second"] for line in lines]))
+    axes[2].plot(steps, running_mean([line["crops_per_second"] for line in lines])[shown])
     axes[2].set(ylabel="crops / s", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)
@@ -143,7 +152,6 @@ def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volu
             axis.set_title(name if row == 0 else "", fontsize=10)
         unit = " HU" if volumes.window_hu else ""
         grid[row][0].set_ylabel(f"{case}\n{low:.0f} to {high:.0f}{unit}" if unit else case, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
     write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
 
 
@@ -158,10 +166,13 @@ def _to_hu(image: np.ndarray, volumes: VolumeFormat) -> np.ndarray:
     return image * volumes.intensity_scale + volumes.intensity_offset
 
 
-def _smooth(values: list[float]) -> np.ndarray:
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Mean of each value and those before it, over a fiftieth of them all."""
     window = max(1, len(values) // 50)
-    padded = np.concatenate([np.full(window - 1, np.nan), np.asarray(values, dtype=float)])
-    return np.nanmean(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:

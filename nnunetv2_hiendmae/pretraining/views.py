@@ -1,9 +1,9 @@
 """What a worker cuts out of a volume for one sample: crop, augmentation and masks, all from one generator."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -26,6 +26,7 @@ class Volume(Protocol):
     """A preprocessed case that is read in parts (see `data.CaseVolume`)."""
 
     shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
 
     def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """(C, *size) float32 from corner `lower`, zero outside the volume."""
@@ -70,10 +71,11 @@ class Augmentation:
     p_shift: float = 0.1
     shift: float = 0.1
 
-    def transform(self, crop_size: Sequence[int]) -> BasicTransform:
+    def transform(self, crop_size: Sequence[int], spacing_mm: Sequence[float] = (1.0, 1.0, 1.0)) -> BasicTransform:
         """The batchgeneratorsv2 pipeline for crops of a size; draws from the global generators."""
-        # a quarter turn of a plane that is not square would change the crop's shape
-        turns = (1, 2, 3) if crop_size[1] == crop_size[2] else (2,)
+        # a quarter turn would change the shape of a crop that is not square, and squeeze one whose voxels are not
+        square = crop_size[1] == crop_size[2] and math.isclose(spacing_mm[1], spacing_mm[2], rel_tol=0.05)
+        turns = (1, 2, 3) if square else (2,)
         brightness = MultiplicativeBrightnessTransform((1 - self.scale, 1 + self.scale), synchronize_channels=True)
         return ComposeTransforms(
             [
@@ -105,14 +107,11 @@ class MaskedCrop:
         """One sample of a volume."""
         lower = draw_corner(volume, self.crop_size, self.foreground_share, rng)
         image = torch.from_numpy(volume.read(lower, self.crop_size))
-        if self._transform is not None:
+        if self.augmentation is not None:
+            transform = self.augmentation.transform(self.crop_size, volume.spacing_mm)
             with seeded_globals(int(rng.integers(2**31))):
-                image = self._transform(image=image)["image"]
+                image = transform(image=image)["image"]
         return {"image": image.contiguous(), "order": torch.from_numpy(rng.permutation(self.num_tokens))}
-
-    @cached_property
-    def _transform(self) -> BasicTransform | None:
-        return self.augmentation.transform(self.crop_size) if self.augmentation else None
 
 
 def draw_corner(

@@ -33,9 +33,9 @@ class EncoderMetadata:
             of `hiendmae preprocess` the window becomes [0, 1], stock nnU-Net plans have the dataset's own.
         normalization_schemes: nnU-Net's scheme of every input channel.
         image_reader_writer: nnU-Net reader of the training images (it decides the orientation).
-        orientation: in words, e.g. "as stored" or "RAS".
+        orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
         citations: BibTeX entries.
-        training: steps, epochs, crops, datasets, seed and losses of the run, for the record.
+        training: steps, number of cases and settings of the run, for the record.
     """
 
     spec: EncoderSpec

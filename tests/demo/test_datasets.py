@@ -75,5 +75,55 @@ def test_too_few_cases_need_splits(own_data):
 
 def test_unreadable_label(own_data):
     (own_data / "Dataset902_DemoAbdomen" / "labelsTr" / "A_z1.nii.gz").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"A_z1.*--spacing"):
+    with pytest.raises(UserError, match=r"A_z1.*take the case out of imagesTr and labelsTr") as refusal:
         isotropic_spacing(find_data(own_data))
+    assert "--" not in str(refusal.value)  # the demo has no option for it
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[]", "holds a list"),
+        (b'{"channel_names": {"0": "CT"}}', 'has no "file_ending"'),
+        (b'{"file_ending": ".nii.gz"}', 'has no "channel_names"'),
+        (b'{"file_ending": ".nii.gz", "channel_names": {"0": "CT"}}', '"labels" of .* is None'),
+        # nnU-Net v1 had it the other way round
+        (
+            b'{"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "a"}}',
+            "name -> value",
+        ),
+        (b'{"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"background": 0}}', "at least one more"),
+        (None, "cannot read"),
+    ],
+)
+def test_unusable_dataset_json(own_data, content, told):
+    path = own_data / "Dataset902_DemoAbdomen" / "dataset.json"
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=told) as refusal:
+        find_data(own_data)
+    assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("channels", "ct"),
+    [
+        ({"channel_names": {"0": "CT"}}, True),
+        ({"channel_names": {"0": "ct", "1": "PET"}}, True),
+        ({"modality": {"0": "Ct"}}, True),
+        ({"modality": {"0": "MRI"}}, False),
+        ({"channel_names": {"1": "CT"}}, False),
+        ({"channel_names": ["CT"]}, False),
+    ],
+)
+def test_first_channel_is_ct(own_data, channels, ct):
+    path = own_data / "Dataset902_DemoAbdomen" / "dataset.json"
+    content = json.loads(path.read_text())
+    del content["channel_names"]
+    path.write_text(json.dumps({**content, **channels}))
+    assert find_data(own_data).first_channel_is_ct is ct

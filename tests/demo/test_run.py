@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 
 import pytest
+from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
 from nnunetv2_hiendmae.demo.process import Runner, console_script
 from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
@@ -48,6 +51,52 @@ def test_demo_from_end_to_end(tmp_path):
 
     with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
         run_demo(output)
+
+
+@pytest.mark.slow
+def test_demo_on_data_of_the_user(tmp_path):
+    """Two channels, regions that overlap, no test images, the other method, and the command line."""
+    mine = make_folders(tmp_path / "mine")
+    channels = ("CT", "MR")
+    unlabelled = make_dataset(mine, 11, cases=2, channels=channels, with_labels=False, name="NoLabels")
+    regions = {"background": 0, "whole": [ORGAN, LESION], "lesion": LESION}
+    order = {"regions_class_order": [ORGAN, LESION]}
+    labelled = make_dataset(mine, 12, channels=channels, labels=regions, extra_json=order, name="Regions", seed=1)
+    for name in (unlabelled, labelled):
+        shutil.rmtree(mine.raw / name / "imagesTs")
+    before = sorted(mine.raw.rglob("*"))
+
+    output = tmp_path / "demo"
+    command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", "demo", "--data", mine.raw, "-o", output]
+    budget = ["--pretrain-epochs", 1, "--steps-per-epoch", 2, "--epochs", 1, "--iterations-per-epoch", 2]
+    done = subprocess.run(
+        list(map(str, [*command, "--method", "mae3d", *budget, "-np", 1])), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    assert sorted(mine.raw.rglob("*")) == before
+    results = json.loads((output / RESULTS_FILE).read_text())
+    assert results["data"]["dice_on"] == "validation cases of fold 0"
+    assert results["pretraining"]["steps"] == 2
+    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == {"pretrained": 1, "scratch": 1}
+    for run in results["dice"].values():
+        assert set(run["per_class"]) == {"whole", "lesion"}
+        assert all(0 <= dice <= 1 for dice in (*run["per_class"].values(), run["mean"]))
+    assert not any(phase.startswith(("predict", "evaluate")) for phase in results["seconds"])
+    trained = [p.name for p in (output / "nnUNet_results" / labelled).iterdir()]
+    assert sorted(trained) == [
+        "nnUNetTrainer_MAE3D__DemoPretrained__3d_fullres", "nnUNetTrainer_ViTUNETR__DemoScratch__3d_fullres"
+    ]  # fmt: skip
+    (log,) = (output / "logs").glob("*_train_pretrained.log")
+    assert "Encoder weights from" in log.read_text(encoding="utf-8")
+
+    report = (output / "report.md").read_text(encoding="utf-8")
+    for words in ("Dice on the validation cases of fold 0", "| whole |", "| lesion |", unlabelled, labelled):
+        assert words in report
+    assert "TotalSegmentator" not in report  # that is said of the embedded labels only
+    for picture in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
+        assert (output / picture).stat().st_size > 5_000
+        assert f"]({picture})" in report
 
 
 def test_foreign_folder_is_refused(tmp_path):

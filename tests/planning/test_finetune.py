@@ -50,6 +50,26 @@ def test_intensities_of_stock_plans_are_carried_over(nnunet, toy, tmp_path):
     assert (stats["mean"], stats["std"], stats["percentile_99_5"]) == (-100, 400, 300)
 
 
+def test_channels_must_be_those_of_pretraining(nnunet, tmp_path, caplog):
+    swapped = make_dataset(nnunet, 3, cases=3, channels=("MR", "CT"))
+    write_fingerprint(nnunet, swapped, channels=2)
+    both = {"spec": TINY.with_(in_channels=2), "channel_names": ("CT", "MR")}
+    schemes = ("CTNormalization", "ZScoreNormalization")
+    file = save_tiny_encoder(tmp_path / "both.safetensors", **both, normalization_schemes=schemes)
+    with pytest.raises(UserError, match="channels CT, MR, the dataset has MR, CT"):
+        plan_finetuning("3", file)
+    one = save_tiny_encoder(tmp_path / "one.safetensors")
+    plan_finetuning("3", one)
+    assert "MR: normalised otherwise" in caplog.text
+
+
+def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
+    path = nnunet.preprocessed / toy / "dataset_fingerprint.json"
+    path.write_text(path.read_text()[:40])
+    plan_finetuning("1", encoder_file, num_processes=1)
+    assert len(json.loads(path.read_text())["spacings"]) == 3
+
+
 def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
     planned = plan_finetuning("1", encoder_file, num_processes=2)
     plans, configuration, section = read(planned)
@@ -144,7 +164,7 @@ def test_reader_of_the_file_is_used_where_it_can_read(toy, tmp_path, caplog):
 )
 def test_bad_values_are_refused_before_anything_is_done(nnunet, encoder_file, arguments, told, monkeypatch):
     name = make_dataset(nnunet, 1, cases=1)
-    monkeypatch.setattr(finetune, "ensure_fingerprint", lambda *_: pytest.fail("long work began"))
+    monkeypatch.setattr(finetune, "ensure_labelled_fingerprint", lambda *_: pytest.fail("long work began"))
     with pytest.raises(UserError, match=told) as e:
         plan_finetuning(name, encoder_file, **arguments)
     assert "\n" not in str(e.value)

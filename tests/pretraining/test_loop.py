@@ -19,7 +19,9 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS, checkpoint
 from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, locked
 from nnunetv2_hiendmae.pretraining.data import find_data
-from nnunetv2_hiendmae.pretraining.loop import Execution, pretrain
+from nnunetv2_hiendmae.pretraining.launch import Execution
+from nnunetv2_hiendmae.pretraining.loop import pretrain
+from nnunetv2_hiendmae.pretraining.runlog import draw_progress, running_mean
 
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 CLI = [sys.executable, "-W", "ignore", "-m", "nnunetv2_hiendmae.cli"]
@@ -184,6 +186,89 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("writer", ["save_checkpoint", "export_encoder"])
+def test_a_stop_while_the_last_files_are_written(preprocessed, tmp_path, writer):
+    run(tmp_path / "whole")
+    module, calls = "nnunetv2_hiendmae.pretraining.loop", []
+    original = getattr(sys.modules[module], writer)
+
+    def interrupted(*arguments):
+        calls.append(writer)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{module}.{writer}", interrupted)
+        run(tmp_path / "stopped")
+    run(tmp_path / "stopped", resume=True)
+    assert (tmp_path / "stopped" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+
+
+def test_other_cases_than_at_the_start_are_refused(nnunet, preprocessed, tmp_path):
+    run(tmp_path / "run")
+    write_preprocessed(nnunet.preprocessed, {**SHAPES, "late": (16, 16, 16)})
+    with pytest.raises(UserError, match="not those it was started with"):
+        run(tmp_path / "run", resume=True)
+
+
+def test_bf16_on_the_cpu_runs_and_continues(preprocessed, tmp_path):
+    expected = losses(run(tmp_path / "whole", tiny_settings(precision="bf16")))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2_hiendmae.pretraining.loop.draw_reconstruction", _interrupt)
+        run(tmp_path / "stopped", tiny_settings(precision="bf16"))
+    assert losses(run(tmp_path / "stopped", tiny_settings(precision="bf16"), resume=True)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_gpu_run_and_continue(preprocessed, tmp_path, precision):
+    """On a GPU kernels may differ in the last bit: losses after continuing agree to 1e-2 in half precision."""
+    settings = tiny_settings(precision=precision)
+    data = find_data(settings.datasets, PLANS, "3d_fullres")
+    pretrain(settings, data, tmp_path / "whole", Execution("cuda", 0))
+    with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2_hiendmae.pretraining.loop.draw_reconstruction", _interrupt)
+        pretrain(settings, data, tmp_path / "stopped", Execution("cuda", 0))
+    pretrain(settings, data, tmp_path / "stopped", Execution("cuda", 0), resume=True)
+    assert losses(read_log(tmp_path / "stopped")) == pytest.approx(losses(read_log(tmp_path / "whole")), abs=1e-2)
+
+
+def test_weights_that_are_not_finite_are_never_saved(preprocessed, tmp_path):
+    def spoil(self, progress):
+        if progress > 0.5:
+            with torch.no_grad():
+                self.head.bias[0] = torch.inf
+
+    with pytest.raises(UserError, match=r"weights became infinite.*head\.bias"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2_hiendmae.pretraining.hiendmae.HiEndMAE.after_step", spoil)
+        run(tmp_path / "run", tiny_settings(epochs=9, steps_per_epoch=1))
+    saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
+    assert saved["step"] == 4 and all(torch.isfinite(t).all() for t in saved["method"].values())
+
+
+def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_path, caplog):
+    write_preprocessed(nnunet.preprocessed, {"small": (9, 10, 11)})
+    assert len(run(tmp_path / "run", tiny_settings(epochs=1))) == 3
+    assert "larger than every volume" in caplog.text
+
+
+def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
+    """400,000 steps are the paper's; a running mean over a window of them must not hold window × steps numbers."""
+    line = '{{"step": {}, "epoch": 0, "loss": {}, "lr": 1e-4, "crops_per_second": 9}}\n'
+    with (tmp_path / "log.jsonl").open("w") as f:
+        f.writelines(line.format(i, i % 7) for i in range(400_000))
+    draw_progress(tmp_path)
+    assert (tmp_path / "progress.png").stat().st_size > 10_000
+
+
+def test_running_mean():
+    values = [float(i % 13) for i in range(500)]
+    expected = [np.mean(values[max(0, i - 9) : i + 1]) for i in range(500)]
+    np.testing.assert_allclose(running_mean(values), expected, rtol=1e-12)
+
+
 def test_continuing_a_finished_run_changes_nothing(preprocessed, tmp_path):
     run(tmp_path / "run")
     before = (tmp_path / "run" / ENCODER).read_bytes()
@@ -269,11 +354,15 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
         "import resource, signal, torch, sys; from pathlib import Path\n"
         "from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint\n"
         "from nnunetv2_hiendmae.errors import UserError\n"
+        "from nnunetv2_hiendmae.pretraining.runlog import RunLog\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from nnunetv2_hiendmae.architectures import PRESETS, build_encoder\n"
         "from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder\n"
         "folder, encoder = Path(sys.argv[1]), build_encoder(PRESETS['vit_nano_p8'])\n"
+        "log = RunLog(folder, 0, 9, 1, {})\n"
+        "try: log.step(0, 0, {'loss': 1.0, 'lr': 1.0, 'x': 'long' * 50_000})\n"
+        "except UserError as e: print('log:', e)\n"
         "try: save_checkpoint(folder, {'x': torch.zeros(1_000_000)})\n"
         "except UserError as e: print('checkpoint:', e)\n"
         "metadata = EncoderMetadata(encoder.spec, 'mae3d', None, None, (), ())\n"
@@ -282,18 +371,19 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
     )
     out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True)
     assert [line.partition(" on the disk")[0] for line in out.stdout.splitlines()] == [
+        "log: no space left",
         "checkpoint: no space left",
         "encoder: no space left",
     ], out.stderr
     assert (folder / CHECKPOINT).read_bytes() == before
-    assert [p.name for p in folder.iterdir()] == [CHECKPOINT]
+    assert sorted(p.name for p in folder.iterdir()) == [CHECKPOINT, "log.jsonl"]
 
 
 def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"GB are free.*-o"):
         run(tmp_path / "run")
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -305,6 +395,16 @@ def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_p
         (["--batch-size", "3", "--accumulate", "2"], "needed a multiple of 2"),
         (["--epochs", "0"], "--epochs is 0"),
         (["--set", "colour=1"], "--set colour=1 is no option"),
+        (["--set", "decoder_dim=50", "decoder_heads=4"], "decoder_dim 50 must be a multiple of decoder_heads 4"),
+        (["--set", "decoder_dim=-6"], "both positive"),
+        (["--set", "self_depth=-3"], "not negative"),
+        (["--set", "mask_ratio=1.0"], "leaves 0 of 8 tokens visible"),
+        (["--crop-size", "8", "8", "8"], "or --crop-size for more tokens"),
+        (["--workers", "-1"], "--workers is -1"),
+        (["--lr", "nan"], "--lr nan must be positive"),
+        (["--seed", str(2**65)], "needed 0 to 2^63 - 1"),
+        (["--precision", "fp16"], "fp16 needs -device cuda"),
+        (["-device", "mps"], "no Apple GPU"),
         (["-d", "9"], "no dataset '9'"),
         (["-c", "2d"], "no configuration '2d'"),
         (["-device", "cuda"], "no CUDA device"),
@@ -318,4 +418,22 @@ def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, a
     assert main([*cli_arguments("hiendmae", tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error and error.startswith("hiendmae pretrain: ")
-    assert not (tmp_path / "run" / "log.jsonl").exists()
+    # nothing half-written
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_is_a_file(preprocessed, tmp_path, capsys):
+    from nnunetv2_hiendmae.cli import main
+
+    (tmp_path / "file").write_text("mine")
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert main(cli_arguments("hiendmae", output)) == 2
+        assert "cannot write" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_dataset_given_twice_is_one(preprocessed, tmp_path):
+    from nnunetv2_hiendmae.cli import main
+
+    assert main([*cli_arguments("hiendmae", tmp_path / "run"), "-d", "1", "Dataset001_Tiny", "--epochs", "1"]) == 0
+    assert load_encoder(tmp_path / "run" / ENCODER)[1].training["cases"] == 2

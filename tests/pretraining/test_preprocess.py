@@ -86,6 +86,23 @@ def few_samples(monkeypatch):
 # ---- what comes out
 
 
+def test_a_label_free_fingerprint_gives_way_once_there_are_labels(nnunet, few_samples):
+    """Stock commands would otherwise plan supervised training with statistics of whole bodies."""
+    name = make(nnunet)
+    run(1)
+    path = nnunet.preprocessed / name / "dataset_fingerprint.json"
+    assert json.loads(path.read_text())["hiendmae_label_free"]
+    labels = nnunet.raw / name / "labelsTr"
+    labels.mkdir()
+    for case in (0, 1):
+        seg = sitk.Cast(sitk.ReadImage(str(image(nnunet, name, case))) > 0, sitk.sitkUInt8)
+        sitk.WriteImage(seg, str(labels / f"case_{case:03d}.nii.gz"))
+    before = arrays(nnunet, name)
+    assert run(1).skipped == 2
+    assert set(json.loads(path.read_text())) == FINGERPRINT_KEYS
+    assert all(np.array_equal(array, before[case]) for case, array in arrays(nnunet, name).items())
+
+
 def test_unlabelled_ct(nnunet):
     name = make(nnunet, spacing=(1.5, 3.0, 1.5))
     raw = tree(nnunet.raw)
@@ -188,8 +205,9 @@ def test_ct_without_window_must_not_see_labels(nnunet, tmp_path):
     encoder = save_tiny_encoder(tmp_path / "encoder.safetensors", window_hu=None)
     with pytest.raises(UserError, match=r"must not see labels; give --window"):
         run(1, like=encoder)
-    write_fingerprint(nnunet, name, cases=2, extra={"hiendmae_label_free": True})
-    assert run(1, like=encoder).done == 2
+    # statistics of bodies are no statistics of labels
+    make(nnunet, 2)
+    assert run(2, like=encoder).done == 2
 
 
 def test_incomplete_dataset_json(nnunet):

@@ -12,6 +12,7 @@ class IndexVolume:
 
     def __init__(self, shape=(20, 24, 28), box=(slice(14, 18), slice(2, 6), slice(20, 24))):
         self.shape = shape
+        self.spacing_mm = (2.0, 1.0, 1.0)
         self.values = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
         self.foreground = np.zeros(shape, bool)
         self.foreground[box] = True
@@ -88,6 +89,15 @@ def test_turns_stay_in_the_plane():
         with seeded_globals(seed):
             turned = augment(image=image.clone())["image"]
         assert torch.equal(turned, image) or torch.equal(turned, image.flip(1))
+
+
+def test_no_quarter_turn_where_voxels_are_not_square():
+    augment = Augmentation(p_rotate=1.0, p_scale=0.0, p_shift=0.0).transform((4, 4, 4), (1.0, 1.0, 3.0))
+    image = torch.arange(4.0)[None, None, :, None].expand(1, 4, 4, 4).contiguous()
+    for seed in range(20):
+        with seeded_globals(seed):
+            turned = augment(image=image.clone())["image"]
+        assert torch.equal(turned, image) or torch.equal(turned, image.flip(2))
 
 
 def test_frequencies():
