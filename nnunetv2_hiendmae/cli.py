@@ -47,16 +47,15 @@ def build_parser() -> argparse.ArgumentParser:
         return sub
 
     command("env", _env, 'print the line that lets nnU-Net find our trainers; use: eval "$(hiendmae env)"')
-    command("doctor", _doctor, "check nnU-Net's variables, versions, trainer discovery, device and disk").add_argument(
-        "--json", action="store_true", help="print JSON"
+    telling = (
+        command("doctor", _doctor, "check nnU-Net's variables, versions, trainer discovery, device and disk"),
+        command("methods", _methods, "list pretraining methods with their defaults and sources"),
+        command("presets", _presets, "list encoder presets with their parameter counts"),
+        command("inspect", _inspect, "say what an encoder file, a run checkpoint or a run folder is"),
     )
-    command("methods", _methods, "list pretraining methods with their defaults and sources").add_argument(
-        "--json", action="store_true", help="print JSON"
-    )
-    command("presets", _presets, "list encoder presets with their parameter counts").add_argument(
-        "--json", action="store_true", help="print JSON"
-    )
-    _add_inspect(command("inspect", _inspect, "say what an encoder file, a run checkpoint or a run folder is"))
+    for sub in telling:
+        sub.add_argument("--json", action="store_true", help="print JSON")
+    telling[-1].add_argument("file", type=Path, metavar="FILE")
     _add_preprocess(
         command("preprocess", _preprocess, "fingerprint, plan and preprocess images; labels are not needed")
     )
@@ -68,11 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _datasets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-d", dest="datasets", nargs="+", required=True, metavar="ID", help="dataset ids or names")
-
-
-def _add_inspect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_preprocess(parser: argparse.ArgumentParser) -> None:
