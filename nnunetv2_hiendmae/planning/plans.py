@@ -130,12 +130,12 @@ def check_plans_name(dataset_name: str, plans_name: str) -> Path:
     """
     # nnU-Net takes folder names apart at "__"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", plans_name) or "__" in plans_name:
-        raise UserError(
-            f"plans name '{plans_name}' needs letters, digits and single '_', '-', '.'; choose another --name"
-        )
+        told = f"plans name '{plans_name}' needs letters, digits and single '_', '-', '.'"
+        raise UserError(f"{told}; choose another one (plan: --name, preprocess: -p)")
     path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
     if path.is_file() and not is_ours(path):
-        raise UserError(f"{path} was not made by hiendmae and is never overwritten; choose another name with --name")
+        told = f"{path} was not made by hiendmae and is never overwritten"
+        raise UserError(f"{told}; choose another name (plan: --name, preprocess: -p)")
     return path
 
 
