@@ -147,11 +147,13 @@ def _finetuning_spec(source: EncoderSpec, channels: int, patch_size: tuple[int, 
             f"the encoder has {source.in_channels} input channels, the dataset {channels}: only 1 can be spread"
         )
     size = tuple(patch_size or source.img_size)
-    if len(size) != 3 or any(s < p or s % p for s, p in zip(size, source.patch_size, strict=True)):
-        fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, source.patch_size, strict=False))
+    if len(size) != 3:
+        raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
+    fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, source.patch_size, strict=True))
+    if size != fitting:
         raise ValueError(
-            f"patch size {size} needs three axes, each a multiple of the encoder's tokens of {source.patch_size} "
-            f"voxels, e.g. {fitting}"
+            f"patch size {size}: each axis must be a multiple of the encoder's tokens of {source.patch_size} voxels, "
+            f"e.g. {fitting}"
         )
     spec = source.with_(cls_token=False, pos_embed="learned", in_channels=channels, img_size=size)
     if spec.num_tokens == 1:

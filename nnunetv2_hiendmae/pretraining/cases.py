@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
@@ -138,7 +140,7 @@ def _check_nifti(path: Path) -> None:
     # and says nothing
     try:
         stored = nibabel.load(path).dataobj
-    except Exception:
+    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
         # not even a header: the reader tells what it is
         return
     try:
