@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.plans_section import PLANS_KEY
 from nnunetv2_hiendmae.pretraining.views import Views
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> tuple[Plans
 def _mend(plans: PlansManager, configuration: str) -> str:
     """The command that preprocesses with these plans: whose they are decides."""
     network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
-    if network.startswith("nnunetv2_hiendmae.") and "hiendmae" not in plans.plans:
+    if network.startswith("nnunetv2_hiendmae.") and PLANS_KEY not in plans.plans:
         return f"run: hiendmae preprocess -d {plans.dataset_name} -p {plans.plans_name}"
     return f"run: nnUNetv2_preprocess -d {plans.dataset_name} -plans_name {plans.plans_name} -c {configuration}"
 
@@ -242,11 +243,11 @@ def _volume_format(name: str, plans: PlansManager, configuration: str) -> Volume
     stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in ct_channels}
     if len(stats) > 1:
         raise UserError(f"the CT channels of {name} were normalised differently by {plans.plans_name}; {mend}")
-    low, high, offset, scale = stats.pop()
-    above = (low - offset) / max(scale, 1e-8)
-    return VolumeFormat(
-        channel_names, spacing, schemes, (low, high), above, reader, ct_channels[0], offset, max(scale, 1e-8)
-    )
+    low, high, offset, std = stats.pop()
+    # the floor is CTNormalization's
+    scale = max(std, 1e-8)
+    above = (low - offset) / scale
+    return VolumeFormat(channel_names, spacing, schemes, (low, high), above, reader, ct_channels[0], offset, scale)
 
 
 def _channel_names(name: str, count: int) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -76,15 +77,23 @@ class Augmentation:
         # a quarter turn would change the shape of a crop that is not square, and squeeze one whose voxels are not
         square = crop_size[1] == crop_size[2] and math.isclose(spacing_mm[1], spacing_mm[2], rel_tol=0.05)
         turns = (1, 2, 3) if square else (2,)
-        brightness = MultiplicativeBrightnessTransform((1 - self.scale, 1 + self.scale), synchronize_channels=True)
-        return ComposeTransforms(
-            [
-                MirrorTransform((0, 1, 2)),
-                RandomTransform(Rot90Transform(1, turns, allowed_axes={1, 2}), self.p_rotate),
-                RandomTransform(brightness, self.p_scale),
-                RandomTransform(ShiftIntensityTransform((-self.shift, self.shift)), self.p_shift),
-            ]
-        )
+        return _pipeline(self, turns)
+
+
+@lru_cache
+def _pipeline(augmentation: Augmentation, turns: tuple[int, ...]) -> BasicTransform:
+    """Built once per process: it holds no state, and every sample needs it."""
+    low, high = 1 - augmentation.scale, 1 + augmentation.scale
+    brightness = MultiplicativeBrightnessTransform((low, high), synchronize_channels=True)
+    shift = ShiftIntensityTransform((-augmentation.shift, augmentation.shift))
+    return ComposeTransforms(
+        [
+            MirrorTransform((0, 1, 2)),
+            RandomTransform(Rot90Transform(1, turns, allowed_axes={1, 2}), augmentation.p_rotate),
+            RandomTransform(brightness, augmentation.p_scale),
+            RandomTransform(shift, augmentation.p_shift),
+        ]
+    )
 
 
 @dataclass(frozen=True)
