@@ -11,10 +11,9 @@ from nnunet_data import save_tiny_encoder
 
 from nnunetv2_hiendmae import cli, environment
 from nnunetv2_hiendmae.architectures import PRESETS
+from nnunetv2_hiendmae.commands import env
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint
-
-COMMANDS = ["env", "doctor", "methods", "presets", "inspect", "preprocess", "pretrain", "plan", "demo"]
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -39,7 +38,7 @@ def test_env_imports_nothing_heavy():
     assert out.splitlines()[-1] == "False"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_of_every_command(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
@@ -121,6 +120,6 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli, "with_discovery", broken)
+    monkeypatch.setattr(env, "with_discovery", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main(["env"])

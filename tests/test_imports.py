@@ -30,7 +30,8 @@ ALLOWED = {
     "demo": {"evaluation", "plans_section", "environment", *BASE},
     "doctor": {"environment", *BASE},
     "listing": {"architectures", "weights", "pretraining", "planning", *BASE},
-    "cli": None,  # everything
+    "cli": {"commands", *BASE},
+    "commands": None,  # everything
 }
 # `hiendmae preprocess`: it makes plans and runs nnU-Net's preprocessor, the rest of pretraining only reads the outcome
 PREPARING = ("pretraining/preprocess", "pretraining/fingerprint", "pretraining/cases")
@@ -39,7 +40,6 @@ MAY_IMPORT_NNUNET = (
     "trainers/",
     "demo/",
     "doctor",
-    "cli",
     *PREPARING,
     "pretraining/data",
     "pretraining/runlog",
