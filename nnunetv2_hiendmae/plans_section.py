@@ -9,6 +9,8 @@ PRETRAIN_PLANS = "HiEndMAEPretrain"
 # per pretraining method, None from scratch: the trainer that insists on such plans
 TRAINERS = {
     "hiendmae": "nnUNetTrainer_HiEndMAE",
+    "mim": "nnUNetTrainer_MiM",
+    "glmae": "nnUNetTrainer_GLMAE",
     "mae3d": "nnUNetTrainer_MAE3D",
     None: "nnUNetTrainer_ViTUNETR",
 }

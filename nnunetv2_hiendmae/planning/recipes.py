@@ -1,4 +1,4 @@
-"""Defaults per method: how volumes become arrays, and how the network is fine-tuned (METHODS §2, §6)."""
+"""Defaults per method: how volumes become arrays, and how the network is fine-tuned (METHODS §2 to §6)."""
 
 from dataclasses import dataclass, field
 
@@ -14,17 +14,29 @@ class MethodRecipe:
         window_hu: CT window that becomes [0, 1]; channels other than CT keep nnU-Net's normalisation.
         decoder_width: channels of the UNETR decoder at full resolution.
         batch_size: crops per fine-tuning batch.
+        drop_path_rate: stochastic depth of the encoder in fine-tuning.
     """
 
     spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)
     window_hu: tuple[float, float] | None = (-175.0, 250.0)
     decoder_width: int = 32
     batch_size: int = 4
+    drop_path_rate: float = 0.0
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
 
 
 RECIPES: dict[str, MethodRecipe] = {
     "hiendmae": MethodRecipe(),
+    "mim": MethodRecipe(
+        spacing_mm=None,
+        window_hu=(-1000.0, 1000.0),
+        decoder_width=48,
+        drop_path_rate=0.2,
+        # lr unpublished: ours
+        finetune=FinetuneRecipe(lr=1e-4, grad_clip=5.0),
+    ),
+    # widths 16 to 48 are published; lr is that of end-to-end fine-tuning
+    "glmae": MethodRecipe(spacing_mm=None, window_hu=(-1000.0, 1000.0), finetune=FinetuneRecipe(lr=3e-4)),
     # ours: the baseline sees what Hi-End-MAE sees, so that the two can be compared
     "mae3d": MethodRecipe(),
 }

@@ -105,7 +105,7 @@ def _run(
             lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.total_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            losses = _backward(fabric, model, batches, settings.accumulate, step)
+            losses = _backward(fabric, method, model, batches, settings.accumulate, step)
             optimizer.step()
             optimizer.zero_grad()
             method.after_step((step + 1) / settings.total_steps)
@@ -119,17 +119,20 @@ def _run(
             log.close()
 
 
-def _backward(fabric: Fabric, model: Any, batches: Iterator[Batch], accumulate: int, step: int) -> dict[str, float]:
-    """Gradients of one optimizer step; mean losses over micro-batches and processes.
+def _backward(
+    fabric: Fabric, method: Method, model: Any, batches: Iterator[Batch], accumulate: int, step: int
+) -> dict[str, float]:
+    """Gradients of one optimizer step; losses summed over the method's parts, mean over micro-batches and processes.
 
     Raises:
         UserError: a loss is not finite in any process; weights are as before the step.
     """
     totals: dict[str, Tensor] = {}
-    for part in range(accumulate):
-        batch = _next_batch(batches)
-        with fabric.no_backward_sync(model, enabled=part + 1 < accumulate):
-            losses = model(batch)
+    passes = [(micro, part) for micro in range(accumulate) for part in range(method.num_parts)]
+    for micro, part in passes:
+        batch = _next_batch(batches) if part == 0 else batch
+        with fabric.no_backward_sync(model, enabled=(micro, part) != passes[-1]):
+            losses = model(batch, part)
             mean = {k: fabric.all_reduce(v.detach().clone(), reduce_op="mean") for k, v in losses.items()}
             if not math.isfinite(mean["loss"].item()):
                 raise _not_finite(losses["loss"].item(), batch, step)
@@ -176,8 +179,9 @@ def _end_epoch(
         with fabric.autocast():
             made = method.reconstruct(fabric.to_device(batch))
         method.train()
-        picture = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}.png"
-        draw_reconstruction(picture, made, batch["case"], data.format)
+        for view, pictures in made.items():
+            path = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}_{view}.png"
+            draw_reconstruction(path, pictures, batch["case"], data.format)
     if last or epoch % settings.checkpoint_epochs == 0:
         _check_weights(method, step)
         # the encoder first: a run counts as finished by its checkpoint, and then has its encoder

@@ -51,7 +51,7 @@ class MaskedCropMethod(Method):
     def views(self) -> MaskedCrop:
         return MaskedCrop(self.spec.img_size, self.spec.num_tokens)
 
-    def forward(self, views: Batch) -> LossDict:
+    def forward(self, views: Batch, part: int = 0) -> LossDict:
         prediction = self.predict(views["image"], views["order"])
         return {"loss": F.mse_loss(prediction.float(), self.target(views["image"], views["order"]))}
 
@@ -62,7 +62,7 @@ class MaskedCropMethod(Method):
         return normalize_patches(patches, self.unbiased_target) if self.normalize_target else patches
 
     @torch.no_grad()
-    def reconstruct(self, views: Batch) -> Reconstruction:
+    def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
         image, order = views["image"], views["order"]
         keep, masked = split_order(order, self.visible)
         patches = patchify(image, self.spec.patch_size)
@@ -77,4 +77,4 @@ class MaskedCropMethod(Method):
             return unpatchify(put_tokens(tokens, order), self.spec.grid, self.spec.patch_size)
 
         blank = torch.full_like(hidden, float(image.min()))
-        return Reconstruction(image, assemble(blank), assemble(prediction))
+        return {"crop": Reconstruction(image, assemble(blank), assemble(prediction))}

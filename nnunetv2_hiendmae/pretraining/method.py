@@ -48,6 +48,11 @@ class Method(nn.Module, ABC):
 
     Keyword arguments of `__init__` after `spec` are the method's options; their defaults are the paper's.
     Subclasses build `self.encoder`.
+
+    A method with more views than fit into memory gives its loss in `num_parts` parts: the loop calls `forward` for
+    part 0, 1, … of the same batch in this order, goes backward after each, and adds the losses up. A part may keep
+    detached tensors for the parts after it. Every part's loss must depend on every trainable parameter, with weight
+    zero where it does not need it: under DDP the last part's backward is the one that gradients are exchanged in.
     """
 
     name: ClassVar[str]
@@ -56,6 +61,7 @@ class Method(nn.Module, ABC):
     citations: ClassVar[tuple[str, ...]]
     recipe: ClassVar[PretrainRecipe] = PretrainRecipe()
     encoder: nn.Module
+    num_parts: int = 1
 
     def __init__(self, spec: EncoderSpec):
         super().__init__()
@@ -66,12 +72,12 @@ class Method(nn.Module, ABC):
         """What a worker draws from a volume for one sample; the batch holds its tensors, stacked."""
 
     @abstractmethod
-    def forward(self, views: Batch) -> LossDict:
-        """Losses of a batch: "loss" is the scalar to minimise, the rest is logged."""
+    def forward(self, views: Batch, part: int = 0) -> LossDict:
+        """Losses of one part of a batch: "loss" is the scalar to minimise, the rest is logged."""
 
     @abstractmethod
-    def reconstruct(self, views: Batch) -> Reconstruction:
-        """The same batch as pictures."""
+    def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
+        """The same batch as pictures: name of the view (letters, digits, '_') → what was made of it."""
 
     def after_step(self, progress: float) -> None:
         """Called after every optimizer step with the finished fraction of the run; moves a teacher."""

@@ -21,7 +21,7 @@ NNUNET_GRAD_CLIP = 12.0
 
 
 class _ViTTrainer(nnUNetTrainer):
-    """nnU-Net's training of a `ViTUNETR` with AdamW, warm-up and cosine, started from an encoder file.
+    """nnU-Net's training of a `ViTUNETR` or `ConvViTUNETR` with AdamW, warm-up and cosine, started from an encoder file.
 
     The encoder file is read once, when training starts at epoch 0: continuing (`--c`), validating and predicting
     need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
@@ -73,7 +73,7 @@ class _ViTTrainer(nnUNetTrainer):
     def initialize(self):
         super().initialize()
         if self.section.encoder_file is not None:
-            self._fresh_kernel = self._plain_network().encoder.patch_embed.proj.weight.detach().clone()
+            self._fresh_kernel = self._input_kernel().detach().clone()
 
     def set_deep_supervision_enabled(self, enabled: bool):
         """Nothing to switch: the network has one output."""
@@ -102,7 +102,7 @@ class _ViTTrainer(nnUNetTrainer):
             return
         path = Path(self.section.encoder_file)
         encoder = self._plain_network().encoder
-        if not torch.equal(encoder.patch_embed.proj.weight, self._fresh_kernel):
+        if not torch.equal(self._input_kernel(), self._fresh_kernel):
             raise RuntimeError(
                 f"-pretrained_weights and the plans' encoder file {path} both claim the encoder; leave the option "
                 f"out, or use {TRAINERS[None]} with plans made by: {PLAN_COMMAND} --from-scratch"
@@ -118,6 +118,10 @@ class _ViTTrainer(nnUNetTrainer):
             raise RuntimeError(str(e)) from e
         self.print_to_log_file(f"Encoder weights from {path}: {report.text()}")
 
+    def _input_kernel(self) -> nn.Parameter:
+        encoder = self._plain_network().encoder
+        return encoder.get_parameter(encoder.input_kernel)
+
     def _plain_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network
@@ -130,6 +134,18 @@ class nnUNetTrainer_HiEndMAE(_ViTTrainer):
     """Fine-tunes an encoder pretrained with Hi-End-MAE."""
 
     method = "hiendmae"
+
+
+class nnUNetTrainer_MiM(_ViTTrainer):
+    """Fine-tunes an encoder pretrained with MiM."""
+
+    method = "mim"
+
+
+class nnUNetTrainer_GLMAE(_ViTTrainer):
+    """Fine-tunes an encoder pretrained with GL-MAE."""
+
+    method = "glmae"
 
 
 class nnUNetTrainer_MAE3D(_ViTTrainer):

@@ -57,7 +57,7 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
     pictures = sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir())
-    assert pictures == ["epoch_0002.png", "epoch_0003.png"]
+    assert pictures == ["epoch_0002_crop.png", "epoch_0003_crop.png"]
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
     assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
     assert metadata.spacing_mm == (3.0, 3.0, 3.0) and metadata.window_hu == (-175.0, 250.0)
