@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    convert,
     demo,
     doctor,
     env,
@@ -26,6 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "methods": methods,
     "presets": presets,
     "inspect": inspect,
+    "convert": convert,
     "preprocess": preprocess,
     "pretrain": pretrain,
     "plan": plan,

@@ -210,7 +210,7 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
     [
         ({"patch_size": (30, 24, 24)}, r"e.g. \(32, 24, 24\)"),
         ({"patch_size": (24, 24)}, "three axes"),
-        ({"patch_size": (8, 8, 8)}, "single token"),
+        ({"patch_size": (8, 8, 8)}, "smallest step"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs"),
         ({"lr": -1.0}, "lr"),
