@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
@@ -201,45 +201,58 @@ def _notes(
     baseline: str | None,
 ) -> Iterator[str]:
     by_name = {row.name: row for row in rows}
-    for run in found:
-        missing = by_name[run.name].missing if run.name in by_name else tuple(folds)
-        if missing:
-            started = [f for f in missing if f in run.unfinished]
-            note = f" (started, without validation/summary.json: {_listed(started)})" if started else ""
-            yield f"{run.name}: no result of fold {_listed(missing)}{note}"
+    missing = {run.name: by_name[run.name].missing if run.name in by_name else folds for run in found}
+    yield from _grouped({run.name: _notes_on_folds(run, missing[run.name]) for run in found})
+    yield from _grouped({row.name: _notes_on_cases(row, splits, classes) for row in rows})
     if len({row.folds for row in rows}) > 1:
         yield (
-            "the runs stand on different folds: compare them by the columns on common cases and by the paired tests, "
+            "the runs stand on different folds: compare them by the column on common cases and by the paired tests, "
             "not by their own means"
         )
     elif len({frozenset(row.dice) for row in rows}) > 1:
         yield "the runs have different validation cases; only common ones are paired"
     if baseline is not None and baseline not in by_name:
         yield f"the baseline {baseline} has no result here, so nothing is tested"
-    for row in rows:
-        yield from _notes_of(row, splits, classes)
 
 
-def _notes_of(row: RunResult, splits: Splits, classes: Sequence[str]) -> Iterator[str]:
+def _grouped(notes: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Run -> its notes, told once for all runs that share one."""
+    about = defaultdict(list)
+    for name, own in notes.items():
+        for note in own:
+            about[note].append(name)
+    for note, names in about.items():
+        yield f"{'all runs here' if 1 < len(names) == len(notes) else _listed(names)}: {note}"
+
+
+def _notes_on_folds(run: Run, missing: Sequence[int]) -> Iterator[str]:
+    if missing:
+        started = [fold for fold in missing if fold in run.unfinished]
+        note = f" (started, without validation/summary.json: {_listed(started)})" if started else ""
+        yield f"no result of fold {_listed(missing)}{note}"
+
+
+def _notes_on_cases(row: RunResult, splits: Splits, classes: Sequence[str]) -> Iterator[str]:
     for fold in row.folds:
         cases = {case for number, case in row.dice if number == fold}
-        if fold < len(splits.folds) and cases != set(splits.folds[fold]["val"]):
+        expected = set(splits.folds[fold]["val"]) if fold < len(splits.folds) else cases
+        if cases != expected:
             yield (
-                f"{row.name} fold {fold}: its {len(cases)} validation cases are not the "
-                f"{len(set(splits.folds[fold]['val']))} of splits_final.json; was it trained with other splits?"
+                f"the {len(cases)} validation cases of fold {fold} are not the {len(expected)} of splits_final.json; "
+                "was it trained with other splits?"
             )
     never = [name for name, mean in zip(classes, class_means(row.values), strict=True) if math.isnan(mean)]
     if never:
-        yield f"{row.name}: neither truth nor prediction holds {_listed(never)}, so nnU-Net's foreground mean is n/a"
+        yield f"neither truth nor prediction holds {_listed(never)}, so nnU-Net's foreground mean is n/a"
     undefined = [fold for fold, mean in row.fold_means.items() if math.isnan(mean)]
     if undefined and not never:
-        yield f"{row.name}: a class does not occur in fold {_listed(undefined)}; left out of mean ± std over folds"
+        yield f"a class does not occur in fold {_listed(undefined)}; left out of mean ± std over folds"
     empty = [case for (_, case), value in row.measure(None).items() if math.isnan(value)]
     if empty:
-        yield f"{row.name}: nothing to segment and nothing found in {_listed(empty)}; left out"
+        yield f"nothing to segment and nothing found in {_listed(empty)}; left out"
     repeated = len(row.dice) - len({case for _, case in row.dice})
     if repeated:
-        yield f"{row.name}: {repeated} cases are validated in more than one fold, so the pairs are not independent"
+        yield f"{repeated} cases are validated in more than one fold, so the pairs are not independent"
 
 
 def _listed(items: Sequence[object]) -> str:

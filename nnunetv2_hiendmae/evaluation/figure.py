@@ -16,7 +16,7 @@ ROW_INCHES = 3.4
 INCHES_PER_RUN = 0.9
 INCHES_PER_BAR = 0.22
 GROUP_WIDTH = 0.8
-LONGEST_LABEL = 22
+LONGEST_LABEL = 28
 
 
 def draw_comparison(report: Report, path: Path) -> None:
@@ -76,13 +76,15 @@ def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: S
         for position in x[np.isnan(means)]:
             axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
     axis.set_xticks(positions, [_shortened(name) for name in result.classes], rotation=25, ha="right", fontsize=8)
-    axis.set_title("classes, mean ± std over cases", fontsize=9)
+    axis.set_xlim(-0.6, len(result.classes) - 0.4)
+    # bars start at nothing; the dots beside them show what happens near the top
+    axis.set_ylim(0, 1)
+    axis.set_title(f"{result.setting.name}: classes, mean ± std over cases", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _finish(axis)
 
 
 def _finish(axis) -> None:
-    axis.set_ylim(-0.02, 1.02)
     axis.set_ylabel("Dice", fontsize=8)
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(axis="y", color="0.9", linewidth=0.6)

@@ -158,8 +158,8 @@ def read_splits(folder: Path) -> Splits:
             f"{folder / SPLITS_FILE} was changed by something else: fold {listed} is not what {RECORD_FILE} describes; "
             f"put the file back, or remove {path} if the meaning of appended folds is no longer needed"
         )
-    for number in sorted(lost):
-        logger.warning("%s lacks fold %d, which was %s", folder / SPLITS_FILE, number, appended.get(number, "there"))
+    for number in sorted(lost.keys() & appended.keys()):
+        logger.warning("%s lacks fold %d, which was %s", folder / SPLITS_FILE, number, appended[number])
     return Splits(folds, {n: subset for n, subset in sorted(appended.items()) if n not in lost}, lost)
 
 

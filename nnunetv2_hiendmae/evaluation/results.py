@@ -87,7 +87,7 @@ def results_folder(dataset: str | int) -> Path:
 
 
 def collect_runs(folder: Path, wanted: Sequence[str] | None = None) -> list[Run]:
-    """Runs of a dataset with at least one finished or started fold, by name.
+    """Runs of a dataset with at least one finished or started fold, in the order of `wanted`, else by name.
 
     Args:
         folder: `$nnUNet_results/<dataset>`.
@@ -97,7 +97,8 @@ def collect_runs(folder: Path, wanted: Sequence[str] | None = None) -> list[Run]
         UserError: no results, a name that fits nothing, a damaged file, or runs with different classes.
     """
     folders = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and len(p.name.split("__")) == 3}
-    names = list(folders) if wanted is None else sorted({n for w in wanted for n in matching(w, list(folders))})
+    chosen = folders if wanted is None else (name for w in wanted for name in matching(w, list(folders)))
+    names = list(dict.fromkeys(chosen))
     runs = [run for name in names if (run := _read_run(folders[name]))]
     if not any(run.folds for run in runs):
         raise UserError(f"no finished fold in {folder}, needed */fold_*/{SUMMARY}; train one first: nnUNetv2_train")

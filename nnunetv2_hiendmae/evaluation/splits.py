@@ -173,15 +173,14 @@ def _cases(name: str) -> list[str]:
     raw = nnunet_folder("nnUNet_raw") / name
     if (raw / "dataset.json").is_file():
         lists[raw] = _raw_cases(raw)
-    for folder in sorted((nnunet_folder("nnUNet_preprocessed") / name).glob("*/")):
-        # one for every case, in each of nnU-Net's storage formats
-        if cases := sorted(file.stem for file in folder.glob("*.pkl")):
-            lists[folder] = cases
+    # each of nnU-Net's storage formats has one such file for every case
+    for file in sorted((nnunet_folder("nnUNet_preprocessed") / name).glob("*/*.pkl")):
+        lists.setdefault(file.parent, []).append(file.stem)
     if not lists:
         raise UserError(f"{name} has neither raw nor preprocessed cases; run: hiendmae doctor")
     (first, cases), *others = lists.items()
     for folder, other in others:
-        if other != cases:
+        if set(other) != set(cases):
             raise UserError(
                 f"{folder} holds {len(other)} cases, {first} {len(cases)}, different first at "
                 f"{min(set(other) ^ set(cases))}; preprocess again, so that the folds are those of all cases"

@@ -22,23 +22,27 @@ CONVENTIONS = (
     "where only the prediction holds it, Dice is 0. **nnU-Net's mean** is the mean over classes of their means over "
     "the cases of all listed folds, as in nnU-Net's own summary: n/a if a class has no value at all. **Over cases**: a "
     "case counts with the mean over the classes it has a value for. **Over folds**: nnU-Net's mean of each fold. ± is "
-    "the sample standard deviation (n − 1). **Rank**: mean over the common cases, 1 is the highest Dice, ties share."
+    "the sample standard deviation (n − 1); where values were left out, n says how many there are. **Rank**: mean over "
+    "the common cases, 1 is the highest Dice, ties share."
 )
 TESTS = (
-    "Difference of the means over the pairs, with the 95% percentile interval of {resamples} bootstrap samples of "
+    "Mean difference over the pairs, with the 95% percentile interval of {resamples} bootstrap samples of "
     "cases (seed {seed}); two-sided Wilcoxon signed-rank test; Holm's correction over the {count} tests of this table."
 )
 
 
 def markdown(report: Report) -> str:
     """The whole report for a reader."""
-    lines = [f"# Comparison on {report.dataset}", "", CONVENTIONS, ""]
-    rows = [[short, *name.split("__")] for name, short in report.labels.items()]
-    lines += [*_table(["run", "trainer", "plans", "configuration"], rows), ""]
-    lines += [f"- {note}" for note in report.notes]
+    names = [[short, *name.split("__")] for name, short in report.labels.items()]
+    blocks = [
+        f"# Comparison on {report.dataset}",
+        CONVENTIONS,
+        _table(["run", "trainer", "plans", "configuration"], names),
+        _list(report.notes),
+    ]
     for result in report.settings:
-        lines += ["", f"## {result.setting.name}", "", *_setting(result, report)]
-    return "\n".join(lines) + "\n"
+        blocks += [f"## {result.setting.name}", *_setting(result, report)]
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def as_json(report: Report) -> dict[str, Any]:
@@ -96,16 +100,21 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
         for run in result.runs
     ]
     per_class = [[name, *(_mean_std(run.values[:, i]) for run in result.runs)] for i, name in enumerate(result.classes)]
-    folds = "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.fold_meanings.items())
-    lines = [*([folds, ""] if any(m != result.setting.name for m in result.fold_meanings.values()) else [])]
-    lines += [*_table(head, overview), "", "Per class, mean ± std over cases:", ""]
-    lines += [*_table(["class", *(report.labels[run.name] for run in result.runs)], per_class), ""]
+    told = any(meaning != result.setting.name for meaning in result.fold_meanings.values())
+    blocks = [
+        "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.fold_meanings.items()) if told else "",
+        _table(head, overview),
+        "Per class, over cases:",
+        _table(["class", *(report.labels[run.name] for run in result.runs)], per_class),
+    ]
     if result.comparisons:
         count = sum(not math.isnan(c.test.p) for c in result.comparisons)
-        lines += [TESTS.format(resamples=RESAMPLES, seed=report.seed, count=count), ""]
         tests = [_comparison_row(c, report) for c in result.comparisons]
-        lines += [*_table(["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"], tests), ""]
-    return lines + [f"- {note}" for note in result.notes]
+        blocks += [
+            TESTS.format(resamples=RESAMPLES, seed=report.seed, count=count),
+            _table(["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"], tests),
+        ]
+    return [*blocks, _list(result.notes)]
 
 
 def _comparison_row(comparison: Comparison, report: Report) -> list[str]:
@@ -207,8 +216,13 @@ def _csv(rows: Iterable[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in (head, ["---"] * len(head), *rows)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = (" | ".join(cell.replace("|", "/") for cell in row) for row in (head, ["---"] * len(head), *rows))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _list(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
 
 
 def number(value: float, digits: int = 4, sign: str = "") -> str:
@@ -217,10 +231,12 @@ def number(value: float, digits: int = 4, sign: str = "") -> str:
 
 
 def _mean_std(values: Iterable[float]) -> str:
-    known = [v for v in map(float, values) if not math.isnan(v)]
+    values = [float(v) for v in values]
+    known = [v for v in values if not math.isnan(v)]
     if not known:
         return NOT_AVAILABLE
-    return f"{number(float(np.mean(known)))} ± {number(spread(known))} (n={len(known)})"
+    left_out = f" (n = {len(known)})" if len(known) < len(values) else ""
+    return f"{number(float(np.mean(known)))} ± {number(spread(known))}{left_out}"
 
 
 def _p(value: float) -> str:
