@@ -154,10 +154,11 @@ def test_keys_that_others_put_into_the_file_stay(folder):
 
 def test_twice_is_once(folder):
     append_folds(7, [shots(1), shots(3)])
-    before = (folder / "splits_final.json").read_bytes(), (folder / "splits_hiendmae.json").read_bytes()
+    files = [folder / "splits_final.json", folder / "splits_hiendmae.json"]
+    before = [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     _, numbers = append_folds(7, [shots(3), shots(1), shots(1)])
     assert numbers == [6, 5, 5]
-    assert before == ((folder / "splits_final.json").read_bytes(), (folder / "splits_hiendmae.json").read_bytes())
+    assert before == [(file.read_bytes(), file.stat().st_mtime_ns) for file in files]
     assert append_folds(7, [shots(3, seed=1)])[1] == [7]
 
 
@@ -190,6 +191,25 @@ def test_only_the_last_folds_can_be_removed(toy, folder):
     assert list(remove_folds(7, [7, 6]).splits.appended) == [5]
     assert len(json.loads((folder / "splits_final.json").read_text())) == 6
     assert append_folds(7, [shots(3)])[1] == [6]
+
+
+@pytest.mark.parametrize("removing", [False, True])
+def test_an_interrupted_write_leaves_no_fold_without_a_meaning(folder, monkeypatch, removing):
+    append_folds(7, [shots(1), shots(2)])
+    written = []
+
+    def write_one(path, text):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_text(text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("nnunetv2_hiendmae.evaluation.folds.write_text", write_one)
+        remove_folds(7, [6]) if removing else append_folds(7, [shots(3)])
+    splits = read_splits(folder)
+    assert splits.original == [0, 1, 2, 3, 4]
+    assert append_folds(7, [shots(3)])[1] == [6 if removing else 7]
 
 
 def test_results_without_a_meaning_do_not_get_one(toy, folder):
