@@ -17,6 +17,8 @@ INCHES_PER_RUN = 0.9
 INCHES_PER_BAR = 0.22
 GROUP_WIDTH = 0.8
 LONGEST_LABEL = 28
+# the dots' axis never shows less than this: differences in the fourth digit must not look like a gulf
+SMALLEST_SPAN = 0.2
 
 
 def draw_comparison(report: Report, path: Path) -> None:
@@ -48,8 +50,9 @@ def draw_comparison(report: Report, path: Path) -> None:
 def _draw_cases(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
     measured = [run.measure(None) for run in result.runs]
     for i, (left, right) in enumerate(pairwise(measured)):
-        for key in left.keys() & right.keys():
-            axis.plot([i, i + 1], [left[key], right[key]], color="0.85", linewidth=0.6, zorder=1)
+        both = [key for key in left if key in right]
+        ends = [[left[key] for key in both], [right[key] for key in both]]
+        axis.plot([i, i + 1], ends, color="0.85", linewidth=0.6, zorder=1)
     for i, (values, colour) in enumerate(zip(measured, colours, strict=True)):
         known = np.array([v for v in values.values() if not np.isnan(v)])
         axis.scatter(np.full(known.size, i), known, s=14, color=colour, alpha=0.7, linewidth=0, zorder=2)
@@ -57,7 +60,10 @@ def _draw_cases(axis, result: SettingResult, labels: Sequence[str], colours: Seq
             axis.hlines(known.mean(), i - 0.25, i + 0.25, color="black", linewidth=1.5, zorder=3)
     axis.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
     axis.set_xlim(-0.6, len(labels) - 0.4)
-    axis.set_title(f"{result.setting.name}: cases, mean of classes", fontsize=9)
+    low, high = axis.get_ylim()
+    middle = min(max((low + high) / 2, SMALLEST_SPAN / 2), 1 - SMALLEST_SPAN / 2)
+    axis.set_ylim(min(low, middle - SMALLEST_SPAN / 2), max(high, middle + SMALLEST_SPAN / 2))
+    axis.set_title(f"{result.setting.name}\ncases, mean of classes", fontsize=9)
     _finish(axis)
 
 
@@ -79,7 +85,7 @@ def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: S
     axis.set_xlim(-0.6, len(result.classes) - 0.4)
     # bars start at nothing; the dots beside them show what happens near the top
     axis.set_ylim(0, 1)
-    axis.set_title(f"{result.setting.name}: classes, mean ± std over cases", fontsize=9)
+    axis.set_title(f"{result.setting.name}\nclasses, mean ± std over cases", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _finish(axis)
 

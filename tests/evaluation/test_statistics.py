@@ -38,11 +38,11 @@ def test_smallest_exact_p():
 
 
 def test_equal_pairs_are_dropped_before_ranking():
-    difference = np.array([0.0, 0.0, -0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07])
+    difference = np.array([0.0, 0.0, 0.01, 0.02, -0.03, 0.04, 0.05, 0.06, 0.07])
     test = paired_test(difference, np.zeros(9))
-    # of seven, only the smallest is negative: of 2^7 sign patterns, 2 on each side have a rank sum of at most 1
-    assert test.pairs == 9 and test.p == pytest.approx(4 / 128)
-    assert test.difference == pytest.approx(0.26 / 9)
+    # of seven, the third is negative: on each side 5 of 2^7 sign patterns have a rank sum of at most 3
+    assert test.pairs == 9 and test.p == pytest.approx(10 / 128)
+    assert test.difference == pytest.approx(0.22 / 9)
 
 
 @pytest.mark.parametrize(
