@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    compare,
     convert,
     demo,
     doctor,
@@ -17,6 +18,7 @@ from nnunetv2_hiendmae.commands import (
     preprocess,
     presets,
     pretrain,
+    splits,
 )
 from nnunetv2_hiendmae.errors import UserError
 
@@ -31,6 +33,8 @@ COMMANDS: dict[str, ModuleType] = {
     "preprocess": preprocess,
     "pretrain": pretrain,
     "plan": plan,
+    "splits": splits,
+    "compare": compare,
     "demo": demo,
 }
 
