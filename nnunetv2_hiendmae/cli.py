@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    classify,
     demo,
     doctor,
     env,
@@ -29,6 +30,7 @@ COMMANDS: dict[str, ModuleType] = {
     "preprocess": preprocess,
     "pretrain": pretrain,
     "plan": plan,
+    "classify": classify,
     "demo": demo,
 }
 
