@@ -97,10 +97,11 @@ def read_labels(path: Path) -> LabelFile:
 def match_labels(file: LabelFile, cases: Sequence[str], classes: Sequence[str] | None = None) -> Labels:
     """Labels of the preprocessed cases ('Dataset/case'); the file may leave the dataset out.
 
-    Cases without a label are ignored, with a warning.
+    Cases without a label are left out.
 
     Args:
-        classes: of a trained model; None: those of the file, at least two.
+        classes: of a trained model; None: for training, those of the file, at least two, and a warning of the cases
+            that are left out.
 
     Raises:
         UserError: the file names cases that are not there or are in several datasets, or the same one twice; only
@@ -116,7 +117,7 @@ def match_labels(file: LabelFile, cases: Sequence[str], classes: Sequence[str] |
             f"{file.path} has labels that the model does not know: {listed(strange)}; needed {', '.join(classes)}"
         )
     without = [case for case in cases if case not in rows]
-    if without:
+    if without and classes is None:
         logger.warning(
             f"{len(without)} of {len(cases)} preprocessed cases have no label in {file.path} and are ignored: "
             f"{listed(without)}"

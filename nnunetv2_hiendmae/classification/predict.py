@@ -85,8 +85,9 @@ def compute_probabilities(
     network.eval()
     with torch.no_grad():
         for batch in batches_of(fabric.setup_dataloaders(loader, use_distributed_sampler=False)):
-            logits = network(batch["image"].flatten(0, 1)).double()
-            rows.append(logits.softmax(1).mean(0).cpu().numpy())
+            # averaged on the CPU: not every device has float64
+            logits = network(batch["image"].flatten(0, 1)).cpu().double()
+            rows.append(logits.softmax(1).mean(0).numpy())
             if not np.isfinite(rows[-1]).all():
                 raise UserError(
                     f"the probabilities of {cases[len(rows) - 1].name} are not finite; look for broken intensities in "

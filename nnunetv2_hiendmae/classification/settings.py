@@ -70,9 +70,8 @@ class ClassifySettings:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs}, needed 0 to {self.epochs} (--epochs)")
         if not 0 < self.lr < math.inf or not 0 <= self.weight_decay < math.inf:
             raise UserError(f"--lr {self.lr} must be positive and --weight-decay {self.weight_decay} not negative")
-        for name in ("seed", "split_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise UserError(f"--{name.replace('_', '-')} is {getattr(self, name)}, needed 0 to 2^32 - 1")
+        if not 0 <= self.seed < 2**63:
+            raise UserError(f"--seed is {self.seed}, needed 0 to 2^63 - 1")
         if self.precision not in PRECISIONS:
             raise UserError(f"--precision {self.precision} is unknown, needed one of {', '.join(PRECISIONS)}")
         if self.pool not in POOLS:

@@ -43,6 +43,8 @@ def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: 
     """
     if not 0 < fraction <= 1:
         raise UserError(f"--fraction is {fraction}, needed more than 0 and at most 1")
+    if not 0 <= split_seed < 2**32:
+        raise UserError(f"--split-seed is {split_seed}, needed 0 to 2^32 - 1")
     if labels.column == SPLIT:
         split = _from_split_column(labels, fold)
     elif fold == ALL:
@@ -85,7 +87,8 @@ def _places(labels: Labels, split_seed: int) -> dict[str, str]:
             )
     cases, targets = list(labels.targets), list(labels.targets.values())
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=split_seed).split(cases, targets)
-    return {cases[i]: str(fold) for fold, (_, validation) in enumerate(folds) for i in validation}
+    place = {cases[i]: str(fold) for fold, (_, validation) in enumerate(folds) for i in validation}
+    return {case: place[case] for case in cases}
 
 
 def _fold(places: dict[str, str], fold: str) -> Split:
