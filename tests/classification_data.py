@@ -23,7 +23,7 @@ def visible(number: int, shape: tuple[int, int, int]) -> np.ndarray:
     return image
 
 
-def write_cases(preprocessed: Path, count: int = 40, dataset: str = "Dataset001_Tiny", fill=visible) -> list[str]:
+def write_cases(preprocessed: Path, count: int, dataset: str = "Dataset001_Tiny", fill=visible) -> list[str]:
     """Cases c00, c01, … of three shapes, odd ones with the ball."""
     shapes = [(20, 22, 18), (16, 16, 16), (24, 20, 20)]
     names = [f"c{i:02d}" for i in range(count)]
@@ -45,7 +45,7 @@ def label_rows(names: Sequence[str]) -> list[tuple[str, str]]:
 class Bench:
     """Data, labels and an encoder file of one test, and the command line over them."""
 
-    def __init__(self, folder: Path, preprocessed: Path, count: int = 40):
+    def __init__(self, folder: Path, preprocessed: Path, count: int):
         self.folder = folder
         self.names = write_cases(preprocessed, count)
         self.labels = write_csv(folder / "cases.csv", label_rows(self.names))

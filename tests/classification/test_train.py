@@ -28,18 +28,27 @@ from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.weights import load_into
 
 CROPS = ("--input", "crops", "--crops", 2)
-# of these four epochs the first is the best
-EARLY_BEST = ("-f", 2, "--fraction", 0.5, "--lr", 1e-2)
 
 
 @pytest.fixture
 def bench(tmp_path, nnunet):
-    return Bench(tmp_path, nnunet.preprocessed)
+    return Bench(tmp_path, nnunet.preprocessed, count=30)
 
 
 @pytest.fixture
 def small(tmp_path, nnunet):
     return Bench(tmp_path, nnunet.preprocessed, count=20)
+
+
+def mislabel(bench: Bench) -> None:
+    """A split column whose validation cases have the other class: what is learnt makes them worse, and so the last
+    model is not the best."""
+    other = {"ill": "healthy", "healthy": "ill"}
+    rows = [
+        (case, other[label], "val") if i % 5 in (1, 4) else (case, label, "train")
+        for i, (case, label) in enumerate(label_rows(bench.names))
+    ]
+    write_csv(bench.labels, rows, ("case", "label", "split"))
 
 
 def read_json(path: Path) -> dict:
@@ -88,44 +97,33 @@ def untrained_aucs(bench: Bench, task, seeds: int) -> list[float]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(("--epochs", 12, "--lr", 1e-3), id="end-to-end"),
-        pytest.param(("--epochs", 12, "--lr", 5e-2, "--freeze-encoder"), id="linear-probe"),
-        pytest.param(("--epochs", 8, "--lr", 3e-3, "--input", "crops", "--crops", 3), id="crops"),
-        pytest.param(("--epochs", 12, "--lr", 1e-3, "--pool", "cls", "--from-scratch"), id="cls-from-scratch"),
+        pytest.param(("--epochs", 8, "--lr", 1e-3), id="end-to-end"),
+        pytest.param(("--epochs", 8, "--lr", 5e-2, "--freeze-encoder"), id="linear-probe"),
+        pytest.param(("--epochs", 6, "--lr", 1e-3, "--input", "crops", "--crops", 3), id="crops"),
+        pytest.param(("--epochs", 8, "--lr", 1e-3, "--pool", "cls", "--from-scratch"), id="cls-from-scratch"),
     ],
 )
 def test_a_visible_class_is_learnt(bench, options):
-    """A bright ball or none, 24 training and 16 validation cases: the last model's AUC is at least 0.9, and at least
-    0.2 above the mean of eight fresh heads on the same encoder (0.69; any head sees the ball, some upside down)."""
+    """A bright ball or none, 18 training and 12 validation cases: the last model's AUC is at least 0.9, and at least
+    0.2 above the mean of four fresh heads on the same encoder (any head sees the ball, some upside down)."""
     rows = [
         (case, label, "val" if i % 5 in (1, 4) else "train") for i, (case, label) in enumerate(label_rows(bench.names))
     ]
     write_csv(bench.labels, rows, ("case", "label", "split"))
-    run = bench.train("run", *options)
+    run = bench.train("run", "--batch-size", 4, *options)
     last = read_json(run / "metrics.json")["last"]["validation"]
-    before = np.mean(untrained_aucs(bench, bench.task(*options), 8))
-    assert last["cases"] == 16 and last["auc"] >= 0.9 and last["auc"] >= before + 0.2
-    # that of guessing is 0.693
-    assert last["log_loss"] < 0.65
+    before = np.mean(untrained_aucs(bench, bench.task(*options), 4))
+    assert last["cases"] == 12 and last["auc"] >= 0.9 and last["auc"] >= before + 0.2
 
 
-@pytest.mark.parametrize(("lr", "best"), [(1e-3, 3), (1e-2, 0)])
-def test_what_a_run_leaves_behind(small, lr, best):
-    """With the large rate the first epoch stays the best; with the small one all have the same AUC, and the log loss
-    falls."""
-    run = small.train("run", "-f", 2, "--fraction", 0.5, "--lr", lr)
+def test_what_a_run_leaves_behind(small):
+    run = small.train("run", "-f", 2, "--fraction", 0.5)
     log, metrics, split = read_log(run), read_json(run / "metrics.json"), read_split(run)
     assert [line["epoch"] for line in log] == [0, 1, 2, 3]
     assert split == small.task("-f", 2, "--fraction", 0.5).split and (len(split.train), len(split.val)) == (8, 4)
     assert metrics["last"] == log[-1] and metrics["fold"] == "2" and metrics["training_cases"] == 8
     assert metrics["classes"] == ["healthy", "ill"] and metrics["test"] is None
-    # the best by (AUC, log loss) of the epochs, as the log has them
-    ranks = [(line["validation"]["auc"], -line["validation"]["log_loss"]) for line in log]
-    assert (
-        metrics["epoch"] == ranks.index(max(ranks)) == best
-        and metrics["validation"] == log[metrics["epoch"]]["validation"]
-    )
-    assert load_classifier(run / BEST)[1].epoch == metrics["epoch"] and load_classifier(run / LAST)[1].epoch == 3
+    assert load_classifier(run / LAST)[1].epoch == 3
     table = read_table(run / "predictions.csv")
     assert tuple(table) == split.val and list(table[split.val[0]]) == ["case", "label", "p_healthy", "p_ill"]
     targets = [row["label"] == "ill" for row in table.values()]
@@ -133,6 +131,18 @@ def test_what_a_run_leaves_behind(small, lr, best):
     scores = [float(row["p_ill"]) for row in table.values()]
     assert metrics["validation"]["auc"] == roc_auc_score(targets, scores)
     assert all(float(r["p_ill"]) + float(r["p_healthy"]) == pytest.approx(1, abs=1e-7) for r in table.values())
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "mislabelled"])
+def test_the_best_model_by_auc_and_log_loss(small, wrong):
+    if wrong:
+        mislabel(small)
+    run = small.train("run")
+    log, metrics = read_log(run), read_json(run / "metrics.json")
+    ranks = [(line["validation"]["auc"], -line["validation"]["log_loss"]) for line in log]
+    assert metrics["epoch"] == ranks.index(max(ranks)) == load_classifier(run / BEST)[1].epoch
+    assert metrics["validation"] == log[metrics["epoch"]]["validation"]
+    assert metrics["epoch"] < 3 or not wrong
 
 
 def test_default_folder_and_three_classes_of_two_datasets(nnunet, tmp_path):
@@ -161,10 +171,10 @@ def test_same_seed_same_weights_for_any_number_of_workers(small):
     assert read_split(other) == read_split(runs[0])
 
 
-@pytest.mark.parametrize(
-    "more", [EARLY_BEST, ("--freeze-encoder",), ("--precision", "bf16")], ids=["early-best", "frozen", "bf16"]
-)
+@pytest.mark.parametrize("more", [(), ("--freeze-encoder",), ("--precision", "bf16")], ids=["all", "frozen", "bf16"])
 def test_continuing_equals_an_undisturbed_run(small, more, monkeypatch):
+    # the best model is of an epoch before the stop
+    mislabel(small)
     whole = small.train("whole", *more)
     module = "nnunetv2_hiendmae.classification.train"
     original, calls = sys.modules[module].save_checkpoint, []
@@ -228,9 +238,9 @@ def test_probabilities_are_averaged_over_the_grid(small):
 
 @pytest.mark.parametrize("more", [(), CROPS], ids=["resize", "crops"])
 def test_predict_reproduces_the_validation(small, more):
-    run = small.train("run", *EARLY_BEST, *more)
-    if not more:
-        assert read_json(run / "metrics.json")["epoch"] == 0
+    # so that the best model is not the last
+    mislabel(small)
+    run = small.train("run", *more)
     assert small.predict("run") == 0
     validated, predicted = read_table(run / "predictions.csv"), read_table(run / "predictions_001.csv")
     assert len(predicted) == 20 and {row["label"] for row in predicted.values()} == {""}
