@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    classify,
     compare,
     convert,
     demo,
@@ -35,6 +36,7 @@ COMMANDS: dict[str, ModuleType] = {
     "plan": plan,
     "splits": splits,
     "compare": compare,
+    "classify": classify,
     "demo": demo,
 }
 
