@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    attention,
     demo,
     doctor,
     env,
@@ -16,6 +17,7 @@ from nnunetv2_hiendmae.commands import (
     preprocess,
     presets,
     pretrain,
+    reconstruct,
 )
 from nnunetv2_hiendmae.errors import UserError
 
@@ -29,6 +31,8 @@ COMMANDS: dict[str, ModuleType] = {
     "preprocess": preprocess,
     "pretrain": pretrain,
     "plan": plan,
+    "reconstruct": reconstruct,
+    "attention": attention,
     "demo": demo,
 }
 

@@ -69,7 +69,7 @@ def decoder_cross_attention(
         has not seen; every row sums to one.
     """
     prefix = method.encoder.num_prefix_tokens
-    keep, _ = split_order(order[0], method.visible)
+    keep, _ = split_order(order, method.visible)
     row = 0 if query is None else prefix + int((order[0] == query).nonzero())
     layers = [method.cross_blocks[i].cross_attn for i in blocks]
     with _recording(layers) as calls:
@@ -79,7 +79,7 @@ def decoder_cross_attention(
         weights = cross_attention(layer, *calls[layer])[0, :, row]
         spread = weights.new_zeros(len(weights), prefix + order.shape[1])
         spread[:, :prefix] = weights[:, :prefix]
-        spread[:, prefix + keep] = weights[:, prefix:]
+        spread[:, prefix + keep[0]] = weights[:, prefix:]
         rows.append(spread)
     return rows
 

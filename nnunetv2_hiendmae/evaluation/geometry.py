@@ -7,7 +7,7 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 
 from nnunetv2_hiendmae.files import write_with
 
@@ -64,16 +64,12 @@ class Grid:
         return ornt_transform(io_orientation(self.affine), axcodes2ornt(tuple(axes)))
 
     def turned(self, change: np.ndarray) -> "Grid":
-        """The same voxels with axes permuted and flipped by nibabel's orientation transform `change`."""
+        """The same voxels with axes permuted and flipped by nibabel's orientation transform `change`; arrays by its
+        `apply_orientation`."""
         shape = [0, 0, 0]
         for axis, (target, _) in enumerate(change):
             shape[int(target)] = self.shape[axis]
         return Grid(tuple(shape), self.affine @ inv_ornt_aff(change, self.shape))
-
-
-def turn(array: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """The array (D, H, W) of a grid as the array of `grid.turned(change)`."""
-    return apply_orientation(array, change)
 
 
 def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:

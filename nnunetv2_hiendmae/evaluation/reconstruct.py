@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from nibabel.orientations import apply_orientation
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.geometry import Grid, turn, write_nifti
+from nnunetv2_hiendmae.evaluation.geometry import Grid, write_nifti
 from nnunetv2_hiendmae.evaluation.runs import load_method, read_run
 from nnunetv2_hiendmae.evaluation.volumes import case_grid
 from nnunetv2_hiendmae.pretraining.checkpoint import DATA_KEY, read_settings
@@ -139,7 +140,7 @@ def _draw_slices(
     path: Path, columns: Mapping[str, np.ndarray], grid: Grid, case: Case, view: str, volumes: VolumeFormat
 ) -> None:
     change = grid.turn_to(PICTURE_AXES)
-    turned = {title: turn(array, change) for title, array in columns.items()}
+    turned = {title: apply_orientation(array, change) for title, array in columns.items()}
     limits = float(turned["input"].min()), float(turned["input"].max())
     total = len(turned["input"])
     count = min(PICTURE_SLICES, total)

@@ -75,7 +75,9 @@ def turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
     reoriented = properties.get("sitk_stuff", {}).get("original_orientation")
     if reoriented is not None:
         # by name, not by the direction: ITK and nibabel disagree about directions between two axes
-        return ornt_transform(axcodes2ornt(tuple(reversed(SITK_READER_AXES))), axcodes2ornt(tuple(reversed(reoriented))))
+        return ornt_transform(
+            axcodes2ornt(tuple(reversed(SITK_READER_AXES))), axcodes2ornt(tuple(reversed(reoriented)))
+        )
     stuff = properties.get("nibabel_stuff", {})
     if "reoriented_affine" not in stuff:
         return UNTURNED
@@ -149,9 +151,7 @@ def preprocess(image: RawImage, metadata: EncoderMetadata) -> tuple[np.ndarray, 
         }
     )
     intensities = {str(c): _intensities(metadata) for c in range(len(image.data))}
-    plans = PlansManager(
-        {"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities}
-    )
+    plans = PlansManager({"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities})
     # the preprocessor adds to what it is given
     properties = dict(image.properties)
     data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(
