@@ -7,6 +7,7 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    attention,
     classify,
     compare,
     convert,
@@ -19,6 +20,7 @@ from nnunetv2_hiendmae.commands import (
     preprocess,
     presets,
     pretrain,
+    reconstruct,
     splits,
 )
 from nnunetv2_hiendmae.errors import UserError
@@ -37,6 +39,8 @@ COMMANDS: dict[str, ModuleType] = {
     "splits": splits,
     "compare": compare,
     "classify": classify,
+    "reconstruct": reconstruct,
+    "attention": attention,
     "demo": demo,
 }
 

@@ -26,8 +26,8 @@ ALLOWED = {
     "pretraining": {"architectures", "weights", "optim", "environment", "plans_section", *BASE},
     "planning": {"architectures", "weights", "plans_section", "environment", *BASE},
     "trainers": {"architectures", "weights", "optim", "plans_section", *BASE},
-    "evaluation": {"environment", *BASE},
     "classification": {"architectures", "weights", "optim", "environment", "pretraining", *BASE},
+    "evaluation": {"architectures", "weights", "pretraining", "environment", *BASE},
     "demo": {"evaluation", "plans_section", "environment", *BASE},
     "doctor": {"environment", *BASE},
     "listing": {"architectures", "weights", "pretraining", "planning", *BASE},
@@ -47,6 +47,7 @@ MAY_IMPORT_NNUNET = (
     *PREPARING,
     "pretraining/data",
     "pretraining/runlog",
+    "evaluation/volumes",
 )
 
 MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAGE.rglob("*.py"))
