@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Four pretraining methods and training from scratch, with one labelled case and with all of them, on every fold of a
+# dataset; prints the table of `hiendmae compare`. Stopped for any reason? Run the same line again: what is finished is
+# skipped, what was interrupted continues.
+#
+#   examples/few_shot.sh LABELLED_ID OUTPUT_DIR [PRETRAINING_ID ...]
+#
+# nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set. Without PRETRAINING_ID the images of the labelled
+# dataset are used, without their labels; those of validation cases are among them, test images are not. The defaults
+# are for two CPU cores and half an hour or so; every number can be set from outside.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+LABELLED=$1 OUTPUT=$2
+shift 2
+[ $# -gt 0 ] && IMAGES=("$@") || IMAGES=("$LABELLED")
+
+METHODS=${METHODS:-"hiendmae mim glmae mae3d"}
+ENCODER=${ENCODER:-vit_nano_p8}
+SPACING=${SPACING:-"2 2 2"}            # mm, D H W
+SHOTS=${SHOTS:-1}
+PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-10}
+PRETRAIN_STEPS=${PRETRAIN_STEPS:-30}   # per epoch
+PRETRAIN_BATCH=${PRETRAIN_BATCH:-4}    # volumes per step
+PRETRAIN_LR=${PRETRAIN_LR:-1e-3}
+EPOCHS=${EPOCHS:-10}                   # of fine-tuning
+ITERATIONS=${ITERATIONS:-15}           # per epoch
+BATCH=${BATCH:-2}
+LR=${LR:-1e-3}
+WIDTH=${WIDTH:-16}                     # of the decoder
+DEVICE=${DEVICE:-cpu}
+PROCESSES=${PROCESSES:-2}
+PLANS=FewShot
+
+eval "$(hiendmae env)"
+mkdir -p "$OUTPUT"
+
+say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
+
+# runs a command with its output in a log; shows the end of the log if it fails
+logged() {
+  local log=$1
+  shift
+  "$@" >"$log" 2>&1 && return 0
+  tail -n 20 "$log" >&2
+  echo "failed: $* (see $log)" >&2
+  exit 1
+}
+
+# shellcheck disable=SC2086  # SPACING is three words
+hiendmae preprocess -d "${IMAGES[@]}" -p "$PLANS" --spacing $SPACING -np "$PROCESSES"
+
+for method in $METHODS; do
+  run=$OUTPUT/pretraining_$method
+  [ -f "$run/finished" ] && continue
+  say "pretraining: $method"
+  resume=()
+  [ -f "$run/run.json" ] && resume=(--c)
+  logged "$OUTPUT/pretraining_$method.log" hiendmae pretrain -d "${IMAGES[@]}" -p "$PLANS" --method "$method" \
+    --encoder "$ENCODER" --epochs "$PRETRAIN_EPOCHS" --steps-per-epoch "$PRETRAIN_STEPS" \
+    --batch-size "$PRETRAIN_BATCH" --lr "$PRETRAIN_LR" --workers "$PROCESSES" -device "$DEVICE" -o "$run" "${resume[@]}"
+  touch "$run/finished"
+done
+
+# plans of one candidate: name, trainer, encoder file, further options
+candidates=()
+plan() {
+  local name=$1 trainer=$2 encoder=$3
+  shift 3
+  candidates+=("$name $trainer")
+  [ -f "$OUTPUT/planned_$name" ] && return 0
+  say "planning and preprocessing: $name"
+  logged "$OUTPUT/plan_$name.log" hiendmae plan -d "$LABELLED" -w "$encoder" --name "$name" --epochs "$EPOCHS" \
+    --iterations-per-epoch "$ITERATIONS" --val-iterations-per-epoch 2 --batch-size "$BATCH" --lr "$LR" \
+    --weight-decay 1e-5 --drop-path 0 --grad-clip 12 --decoder-width "$WIDTH" -np "$PROCESSES" "$@"
+  logged "$OUTPUT/preprocess_$name.log" nnUNetv2_preprocess -d "$LABELLED" -plans_name "$name" -c 3d_fullres \
+    -np "$PROCESSES"
+  touch "$OUTPUT/planned_$name"
+}
+
+declare -A TRAINERS=([hiendmae]=HiEndMAE [mim]=MiM [glmae]=GLMAE [mae3d]=MAE3D)
+first=
+for method in $METHODS; do
+  file=$OUTPUT/pretraining_$method/encoder.safetensors
+  first=${first:-$file}
+  plan "${PLANS}_$method" "nnUNetTrainer_${TRAINERS[$method]}" "$file"
+done
+plan "${PLANS}_scratch" nnUNetTrainer_ViTUNETR "$first" --from-scratch
+
+# the dataset's own folds, and one few-shot fold of each
+listed=$(hiendmae splits -d "$LABELLED" --list --json)
+own=$(python3 -c 'import json, sys; print(*[f["fold"] for f in json.load(sys.stdin)["folds"] if "kind" not in f])' \
+  <<<"$listed")
+folds=()
+for fold in $own; do
+  appended=$(hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold "$fold" --json)
+  folds+=("$fold" "$(python3 -c 'import json, sys; print(json.load(sys.stdin)["folds"][0]["fold"])' <<<"$appended")")
+done
+
+for fold in "${folds[@]}"; do
+  for candidate in "${candidates[@]}"; do
+    read -r name trainer <<<"$candidate"
+    result=$(echo "$nnUNet_results"/Dataset"$(printf %03d "$LABELLED")"_*/"${trainer}__${name}__3d_fullres/fold_$fold")
+    [ -f "$result/validation/summary.json" ] && continue
+    say "fold $fold: $name"
+    resume=()
+    [ -f "$result/checkpoint_latest.pth" ] || [ -f "$result/checkpoint_final.pth" ] && resume=(--c)
+    logged "$OUTPUT/train_${name}_$fold.log" nnUNetv2_train "$LABELLED" 3d_fullres "$fold" -p "$name" -tr "$trainer" \
+      -device "$DEVICE" "${resume[@]}"
+  done
+done
+
+say "comparison in $OUTPUT/comparison"
+hiendmae compare -d "$LABELLED" --runs "${PLANS}_*" --baseline "${PLANS}_scratch" -o "$OUTPUT/comparison"
