@@ -154,7 +154,7 @@ class MiM(Method):
         images, orders = self.level_views(views, level, chosen)
         shape = orders.shape[:2]
         orders = orders.flatten(0, 1)
-        features, loss = self._reconstruction_loss(images.flatten(0, 1), orders, self.visible[level])
+        features, loss = self.reconstruction_loss(images.flatten(0, 1), orders, self.visible[level])
         values = {f"loss_level{level}": loss}
         if self.align and level > 1:
             pair = f"{level - 1}{level}"
@@ -182,13 +182,13 @@ class MiM(Method):
         """Level-2 views that level-3 views were cut from."""
         return [view // self.crops.crops_level3 for view in chosen]
 
-    def _reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
-        features, prediction = self._decode(images, orders, visible)
+        features, prediction = self.decode(images, orders, visible)
         target = normalize_patches(masked_patches(images, orders, visible, self.spec), unbiased=True)
         return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
 
-    def _decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F) and predicted masked patches (M, N − K, P)."""
         tokens, _ = self.encoder(images, orders[:, :visible])
         features = self.decoder.features(tokens, orders)[:, int(self.spec.cls_token) :]
@@ -227,7 +227,7 @@ class MiM(Method):
         for level in LEVELS:
             images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
             visible = self.visible[level]
-            _, prediction = self._decode(images, orders, visible)
+            _, prediction = self.decode(images, orders, visible)
             hidden = masked_patches(images, orders, visible, self.spec)
             prediction = denormalize_patches(prediction.float(), hidden, unbiased=True)
             made[f"level{level}"] = assemble_pictures(images, orders, prediction, self.spec)
