@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.tokens import take_tokens
-from nnunetv2_hiendmae.architectures.vit import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer
 
 ALIGNMENTS = ("infonce", "byol", "none")
 
