@@ -4,8 +4,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.architectures.tokens import take_tokens
 from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.tokens import take_tokens
 
 ALIGNMENTS = ("infonce", "byol", "none")
 

@@ -23,9 +23,9 @@ LEVELS = (1, 2, 3)
 class MiM(Method):
     """Mask in Mask: one encoder and one decoder for three levels of one crop of twice the encoder's edge.
 
-    Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level 3
-    are masked patches of level 2, enlarged. Each level is reconstructed (MSE on masked tokens, patch-normalised); levels
-    1 and 2, and levels 2 and 3, are aligned (see `alignment.RegionAlignment`).
+    Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level
+    3 are masked patches of level 2, enlarged. Each level is reconstructed (MSE on masked tokens, patch-normalised);
+    levels 1 and 2, and levels 2 and 3, are aligned (see `alignment.RegionAlignment`).
 
     Memory is bounded by parts (see `Method`): level 1, then the views of level 2, then those of level 3,
     `views_per_part` of every volume at a time. The coarser side of the alignment is detached by definition, so that a
