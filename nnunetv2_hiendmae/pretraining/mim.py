@@ -51,9 +51,9 @@ class MiM(Method):
     name = "mim"
     title = "MiM"
     source = (
-        "Zhuang et al. 2024; recipe as published, steps_per_epoch ours. batch_size counts volumes: 24 of 21 views are "
-        "the paper's 512 views. Ours: infonce and tau (the equation is unpublished), foreground_share (of crops), "
-        "fine_to_coarse, views_per_part (views of each volume in memory at once)"
+        "Zhuang et al. 2024. batch_size counts volumes: 24 with 21 views each stand for the paper's 512 views. Ours: "
+        "infonce and tau (the equation is unpublished), fine_to_coarse, foreground_share (of crops), steps_per_epoch, "
+        "views_per_part (views of each volume in memory at once)"
     )
     citations: ClassVar[tuple[str, ...]] = (
         "@article{zhuang2024mim, title={MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis}, "
