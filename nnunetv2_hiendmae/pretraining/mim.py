@@ -105,9 +105,10 @@ class MiM(Method):
             "loss_align12": weight_align12,
             "loss_align23": weight_align23,
         }
-        if min(self.weights.values()) < 0 or not tau > 0 or views_per_part < 1 or not 0 <= foreground_share <= 1:
+        weights_fit = all(0 <= weight < math.inf for weight in self.weights.values())
+        if not weights_fit or not tau > 0 or views_per_part < 1 or not 0 <= foreground_share <= 1:
             raise ValueError(
-                f"weights {list(self.weights.values())} must not be negative, tau {tau} and views_per_part "
+                f"weights {list(self.weights.values())} must be finite and not negative, tau {tau} and views_per_part "
                 f"{views_per_part} must be positive, foreground_share {foreground_share} must lie in [0, 1]"
             )
         self.curriculum = curriculum
