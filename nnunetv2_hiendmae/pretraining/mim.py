@@ -15,6 +15,7 @@ from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import assemble_pictures, denormalize_patches, masked_patches
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
+from nnunetv2_hiendmae.weights.citations import CITATIONS
 
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
 LEVELS = (1, 2, 3)
@@ -55,11 +56,7 @@ class MiM(Method):
         "infonce and tau (the equation is unpublished), fine_to_coarse, foreground_share (of crops), steps_per_epoch, "
         "views_per_part (views of each volume in memory at once)"
     )
-    citations: ClassVar[tuple[str, ...]] = (
-        "@article{zhuang2024mim, title={MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image Analysis}, "
-        "author={Zhuang, Jiaxin and Wu, Linshan and Wang, Qiong and Fei, Peng and Vardhanabhuti, Varut and Luo, Lin "
-        "and Chen, Hao}, journal={arXiv preprint arXiv:2404.15580}, year={2024}}",
-    )
+    citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
     # published: 1e-4 · views / 256, that is 2e-4 for 512 views
     recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, lr=2e-4)
 

@@ -281,7 +281,9 @@ def test_bad_options(options, message):
         build(**options)
 
 
-@pytest.mark.parametrize("options", [{"tau": 0.0}, {"weight_level2": -1.0}, {"weight_align12": math.nan}, {"views_per_part": 0}])
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.0}, {"weight_level2": -1.0}, {"weight_align12": math.nan}, {"views_per_part": 0}]
+)
 def test_values_out_of_range(options):
     with pytest.raises(ValueError, match=r"not negative.*must be positive"):
         build(**options)
