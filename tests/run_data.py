@@ -13,6 +13,14 @@ PLANS = "TinyPlans"
 TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 TINY_OPTIONS = {
     "hiendmae": {"decoder_dim": 12, "self_depth": 1},
+    "mim": {
+        "decoder_dim": 12,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        "crops_level2": 2,
+        "crops_level3": 2,
+        "views_per_part": 2,
+    },
     "mae3d": {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
 }
 WINDOW = (-175.0, 250.0)

@@ -3,7 +3,8 @@
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
 from nnunetv2_hiendmae.pretraining.mae3d import MAE3D
 from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.pretraining.mim import MiM
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MAE3D)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MiM, MAE3D)}
 
-__all__ = ["MAE3D", "METHODS", "HiEndMAE", "Method"]
+__all__ = ["MAE3D", "METHODS", "HiEndMAE", "Method", "MiM"]

@@ -55,8 +55,12 @@ class MAEDecoder(nn.Module):
 
     def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
         """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P)."""
+        # the head is the widest layer of all: only what enters the loss goes through it
+        return self.head(self.features(tokens, order)[:, tokens.shape[1] :])
+
+    def features(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """The same → decoder tokens (B, [1+]N, F) after the norm, in the order of `order`."""
         x = self.queries(tokens, order)
         for block in self.blocks:
             x = block(x)
-        # the head is the widest layer of all: only what enters the loss goes through it
-        return self.head(self.norm(x[:, tokens.shape[1] :]))
+        return self.norm(x)

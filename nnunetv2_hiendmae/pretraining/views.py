@@ -39,6 +39,10 @@ class Volume(Protocol):
 class Views(Protocol):
     """Draws one sample from a volume."""
 
+    @property
+    def read_size(self) -> tuple[int, int, int]:
+        """Largest box (D, H, W) that is read, in voxels; smaller volumes are padded."""
+
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors of one sample; everything random comes from `rng`."""
 
@@ -111,6 +115,11 @@ class MaskedCrop:
     num_tokens: int
     foreground_share: float = 0.75
     augmentation: Augmentation | None = field(default_factory=Augmentation)
+
+    @property
+    def read_size(self) -> tuple[int, int, int]:
+        """The crop, (D, H, W) voxels."""
+        return self.crop_size
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""

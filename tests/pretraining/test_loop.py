@@ -23,6 +23,7 @@ from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.pretraining.loop import pretrain
 from nnunetv2_hiendmae.pretraining.runlog import draw_progress, running_mean
 
+PICTURES = {"hiendmae": ["crop"], "mae3d": ["crop"], "mim": ["level1", "level2", "level3"]}
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 CLI = [sys.executable, "-W", "ignore", "-m", "nnunetv2_hiendmae.cli"]
 methods = pytest.mark.parametrize("method", list(METHODS))
@@ -56,8 +57,8 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     lrs = [line["lr"] for line in log]
     assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
-    pictures = sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir())
-    assert pictures == ["epoch_0002_crop.png", "epoch_0003_crop.png"]
+    pictures = {p.name for p in (tmp_path / "run" / "reconstructions").iterdir()}
+    assert pictures == {f"epoch_{epoch}_{view}.png" for epoch in ("0002", "0003") for view in PICTURES[method]}
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
     assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
     assert metadata.spacing_mm == (3.0, 3.0, 3.0) and metadata.window_hu == (-175.0, 250.0)
@@ -122,6 +123,7 @@ def free_port() -> str:
     [
         pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
         pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
+        pytest.param("mim", [["--nproc-per-node", "2"]], id="mim-one-node"),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )

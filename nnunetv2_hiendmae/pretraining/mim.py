@@ -1,0 +1,252 @@
+"""MiM: masked autoencoding on three nested levels of one crop, aligned with each other (METHODS §3)."""
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
+from nnunetv2_hiendmae.architectures.tokens import normalize_patches, num_visible, put_tokens
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.alignment import ALIGNMENTS, RegionAlignment
+from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
+from nnunetv2_hiendmae.pretraining.masked import assemble_pictures, denormalize_patches, masked_patches
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
+from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
+from nnunetv2_hiendmae.weights.citations import CITATIONS
+
+CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
+LEVELS = (1, 2, 3)
+
+
+class MiM(Method):
+    """Mask in Mask: one encoder and one decoder for three levels of one crop of twice the encoder's edge.
+
+    Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level
+    3 are masked patches of level 2, enlarged. Each level is reconstructed (MSE on masked tokens, patch-normalised);
+    levels 1 and 2, and levels 2 and 3, are aligned (see `alignment.RegionAlignment`).
+
+    Memory is bounded by parts (see `Method`): level 1, then the views of level 2, then those of level 3,
+    `views_per_part` of every volume at a time. The coarser side of the alignment is detached by definition, so that a
+    part needs only values of the parts before it, never their activations.
+
+    Args:
+        mask_ratio_level1: share of the 8 octants that is hidden.
+        mask_ratio_level2, mask_ratio_level3: share of tokens that is hidden.
+        crops_level2: masked octants per volume that become level-2 views.
+        crops_level3: masked patches per level-2 view that become level-3 views.
+        alignment: "infonce" (ours: the paper's equation is not published), "byol" or "none".
+        tau: temperature of "infonce" (ours).
+        weight_level1, weight_level2, weight_level3: of the reconstruction losses.
+        weight_align12, weight_align23: of the alignment losses.
+        curriculum: "concurrent"; "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t),
+            t being the finished fraction of the run; "fine_to_coarse" (ours) exchanges the two.
+        foreground_share: of crops that are centred on foreground (ours: see `NestedCrops`).
+        decoder_dim, decoder_depth, decoder_heads: of the decoder; the same for both published encoders.
+        views_per_part: views of each volume that are in memory together (ours). More is faster on a GPU that a
+            micro-batch of volumes does not fill.
+    """
+
+    name = "mim"
+    title = "MiM"
+    source = (
+        "Zhuang et al. 2024. batch_size counts volumes: 24 with 21 views each stand for the paper's 512 views. Ours: "
+        "infonce and tau (the equation is unpublished), fine_to_coarse, foreground_share (of crops), steps_per_epoch, "
+        "views_per_part (views of each volume in memory at once)"
+    )
+    citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
+    # published: 1e-4 · views / 256, that is 2e-4 for 512 views
+    recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, lr=2e-4)
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        mask_ratio_level1: float = 0.5,
+        mask_ratio_level2: float = 0.6,
+        mask_ratio_level3: float = 0.5,
+        crops_level2: int = 4,
+        crops_level3: int = 4,
+        alignment: str = "infonce",
+        tau: float = 0.1,
+        weight_level1: float = 1.0,
+        weight_level2: float = 1.0,
+        weight_level3: float = 1.0,
+        weight_align12: float = 0.1,
+        weight_align23: float = 0.1,
+        curriculum: str = "concurrent",
+        foreground_share: float = 0.0,
+        decoder_dim: int = 576,
+        decoder_depth: int = 8,
+        decoder_heads: int = 16,
+        views_per_part: int = 1,
+    ):
+        super().__init__(spec)
+        octants = octant_tokens(spec.grid)
+        n = spec.num_tokens
+        visible_octants = _visible("mask_ratio_level1", OCTANTS, mask_ratio_level1, "octants")
+        self.visible = {
+            1: visible_octants * octants.shape[1],
+            2: _visible("mask_ratio_level2", n, mask_ratio_level2, "tokens"),
+            3: _visible("mask_ratio_level3", n, mask_ratio_level3, "tokens"),
+        }
+        _check_range("crops_level2", crops_level2, OCTANTS - visible_octants, "masked octants")
+        _check_range("crops_level3", crops_level3, n - self.visible[2], "masked tokens of a level-2 view")
+        _check_choice("alignment", alignment, ALIGNMENTS)
+        _check_choice("curriculum", curriculum, CURRICULA)
+        self.weights = {
+            "loss_level1": weight_level1,
+            "loss_level2": weight_level2,
+            "loss_level3": weight_level3,
+            "loss_align12": weight_align12,
+            "loss_align23": weight_align23,
+        }
+        weights_fit = all(0 <= weight < math.inf for weight in self.weights.values())
+        if not weights_fit or not tau > 0 or views_per_part < 1 or not 0 <= foreground_share <= 1:
+            raise ValueError(
+                f"weights {list(self.weights.values())} must be finite and not negative, tau {tau} and views_per_part "
+                f"{views_per_part} must be positive, foreground_share {foreground_share} must lie in [0, 1]"
+            )
+        self.curriculum = curriculum
+        self.crops = NestedCrops(
+            spec.img_size, spec.grid, visible_octants, self.visible[2], crops_level2, crops_level3, foreground_share
+        )
+        self.num_views = {1: 1, 2: crops_level2, 3: crops_level2 * crops_level3}
+        self.parts = [
+            (level, range(start, min(start + views_per_part, self.num_views[level])))
+            for level in LEVELS
+            for start in range(0, self.num_views[level], views_per_part)
+        ]
+        self.num_parts = len(self.parts)
+        self.encoder = build_encoder(spec)
+        self.decoder = MAEDecoder(spec, decoder_dim, decoder_depth, decoder_heads)
+        pairs = () if alignment == "none" else ("12", "23")
+        self.align = nn.ModuleDict({pair: RegionAlignment(alignment, decoder_dim, tau) for pair in pairs})
+        self.register_buffer("octants", octants, persistent=False)
+        # in the checkpoint: the curricula depend on it
+        self.register_buffer("progress", torch.zeros(()))
+        # features of coarser views, for the parts after them
+        self._regions: dict[int, list[Tensor]] = {}
+
+    def views(self) -> NestedCrops:
+        return self.crops
+
+    def forward(self, views: Batch, part: int = 0) -> LossDict:
+        """Losses of a part, scaled so that they add up to means over all views."""
+        level, chosen = self.parts[part]
+        share = len(chosen) / self.num_views[level]
+        values = {name: share * per_view.mean() for name, per_view in self.per_view(views, part).items()}
+        weights = self.current_weights()
+        loss = sum(weights[name] * value for name, value in values.items() if name in weights)
+        # every part depends on every trainable parameter, see Method
+        for parameter in self.align.parameters():
+            loss = loss + 0.0 * parameter.sum()
+        return {"loss": loss, **{name: value.detach() for name, value in values.items()}}
+
+    def per_view(self, views: Batch, part: int) -> dict[str, Tensor]:
+        """Unweighted losses "loss_…" and retrieval "accuracy_…" (0 or 1) of a part's views, each (B, views)."""
+        level, chosen = self.parts[part]
+        if part == 0:
+            self._regions = {}
+        images, orders = self.level_views(views, level, chosen)
+        shape = orders.shape[:2]
+        orders = orders.flatten(0, 1)
+        features, loss = self.reconstruction_loss(images.flatten(0, 1), orders, self.visible[level])
+        values = {f"loss_level{level}": loss}
+        if self.align and level > 1:
+            pair = f"{level - 1}{level}"
+            regions, origin = self._candidates(views, level, chosen)
+            loss, found = self.align[pair](features.mean(1), regions, origin)
+            values |= {f"loss_align{pair}": loss, f"accuracy_{pair}": found}
+        if self.align and level < 3:
+            self._keep(level, put_tokens(features.detach(), orders).unflatten(0, shape))
+        return {name: value.unflatten(0, shape) for name, value in values.items()}
+
+    def level_views(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
+        """Chosen views of a level as the encoder sees them: (B, V, C, *crop), and their token orders (B, V, N)."""
+        if level == 1:
+            return views["level1"][:, None], views["order1"][:, None]
+        start, stop = chosen.start, chosen.stop
+        if level == 2:
+            return views["level2"][:, start:stop], views["order2"][:, start:stop]
+        crops = views["level2"][:, self._parents(chosen)].flatten(0, 1)
+        patches = views["patches"].flatten(1)[:, start:stop]
+        blocks = cut_blocks(crops, patches.reshape(-1, 1), self.spec.patch_size)[:, 0]
+        images = resize(blocks, self.spec.img_size).unflatten(0, patches.shape)
+        return images, views["order3"].flatten(1, 2)[:, start:stop]
+
+    def _parents(self, chosen: range) -> list[int]:
+        """Level-2 views that level-3 views were cut from."""
+        return [view // self.crops.crops_level3 for view in chosen]
+
+    def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
+        features, prediction = self.decode(images, orders, visible)
+        target = normalize_patches(masked_patches(images, orders, visible, self.spec), unbiased=True)
+        return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
+
+    def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Decoder tokens (M, N, F) and predicted masked patches (M, N − K, P)."""
+        tokens, _ = self.encoder(images, orders[:, :visible])
+        features = self.decoder.features(tokens, orders)[:, int(self.spec.cls_token) :]
+        return features, self.decoder.head(features[:, visible:])
+
+    def _candidates(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
+        """For each view: features (M, R, F) of the coarser crop's regions, and the region (M,) it was cut from."""
+        coarser = torch.cat(self._regions[level - 1], dim=1)
+        parents = [0] * len(chosen) if level == 2 else self._parents(chosen)
+        origin = views["octants"] if level == 2 else views["patches"].flatten(1)
+        return coarser[:, parents].flatten(0, 1), origin[:, chosen.start : chosen.stop].flatten()
+
+    def _keep(self, level: int, features: Tensor) -> None:
+        """Keeps features (B, V, N, F), raster order, of the regions that finer views come from: octants or tokens."""
+        if level == 1:
+            features = features[:, :, self.octants].mean(3)
+        self._regions.setdefault(level, []).append(features)
+
+    def current_weights(self) -> dict[str, Tensor | float]:
+        """Loss weights at the present state of the curriculum."""
+        if self.curriculum == "concurrent":
+            return self.weights
+        angle = self.progress * (math.pi / 2)
+        factors = {"loss_level1": 1 + angle.cos(), "loss_level3": angle.sin()}
+        if self.curriculum == "fine_to_coarse":
+            factors = dict(zip(factors, reversed(factors.values()), strict=True))
+        return {name: weight * factors.get(name, 1.0) for name, weight in self.weights.items()}
+
+    def after_step(self, progress: float) -> None:
+        self.progress.fill_(progress)
+
+    @torch.no_grad()
+    def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
+        """The first view of each level."""
+        made = {}
+        for level in LEVELS:
+            images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
+            visible = self.visible[level]
+            _, prediction = self.decode(images, orders, visible)
+            hidden = masked_patches(images, orders, visible, self.spec)
+            prediction = denormalize_patches(prediction.float(), hidden, unbiased=True)
+            made[f"level{level}"] = assemble_pictures(images, orders, prediction, self.spec)
+        return made
+
+
+def _visible(option: str, total: int, ratio: float, what: str) -> int:
+    visible = num_visible(total, ratio)
+    if not 0 < visible < total:
+        raise UserError(
+            f"{option} {ratio} leaves {visible} of {total} {what} visible, needed at least 1 visible and 1 masked; "
+            f"change --set {option}=…"
+        )
+    return visible
+
+
+def _check_range(option: str, value: int, largest: int, what: str) -> None:
+    if not 1 <= value <= largest:
+        raise UserError(f"{option} is {value}, needed 1 to {largest} ({what}); change --set {option}=…")
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{option} is '{value}', needed one of {', '.join(choices)}; change --set {option}=…")

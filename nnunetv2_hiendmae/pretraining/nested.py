@@ -1,0 +1,109 @@
+"""MiM's geometry: octants of a crop, patches enlarged to a crop, and what a worker draws (METHODS §3)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.views import Volume, draw_corner
+
+OCTANTS = 8
+
+
+def octant_tokens(grid: Sequence[int]) -> Tensor:
+    """Token numbers (8, N / 8) of the 2×2×2 octants of a grid; octants and tokens in raster order.
+
+    Raises:
+        UserError: an axis of the grid is odd.
+    """
+    if any(g % 2 for g in grid):
+        raise UserError(
+            f"the grid of {tuple(grid)} tokens has an odd axis, needed even ones to divide it into octants; choose "
+            "--crop-size as a multiple of twice the patch"
+        )
+    numbers = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
+    whole = torch.arange(OCTANTS)[None]
+    return cut_blocks(numbers, whole, [g // 2 for g in grid]).flatten(2)[0]
+
+
+def cut_blocks(images: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
+    """Blocks `index` (B, K) of images (B, C, D, H, W) → (B, K, C, *size).
+
+    The image is divided into blocks of `size` voxels, numbered in raster order; only the chosen ones are copied.
+    """
+    b, c, *shape = images.shape
+    (pd, ph, pw), (gd, gh, gw) = size, (s // p for s, p in zip(shape, size, strict=True))
+    blocks = images.reshape(b, c, gd, pd, gh, ph, gw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    rows = torch.arange(b, device=index.device)[:, None]
+    return blocks[rows, index // (gh * gw), index // gw % gh, index % gw]
+
+
+def resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    """(M, C, D, H, W) → (M, C, *size), trilinear (align_corners=False).
+
+    Halving averages 2×2×2 voxels and therefore mixes no two patches.
+    """
+    return F.interpolate(images, size=tuple(size), mode="trilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class NestedCrops:
+    """A crop of twice the encoder's edge, its octants at full resolution, and masks for all three levels.
+
+    Gives
+        "level1" (C, *crop) float32: the whole crop, halved; "order1" (N,): visible octants first;
+        "level2" (V2, C, *crop): masked octants "octants" (V2,) of it; "order2" (V2, N);
+        "patches" (V2, V3): masked tokens of each level-2 crop, which are level 3; "order3" (V2, V3, N).
+    Orders are token permutations, visible tokens first. Level-3 patches are enlarged by the method: they are voxels of
+    level 2 already, and enlarged ones would be three quarters of what a worker sends.
+
+    Args:
+        crop_size: the encoder's, (D, H, W) voxels.
+        grid: tokens of that crop per axis, all even.
+        visible_octants: octants of level 1 that are not masked.
+        visible_level2: visible tokens of a level-2 crop.
+        crops_level2, crops_level3: V2 per crop, V3 per level-2 crop.
+        foreground_share: of crops that are centred on foreground. Ours is none: with MiM's window, lower bound
+            -1000 HU, almost every voxel of a body and of the noise around it would count.
+    """
+
+    crop_size: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    visible_octants: int
+    visible_level2: int
+    crops_level2: int
+    crops_level3: int
+    foreground_share: float = 0.0
+
+    @property
+    def read_size(self) -> tuple[int, int, int]:
+        """Edges (D, H, W) of the level-1 crop in voxels of the volume."""
+        return tuple(2 * s for s in self.crop_size)
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One sample of a volume."""
+        lower = draw_corner(volume, self.read_size, self.foreground_share, rng)
+        whole = torch.from_numpy(volume.read(lower, self.read_size))[None]
+        tokens, order = octant_tokens(self.grid), torch.from_numpy(rng.permutation(OCTANTS))
+        octants = order[self.visible_octants :][: self.crops_level2]
+        order2 = self._orders(rng, self.crops_level2)
+        order3 = self._orders(rng, self.crops_level2 * self.crops_level3)
+        return {
+            "level1": resize(whole, self.crop_size)[0],
+            "order1": tokens[order].flatten(),
+            "level2": cut_blocks(whole, octants[None], self.crop_size)[0],
+            "order2": order2,
+            "octants": octants,
+            # the first masked tokens of a random order: a random choice among them
+            "patches": order2[:, self.visible_level2 :][:, : self.crops_level3].contiguous(),
+            "order3": order3.unflatten(0, (self.crops_level2, self.crops_level3)),
+        }
+
+    def _orders(self, rng: np.random.Generator, count: int) -> Tensor:
+        tokens = math.prod(self.grid)
+        return torch.from_numpy(np.stack([rng.permutation(tokens) for _ in range(count)]))
