@@ -13,6 +13,10 @@ PLANS = "TinyPlans"
 TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 TINY_OPTIONS = {
     "hiendmae": {"decoder_dim": 12, "self_depth": 1},
+    "glmae": {
+        **{"global_views": 2, "local_views": 1, "head_hidden": 12, "head_dim": 8},
+        **{"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+    },
     "mae3d": {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
 }
 WINDOW = (-175.0, 250.0)

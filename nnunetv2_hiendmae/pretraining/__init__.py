@@ -1,9 +1,10 @@
 """Pretraining: methods, the data they see, and the loop that trains them."""
 
+from nnunetv2_hiendmae.pretraining.glmae import GLMAE
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
 from nnunetv2_hiendmae.pretraining.mae3d import MAE3D
 from nnunetv2_hiendmae.pretraining.method import Method
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MAE3D)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, GLMAE, MAE3D)}
 
-__all__ = ["MAE3D", "METHODS", "HiEndMAE", "Method"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method"]

@@ -12,7 +12,6 @@ from nnunetv2_hiendmae.architectures.tokens import (
     num_visible,
     patchify,
     put_tokens,
-    split_order,
     take_tokens,
     unpatchify,
 )
@@ -57,24 +56,38 @@ class MaskedCropMethod(Method):
 
     def target(self, image: Tensor, order: Tensor) -> Tensor:
         """Masked patches (B, N − K, P) as the loss wants them."""
-        _, masked = split_order(order, self.visible)
-        patches = take_tokens(patchify(image, self.spec.patch_size), masked).float()
+        patches = masked_patches(image, order, self.visible, self.spec)
         return normalize_patches(patches, self.unbiased_target) if self.normalize_target else patches
 
     @torch.no_grad()
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
         image, order = views["image"], views["order"]
-        keep, masked = split_order(order, self.visible)
-        patches = patchify(image, self.spec.patch_size)
-        visible, hidden = take_tokens(patches, keep), take_tokens(patches, masked).float()
         prediction = self.predict(image, order).float()
         if self.normalize_target:
-            var, mean = torch.var_mean(hidden, dim=-1, correction=int(self.unbiased_target), keepdim=True)
-            prediction = prediction * (var + 1e-6).sqrt() + mean
+            hidden = masked_patches(image, order, self.visible, self.spec)
+            prediction = denormalize_patches(prediction, hidden, self.unbiased_target)
+        return {"crop": assemble_pictures(image, order, prediction, self.spec)}
 
-        def assemble(masked_patches: Tensor) -> Tensor:
-            tokens = torch.cat([visible.float(), masked_patches], dim=1)
-            return unpatchify(put_tokens(tokens, order), self.spec.grid, self.spec.patch_size)
 
-        blank = torch.full_like(hidden, float(image.min()))
-        return {"crop": Reconstruction(image, assemble(blank), assemble(prediction))}
+def masked_patches(image: Tensor, order: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
+    """Crop (B, C, D, H, W) and token permutation (B, N) → patches (B, N − K, P) behind the first K, float32."""
+    return take_tokens(patchify(image, spec.patch_size), order[:, visible:]).float()
+
+
+def denormalize_patches(prediction: Tensor, hidden: Tensor, unbiased: bool) -> Tensor:
+    """Predictions (B, M, P) of normalised patches, given the mean and spread of the true ones."""
+    var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
+    return prediction * (var + 1e-6).sqrt() + mean
+
+
+def assemble_pictures(image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec) -> Reconstruction:
+    """Crop, crop without its masked patches, and crop with `prediction` (B, N − K, P) in their place."""
+    keep = order[:, : order.shape[1] - prediction.shape[1]]
+    visible = take_tokens(patchify(image, spec.patch_size), keep).float()
+
+    def assemble(patches: Tensor) -> Tensor:
+        tokens = torch.cat([visible, patches], dim=1)
+        return unpatchify(put_tokens(tokens, order), spec.grid, spec.patch_size)
+
+    blank = torch.full_like(prediction, float(image.min()))
+    return Reconstruction(image, assemble(blank), assemble(prediction))
