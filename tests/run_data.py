@@ -14,11 +14,22 @@ TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_head
 TINY_OPTIONS = {
     "hiendmae": {"decoder_dim": 12, "self_depth": 1},
     "glmae": {
-        **{"global_views": 2, "local_views": 1, "head_hidden": 12, "head_dim": 8},
-        **{"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+        "global_views": 2,
+        "local_views": 1,
+        "head_hidden": 12,
+        "head_dim": 8,
+        "decoder_dim": 12,
+        "decoder_depth": 1,
+        "decoder_heads": 2,
+        # the published ones divide by 0.04, and multiply rounding
+        "student_temperature": 0.5,
+        "teacher_temperature": 0.2,
+        "teacher_temperature_start": 0.3,
     },
     "mae3d": {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
 }
+# views that a method makes pictures of, sorted, unless it is one crop
+TINY_PICTURES = {"glmae": ("global", "local")}
 WINDOW = (-175.0, 250.0)
 
 

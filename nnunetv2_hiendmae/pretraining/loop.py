@@ -129,17 +129,18 @@ def _backward(
         UserError: a loss is not finite in any process; weights are as before the step.
     """
     totals: dict[str, Tensor] = {}
-    passes = [(micro, part) for micro in range(accumulate) for part in range(method.num_parts)]
-    for micro, part in passes:
-        batch = _next_batch(batches) if part == 0 else batch
-        with fabric.no_backward_sync(model, enabled=(micro, part) != passes[-1]):
-            losses = model(batch, part)
-            mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
-            if not math.isfinite(mean["loss"].item()):
-                raise _not_finite(losses["loss"].item(), batch, step)
-            fabric.backward(losses["loss"] / accumulate)
-        for key, value in mean.items():
-            totals[key] = totals.get(key, 0.0) + value / accumulate
+    last = (accumulate - 1, method.num_parts - 1)
+    for micro in range(accumulate):
+        batch = _next_batch(batches)
+        for part in range(method.num_parts):
+            with fabric.no_backward_sync(model, enabled=(micro, part) != last):
+                losses = model(batch, part)
+                mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
+                if not math.isfinite(mean["loss"].item()):
+                    raise _not_finite(losses["loss"].item(), batch, step)
+                fabric.backward(losses["loss"] / accumulate)
+            for key, value in mean.items():
+                totals[key] = totals.get(key, 0.0) + value / accumulate
     return {k: round(v.item(), 7) for k, v in totals.items()}
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -107,4 +108,4 @@ def _slabs(box: Sequence[int]) -> Iterator[tuple[int, int]]:
     thickest = max(1, SLAB_VOXELS // (box[1] * box[2]))
     count = -(-box[0] // thickest)
     cuts = [box[0] * i // count for i in range(count + 1)]
-    yield from zip(cuts, cuts[1:], strict=False)
+    yield from pairwise(cuts)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_preprocessed
+from run_data import PLANS, TINY_OPTIONS, TINY_PICTURES, tiny_settings, write_preprocessed
 
 from nnunetv2_hiendmae import load_encoder
 from nnunetv2_hiendmae.errors import UserError
@@ -57,7 +57,8 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
     pictures = sorted(p.name for p in (tmp_path / "run" / "reconstructions").iterdir())
-    assert pictures == ["epoch_0002_crop.png", "epoch_0003_crop.png"]
+    views = TINY_PICTURES.get(method, ("crop",))
+    assert pictures == [f"epoch_{epoch:04d}_{view}.png" for epoch in (2, 3) for view in views]
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
     assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
     assert metadata.spacing_mm == (3.0, 3.0, 3.0) and metadata.window_hu == (-175.0, 250.0)
@@ -122,6 +123,7 @@ def free_port() -> str:
     [
         pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
         pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
+        pytest.param("glmae", [["--nproc-per-node", "2"]], id="glmae-one-node"),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )
@@ -261,6 +263,21 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
         f.writelines(line.format(i, i % 7) for i in range(400_000))
     draw_progress(tmp_path)
     assert (tmp_path / "progress.png").stat().st_size > 10_000
+
+
+def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypatch):
+    def labels(**measured) -> list[list[str]]:
+        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "crops_per_second": 9.0}
+        (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+        drawn = []
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda figure, p, **_: (drawn.append(figure), p.touch())
+        )
+        draw_progress(tmp_path)
+        return [[curve.get_label() for curve in axis.lines if curve.get_label()[0] != "_"] for axis in drawn[0].axes]
+
+    assert labels(loss_part=0.5) == [["loss", "loss_part"], [], []]
+    assert labels(loss_part=0.5, teacher_entropy=2.0) == [["loss", "loss_part"], ["teacher_entropy"], [], []]
 
 
 def test_running_mean():
