@@ -7,7 +7,7 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 # METHODS §0; biases and norms are one-dimensional, which timm leaves without decay by itself
-NO_DECAY = ("cls_token", "mask_token", "pos_embed")
+NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

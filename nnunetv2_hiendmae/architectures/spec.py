@@ -4,13 +4,17 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-ENCODER_KINDS = ("vit",)
+ENCODER_KINDS = ("vit", "convvit")
 POSITION_KINDS = ("sincos", "learned")
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
     """0-based blocks whose outputs feed the decoders; (3, 6, 9) for 12 blocks."""
     return (depth // 4, depth // 2, 3 * depth // 4)
+
+
+def _cube(edge: int) -> tuple[int, int, int]:
+    return (edge, edge, edge)
 
 
 @dataclass(frozen=True)
@@ -21,11 +25,19 @@ class EncoderSpec:
         img_size: crop that the position grid belongs to; each axis a multiple of `patch_size`.
         patch_size: edge of a patch per axis.
         embed_dim: width E.
-        taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)`.
-        cls_token: prepend a CLS token (its position is zero).
+        depth: transformer blocks.
+        kind: "vit" is a plain transformer; "convvit" is MiM's hybrid (METHODS §3), whose convolutional stages
+            halve the map before the transformer does it once more.
+        taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)` of a
+            vit; a convvit has none.
+        cls_token: prepend a CLS token (its position is zero); None: only a vit has one.
         pos_embed: "sincos" is a fixed table, "learned" starts as that table and is trained.
         norm_eps: epsilon of every LayerNorm.
         drop_path_rate: stochastic depth, rising linearly from 0 to this over the blocks.
+        stem_dims: widths of a convvit's convolutional stages, fine to coarse.
+        stem_depths: conv blocks of each of these stages.
+        dense: the fine-tuning form of a convvit: relative position bias and LayerScale in the transformer, no
+            fusion convolutions, no final norm, hence no masked forward.
 
     Raises:
         ValueError: a field contradicts another; the message names both.
@@ -40,17 +52,27 @@ class EncoderSpec:
     in_channels: int = 1
     mlp_ratio: float = 4.0
     taps: tuple[int, ...] | None = None
-    cls_token: bool = True
+    cls_token: bool | None = None
     pos_embed: str = "sincos"
     norm_eps: float = 1e-6
     drop_path_rate: float = 0.0
+    stem_dims: tuple[int, ...] = ()
+    stem_depths: tuple[int, ...] = ()
+    dense: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "img_size", tuple(int(i) for i in self.img_size))
-        object.__setattr__(self, "patch_size", tuple(int(i) for i in self.patch_size))
-        taps = default_taps(self.depth) if self.taps is None else self.taps
-        object.__setattr__(self, "taps", tuple(int(t) for t in taps))
+        plain = self.kind == "vit"
+        if self.taps is None:
+            object.__setattr__(self, "taps", default_taps(self.depth) if plain else ())
+        if self.cls_token is None:
+            object.__setattr__(self, "cls_token", plain)
+        for name in ("img_size", "patch_size", "taps", "stem_dims", "stem_depths"):
+            object.__setattr__(self, name, tuple(int(i) for i in getattr(self, name)))
         self._validate()
+        if plain:
+            self._validate_vit()
+        else:
+            self._validate_convvit()
 
     def _validate(self):
         if self.kind not in ENCODER_KINDS:
@@ -75,6 +97,28 @@ class EncoderSpec:
             raise ValueError(f"unknown pos_embed '{self.pos_embed}', needed one of {POSITION_KINDS}")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} must lie in [0, 1)")
+
+    def _validate_vit(self):
+        if self.stem_dims or self.stem_depths or self.dense:
+            raise ValueError("stem_dims, stem_depths and dense belong to kind 'convvit', the kind is 'vit'")
+
+    def _validate_convvit(self):
+        if not self.stem_dims or len(self.stem_dims) != len(self.stem_depths):
+            raise ValueError(
+                f"kind 'convvit' needs stem_dims and stem_depths of one length, at least 1, "
+                f"got {self.stem_dims} and {self.stem_depths}"
+            )
+        if min(*self.stem_dims, *self.stem_depths) < 1:
+            raise ValueError(f"stem_dims {self.stem_dims} and stem_depths {self.stem_depths} must be positive")
+        if self.patch_size != _cube(2 << len(self.stem_dims)):
+            raise ValueError(
+                f"{len(self.stem_dims)} convolutional stages and the transformer's need patch_size "
+                f"{_cube(2 << len(self.stem_dims))}, got {self.patch_size}"
+            )
+        if self.cls_token or self.taps:
+            raise ValueError(
+                f"kind 'convvit' has no CLS token and no taps, got cls_token {self.cls_token}, taps {self.taps}"
+            )
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -116,8 +160,18 @@ class EncoderSpec:
             raise ValueError(f"incomplete encoder description: {e}") from e
 
 
-def _cube(edge: int) -> tuple[int, int, int]:
-    return (edge, edge, edge)
+def _convvit(width: int, num_heads: int) -> EncoderSpec:
+    """MiM's shape: three stages of two conv blocks, each twice as wide as the one before, 11 transformer blocks."""
+    return EncoderSpec(
+        _cube(96),
+        _cube(16),
+        embed_dim=width,
+        depth=11,
+        num_heads=num_heads,
+        kind="convvit",
+        stem_dims=(width // 8, width // 4, width // 2),
+        stem_depths=(2, 2, 2),
+    )
 
 
 PRESETS: dict[str, EncoderSpec] = {
@@ -131,4 +185,7 @@ PRESETS: dict[str, EncoderSpec] = {
     # Hi-End-MAE as released
     "vit_hiend_p12": EncoderSpec(_cube(96), _cube(12), embed_dim=1536, depth=12, num_heads=16),
     "vit_hiend_p16": EncoderSpec(_cube(96), _cube(16), embed_dim=1536, depth=12, num_heads=16),
+    # MiM
+    "convvit_tiny": _convvit(width=96, num_heads=3),
+    "convvit_base": _convvit(width=384, num_heads=12),
 }

@@ -8,6 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def token_grid(size: Sequence[int], patch_size: Sequence[int]) -> list[int]:
+    """Tokens per axis of a crop.
+
+    Raises:
+        ValueError: an axis is not divisible by the patch.
+    """
+    if any(s % p for s, p in zip(size, patch_size, strict=True)):
+        raise ValueError(f"crop {tuple(size)} is not divisible by the patch {tuple(patch_size)}")
+    return [s // p for s, p in zip(size, patch_size, strict=True)]
+
+
 def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
     """(B, C, D, H, W) → (B, N, P). Tokens in raster order (D slowest); inside a patch (p_d, p_h, p_w, C).
 
@@ -15,9 +26,7 @@ def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
         ValueError: a spatial axis is not divisible by the patch.
     """
     b, c, *size = x.shape
-    if any(s % p for s, p in zip(size, patch_size, strict=True)):
-        raise ValueError(f"crop {tuple(size)} is not divisible by the patch {tuple(patch_size)}")
-    (pd, ph, pw), (gd, gh, gw) = patch_size, (s // p for s, p in zip(size, patch_size, strict=True))
+    (pd, ph, pw), (gd, gh, gw) = patch_size, token_grid(size, patch_size)
     x = x.reshape(b, c, gd, pd, gh, ph, gw, pw)
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, gd * gh * gw, pd * ph * pw * c)
 
@@ -52,13 +61,12 @@ def sincos_positions(grid: Sequence[int], width: int, temperature: float = 10000
 
 
 def resample_positions(table: Tensor, source_grid: Sequence[int], target_grid: Sequence[int]) -> Tensor:
-    """(1, N, E) of one grid → (1, N', E) of another, trilinear (align_corners=False). No CLS row."""
+    """Tables (T, N, E) of one grid → (T, N', E) of another, trilinear (align_corners=False). No CLS row."""
     if tuple(source_grid) == tuple(target_grid):
         return table
-    e = table.shape[2]
-    volume = table.reshape(1, *source_grid, e).permute(0, 4, 1, 2, 3).float()
+    volume = table.unflatten(1, tuple(source_grid)).permute(0, 4, 1, 2, 3).float()
     volume = F.interpolate(volume, size=tuple(target_grid), mode="trilinear", align_corners=False)
-    return volume.permute(0, 2, 3, 4, 1).reshape(1, -1, e).to(table.dtype)
+    return volume.permute(0, 2, 3, 4, 1).flatten(1, 3).to(table.dtype)
 
 
 def num_visible(num_tokens: int, mask_ratio: float) -> int:

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="target spacing in mm (default: that of the file)",
     )
     add("--window", type=float, nargs=2, metavar=("LO", "HI"), help="CT window in HU (default: that of the file)")
+    add(
+        "--reader",
+        metavar="NAME",
+        help="nnU-Net image reader, it decides the orientation; auto: nnU-Net's choice (default: that of the file)",
+    )
+    add("--drop-path", type=float, metavar="RATE", help="stochastic depth of the encoder (default: recipe)")
+    add("--grad-clip", type=float, metavar="NORM", help="largest gradient norm, at most nnU-Net's 12 (default: recipe)")
     add("--decoder-width", type=int, metavar="W", help="channels of the decoder at full resolution (default: recipe)")
     add("-np", dest="processes", type=int, default=4, metavar="N", help="processes of the fingerprint extraction")
 
@@ -53,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
         iterations_per_epoch=args.iterations_per_epoch,
         val_iterations_per_epoch=args.val_iterations_per_epoch,
         decoder_width=args.decoder_width,
+        reader=args.reader,
+        drop_path_rate=args.drop_path,
+        grad_clip=args.grad_clip,
         num_processes=args.processes,
     )
     print("\n".join([f"plans: {planned.path}", *planned.messages, "next:"]))

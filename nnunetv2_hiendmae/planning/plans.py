@@ -29,7 +29,10 @@ from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 CONFIGURATION = "3d_fullres"
-NETWORKS = {"vit": "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"}
+NETWORKS = {
+    "vit": "nnunetv2_hiendmae.architectures.unetr.ViTUNETR",
+    "convvit": "nnunetv2_hiendmae.architectures.convvit_unetr.ConvViTUNETR",
+}
 
 logger = logging.getLogger(__name__)
 

@@ -15,6 +15,7 @@ class MethodRecipe:
         decoder_width: channels of the UNETR decoder at full resolution.
         batch_size: crops per fine-tuning batch.
         drop_path_rate: stochastic depth of the encoder in fine-tuning.
+        crop_limit: largest fine-tuning crop (D, H, W) in voxels, where the encoder saw larger ones; None: no limit.
     """
 
     spacing_mm: tuple[float, float, float] | None = (1.5, 1.5, 1.5)
@@ -22,6 +23,7 @@ class MethodRecipe:
     decoder_width: int = 32
     batch_size: int = 4
     drop_path_rate: float = 0.0
+    crop_limit: tuple[int, int, int] | None = None
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
 
 
@@ -36,7 +38,13 @@ RECIPES: dict[str, MethodRecipe] = {
         finetune=FinetuneRecipe(lr=1e-4, grad_clip=5.0),
     ),
     # widths 16 to 48 are published; lr is that of end-to-end fine-tuning
-    "glmae": MethodRecipe(spacing_mm=None, window_hu=(-1000.0, 1000.0), finetune=FinetuneRecipe(lr=3e-4)),
+    "glmae": MethodRecipe(
+        spacing_mm=None,
+        window_hu=(-1000.0, 1000.0),
+        # its global views have 160³ voxels
+        crop_limit=(96, 96, 96),
+        finetune=FinetuneRecipe(lr=3e-4),
+    ),
     # ours: the baseline sees what Hi-End-MAE sees, so that the two can be compared
     "mae3d": MethodRecipe(),
 }

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -129,18 +130,18 @@ def _backward(
         UserError: a loss is not finite in any process; weights are as before the step.
     """
     totals: dict[str, Tensor] = {}
-    last = (accumulate - 1, method.num_parts - 1)
-    for micro in range(accumulate):
-        batch = _next_batch(batches)
-        for part in range(method.num_parts):
-            with fabric.no_backward_sync(model, enabled=(micro, part) != last):
-                losses = model(batch, part)
-                mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
-                if not math.isfinite(mean["loss"].item()):
-                    raise _not_finite(losses["loss"].item(), batch, step)
-                fabric.backward(losses["loss"] / accumulate)
-            for key, value in mean.items():
-                totals[key] = totals.get(key, 0.0) + value / accumulate
+    parts = range(method.num_parts)
+    left = accumulate * len(parts)
+    for batch, part in ((batch, part) for batch in _micro_batches(batches, accumulate) for part in parts):
+        left -= 1
+        with fabric.no_backward_sync(model, enabled=left > 0):
+            losses = model(batch, part)
+            mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
+            if not math.isfinite(mean["loss"].item()):
+                raise _not_finite(losses["loss"].item(), batch, step)
+            fabric.backward(losses["loss"] / accumulate)
+        for key, value in mean.items():
+            totals[key] = totals.get(key, 0.0) + value / accumulate
     return {k: round(v.item(), 7) for k, v in totals.items()}
 
 
@@ -161,9 +162,9 @@ def _not_finite(loss: float, batch: Batch, step: int) -> UserError:
     )
 
 
-def _next_batch(batches: Iterator[Batch]) -> Batch:
+def _micro_batches(batches: Iterator[Batch], number: int) -> Iterator[Batch]:
     try:
-        return next(batches)
+        yield from islice(batches, number)
     except UserError as e:
         # a worker's error arrives with its traceback around it; the message is its last line
         raise UserError(str(e).strip().splitlines()[-1].rpartition("UserError: ")[2]) from e

@@ -12,6 +12,7 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.spec import default_taps
 
 CUBE = {"img_size": (32, 32, 32), "patch_size": (8, 8, 8), "embed_dim": 24, "depth": 12, "num_heads": 4}
+CONVVIT = {**CUBE, "kind": "convvit", "stem_dims": (6, 12), "stem_depths": (2, 1)}
 
 
 def test_defaults_and_derived_numbers():
@@ -42,11 +43,38 @@ def test_default_taps(depth, taps):
         ({"taps": (6, 3, 9)}, "must not decrease"),
         ({"pos_embed": "rope"}, "unknown pos_embed 'rope'"),
         ({"drop_path_rate": 1.0}, r"must lie in \[0, 1\)"),
+        ({"stem_dims": (6, 12)}, "belong to kind 'convvit'"),
+        ({"stem_depths": (2, 1)}, "belong to kind 'convvit'"),
+        ({"dense": True}, "belong to kind 'convvit'"),
     ],
 )
 def test_contradictions_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         EncoderSpec(**{**CUBE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stem_dims": (), "stem_depths": ()}, "of one length, at least 1"),
+        ({"stem_depths": (2, 1, 1)}, r"of one length, at least 1, got \(6, 12\) and \(2, 1, 1\)"),
+        ({"stem_dims": (6, 0)}, "must be positive"),
+        ({"stem_depths": (0, 1)}, "must be positive"),
+        ({"patch_size": (16, 16, 16)}, r"2 convolutional stages .* need patch_size \(8, 8, 8\), got \(16, 16, 16\)"),
+        ({"cls_token": True}, "no CLS token"),
+        ({"taps": (1, 2, 3)}, "no taps"),
+    ],
+)
+def test_contradictions_of_a_convvit_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        EncoderSpec(**{**CONVVIT, **changes})
+
+
+def test_a_convvit_is_described_by_what_it_has():
+    spec = EncoderSpec(**{**CONVVIT, "stem_dims": [6, 12]}, dense=True)
+    assert (spec.stem_dims, spec.taps, spec.cls_token) == ((6, 12), (), False)
+    assert EncoderSpec(**CUBE).cls_token is True
+    assert EncoderSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_is_frozen_and_changes_are_validated():

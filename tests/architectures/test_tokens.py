@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.architectures.tokens import (
     sincos_positions,
     split_order,
     take_tokens,
+    token_grid,
     unpatchify,
 )
 
@@ -108,6 +109,22 @@ def test_resampling_keeps_the_axes_apart():
     torch.testing.assert_close(volume, volume[:1, :1].expand(target))
     # half-voxel centres (align_corners=False), clamped at the border
     torch.testing.assert_close(volume[0, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))
+
+
+def test_resampling_keeps_tables_and_columns_apart():
+    grid, target = (2, 3, 4), (3, 2, 5)
+    tables = torch.rand(2, 24, 3)
+    together = resample_positions(tables, grid, target)
+    for t in range(2):
+        for c in range(3):
+            alone = resample_positions(tables[t : t + 1, :, c : c + 1], grid, target)
+            torch.testing.assert_close(together[t : t + 1, :, c : c + 1], alone)
+
+
+def test_token_grid():
+    assert token_grid((8, 12, 16), (4, 4, 2)) == [2, 3, 8]
+    with pytest.raises(ValueError, match=r"crop \(8, 10, 16\) is not divisible by the patch \(4, 4, 2\)"):
+        token_grid((8, 10, 16), (4, 4, 2))
 
 
 @pytest.mark.parametrize(

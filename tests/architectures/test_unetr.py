@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from authors_names import UNETR_STAGES, outputs, statistics, unetr_state
 from fixtures_util import Fixture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -23,56 +24,6 @@ def tiny(patch_size, img_size, channels=1, **changes):
 
 
 # ---- parity -----------------------------------------------------------------------------------------------------
-
-VIT_NAMES = {
-    "patch_embedding.patch_embeddings.1.weight": "patch_embed.proj.weight",
-    "patch_embedding.patch_embeddings.1.bias": "patch_embed.proj.bias",
-    "patch_embedding.position_embeddings": "pos_embed",
-    "norm.weight": "norm.weight",
-    "norm.bias": "norm.bias",
-}
-BLOCK_NAMES = {"out_proj": "proj", "linear1": "fc1", "linear2": "fc2"}
-# their residual blocks: two convolutions and the 1³ one of the skip connection
-STAGES = {
-    "encoder1": "image_block",
-    "encoder2": "skips.0",
-    "encoder3": "skips.1",
-    "encoder4": "skips.2",
-    "decoder5": "ups.0",
-    "decoder4": "ups.1",
-    "decoder3": "ups.2",
-    "decoder2": "ups.3",
-}
-CONVS = {"conv1": "conv1", "conv2": "conv2", "conv3": "skip.0"}
-
-
-def translate(name, tensor):
-    """A tensor of the authors' network → [(our name, tensor)]. dynamic-network-architectures registers every
-    convolution of a block twice, so those appear under two names."""
-    if name.startswith("vit.blocks."):
-        parts = [BLOCK_NAMES.get(p, p) for p in name.split(".")[1:]]
-        return [("encoder." + ".".join(parts), tensor)]
-    if name.startswith("vit."):
-        if tensor.ndim == 2:
-            # a matrix over (p_d, p_h, p_w, C) becomes a kernel
-            tensor = tensor.unflatten(1, (12, 12, 12, 1)).permute(0, 4, 1, 2, 3)
-        return [("encoder." + VIT_NAMES[name.removeprefix("vit.")], tensor)]
-    stage, *rest, leaf = name.split(".")
-    if stage == "out":
-        return [(f"head.{leaf}", tensor)]
-    ours = STAGES[stage]
-    if rest[0] == "transp_conv_init":
-        return [(f"{ours}.0.{leaf}", tensor)]
-    if rest[0] in ("transp_conv", "conv3d"):
-        return [(f"{ours}.up.{leaf}", tensor)]
-    if rest[0] == "blocks":
-        layer = 1 + 2 * int(rest[1]) + int(rest[2])
-        if rest[2] == "0":
-            return [(f"{ours}.{layer}.{leaf}", tensor)]
-        block, conv = f"{ours}.{layer}", rest[3]
-    else:
-        block, conv = ours if stage == "encoder1" else f"{ours}.block", rest[1]
-    return [(f"{block}.{CONVS[conv]}.{inner}.{leaf}", tensor) for inner in ("conv", "all_modules.0")]
 
 
 @pytest.fixture(scope="module")
@@ -92,23 +43,8 @@ def finetune():
         pos_embed="learned",
         norm_eps=1e-5,
     )
-    theirs = fixture.finetune_state()
-    network.load_state_dict(dict(pair for k, v in theirs.items() for pair in translate(k, v)))
-    seen = {}
-    hooks = [
-        network.get_submodule(ours).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
-        for key, ours in STAGES.items()
-    ]
-    with torch.no_grad():
-        seen["logits"] = network(fixture.image)
-    for hook in hooks:
-        hook.remove()
-    return fixture, network, seen
-
-
-def statistics(x):
-    x = x[0].flatten(1).double()
-    return torch.stack([x.mean(1), x.std(1), x.amin(1), x.amax(1)], dim=1).float()
+    network.load_state_dict(unetr_state(fixture.finetune_state()))
+    return fixture, network, outputs(network, fixture.image, UNETR_STAGES)
 
 
 def test_encoder_equals_the_authors_fine_tuning_vit(finetune):
@@ -130,7 +66,7 @@ def test_the_fixture_notices_the_epsilon_of_layer_norm(finetune):
     assert (out - fixture["vit_out"]).abs().max() > 100 * fixture.tolerance("vit_out")
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", UNETR_STAGES)
 def test_every_decoder_stage_equals_the_authors(finetune, stage):
     fixture, _, seen = finetune
     out = seen[stage]
@@ -146,6 +82,31 @@ def test_logits_equal_the_authors(finetune):
     fixture.check("logits_sub4", logits[..., ::4, ::4, ::4])
     fixture.check("logits_plane47", logits[:, :, 47])
     fixture.check("logits_stats", statistics(logits))
+
+
+def test_equals_the_authors_glmae_network():
+    """Another crop than the checkpoint's, not a cube, and pretraining's epsilon."""
+    fixture = Fixture("glmae_unetr")
+    config = fixture.meta["config"]
+    network = ViTUNETR(
+        1,
+        config["out_channels"],
+        decoder_width=config["feature_size"],
+        img_size=config["img_size"],
+        patch_size=config["patch_size"],
+        embed_dim=config["embed"],
+        depth=config["depth"],
+        num_heads=config["heads"],
+        cls_token=False,
+        norm_eps=config["ln_eps"],
+    )
+    network.load_state_dict(unetr_state(fixture.finetune_state()))
+    with torch.no_grad():
+        out, taps = network.encoder(fixture.image)
+        logits = network(fixture.image)
+    fixture.check("vit_out", out)
+    fixture.check("vit_skips", torch.stack(taps))
+    fixture.check("logits", logits)
 
 
 # ---- any patch --------------------------------------------------------------------------------------------------

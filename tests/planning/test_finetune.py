@@ -3,16 +3,20 @@
 import json
 import logging
 
+import nibabel
+import numpy as np
 import pytest
 from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
 from nnunetv2_hiendmae import trainers
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.planning import finetune
+from nnunetv2_hiendmae.planning import finetune, fitting
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.plans_section import TRAINERS, PlansSection
+from nnunetv2_hiendmae.weights import read_metadata
 
 
 @pytest.fixture
@@ -145,6 +149,60 @@ def test_reader_of_the_file_is_used_where_it_can_read(toy, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read(plan_finetuning(toy, tif))[0]["image_reader_writer"] == "SimpleITKIO"
     assert "Tiff3DIO cannot read .nii.gz" in caplog.text
+
+
+def test_an_orientation_is_kept_by_whichever_reader_can(nnunet, tmp_path, caplog):
+    """Both reorienting readers give the same array; only the second reads .mha."""
+    file = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="NibabelIOWithReorient")
+    name = make_dataset(nnunet, 2, cases=1, extra_json={"overwrite_image_reader_writer": "SimpleITKIO"})
+    write_fingerprint(nnunet, name)
+    with caplog.at_level(logging.WARNING):
+        assert read(plan_finetuning(name, file))[0]["image_reader_writer"] == "SimpleITKIO"
+    assert "give --reader NibabelIOWithReorient" in caplog.text
+    given = plan_finetuning(name, file, reader="NibabelIOWithReorient")
+    assert read(given)[0]["image_reader_writer"] == "NibabelIOWithReorient"
+    assert fitting._reader(read_metadata(file), {"file_ending": ".mha"}, None) == "SimpleITKIOWithReorient"
+    assert fitting._reader(read_metadata(file), {"file_ending": ".mha"}, "auto") is None
+    with pytest.raises(UserError, match=r"reader Nothing is none"):
+        plan_finetuning(name, file, reader="Nothing")
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "ASL", "IPR"])
+def test_reorienting_readers_give_d_h_w_towards_superior_anterior_right(tmp_path, orientation):
+    """What the authors' arrays are, their axes reversed; a marked voxel at the patient's right, back and bottom."""
+    marked = np.zeros((4, 5, 6), np.float32)
+    marked[3, 0, 0] = 1
+    image = nibabel.Nifti1Image(marked, np.diag([1.0, 2.0, 3.0, 1.0]))
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(orientation)
+    )
+    nibabel.save(image.as_reoriented(turn), tmp_path / "x.nii.gz")
+    for reader in fitting.REORIENTING_READERS:
+        array, properties = recursive_find_reader_writer_by_name(reader)().read_images([str(tmp_path / "x.nii.gz")])
+        assert np.array_equal(array[0], marked.transpose(2, 1, 0)), reader
+        assert properties["spacing"] == [3, 2, 1]
+
+
+def test_what_came_from_where_is_told(toy, encoder_file):
+    planned = plan_finetuning(toy, encoder_file, spacing_mm=(3, 2, 1), lr=1e-3)
+    told = dict(line.split(": ", 1) for line in planned.messages)
+    assert "spacing (3.0, 2.0, 1.0) mm" in told["given"] and "lr 0.001" in told["given"]
+    assert (
+        str(encoder_file) in told["from the encoder file"] and "window (-175.0, 250.0)" in told["from the encoder file"]
+    )
+    assert "channels CT" in told["from the dataset"] and "reader by nnU-Net" in told["from the dataset"]
+    assert "batch size 4" in told["from the recipe of hiendmae"]
+
+
+def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
+    """The authors' position table may be that of 160³."""
+    spec = TINY.with_(img_size=(160, 64, 160), patch_size=(16, 16, 16))
+    file = save_tiny_encoder(tmp_path / "g.safetensors", method="glmae", spec=spec, spacing_mm=None)
+    planned = plan_finetuning(toy, file)
+    _, configuration, section = read(planned)
+    assert configuration["patch_size"] == [96, 64, 96] and configuration["spacing"] == [1.5, 1.5, 1.5]
+    assert planned.trainer == "nnUNetTrainer_GLMAE" and section.recipe.lr == 3e-4
+    assert any(m.startswith("from the recipe of glmae") and "crop (96, 64, 96)" in m for m in planned.messages)
 
 
 @pytest.mark.parametrize(
