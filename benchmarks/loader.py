@@ -26,6 +26,7 @@ from nnunetv2_hiendmae.pretraining.resized import ResizedCrop
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 
 SHAPE = (200, 280, 280)
+SPACING_MM = (1.5, 1.5, 1.5)
 CROPS_PER_VOLUME = 8
 Clock = Callable[[], float]
 # elapsed time, or for a machine that is busy with other work the time that the processor gave to this one
@@ -34,6 +35,8 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 class WholeVolume:
     """The peer: the volume is in memory and crops are cut from it."""
+
+    spacing_mm = SPACING_MM
 
     def __init__(self, path: Path):
         self.array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})[:]
@@ -140,7 +143,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         cases = tuple(make_volume(Path(folder), i) for i in range(args.volumes))
-        volumes = VolumeFormat(("CT",), (1.5,) * 3, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
+        volumes = VolumeFormat(("CT",), SPACING_MM, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
         rates = (glmae_rates if args.glmae else crop_rates)(PretrainData(cases, volumes), args)
     print(
         f"machine: {cpu_model()}, 1 of {os.cpu_count()} cores; torch {torch.__version__}, blosc2 {blosc2.__version__}"

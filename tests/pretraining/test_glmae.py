@@ -153,21 +153,20 @@ def test_without_consistency_every_part_still_reaches_every_tensor():
 def test_teacher_is_the_moving_average_in_closed_form():
     """t_n = Π m_i · t_0 + Σ (1 − m_i) Π_{j>i} m_j · s_i, with m from 0.9 to 1 as half a cosine."""
     method, steps = build(teacher_momentum=0.9), 5
-    start = {k: v.double() for k, v in method.encoder.state_dict().items()}
-    students, momenta = [], []
+    student, teacher = nn.ModuleList([method.encoder, method.head]), [method.teacher_encoder, method.teacher_head]
+    states = [[p.detach().double() for p in student.parameters()]]
+    momenta = []
     for step in range(1, steps + 1):
-        for parameter in (*method.encoder.parameters(), *method.head.parameters()):
+        for parameter in student.parameters():
             parameter.data.add_(torch.randn(parameter.shape))
-        students.append({k: v.double() for k, v in method.encoder.state_dict().items()})
+        states.append([p.detach().double() for p in student.parameters()])
         momenta.append(1 - 0.1 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         method.after_step(step / steps)
     assert momenta[-1] == 1.0
-    for name, value in method.teacher_encoder.state_dict().items():
-        expected = start[name] * math.prod(momenta)
-        for i, student in enumerate(students):
-            expected = expected + (1 - momenta[i]) * math.prod(momenta[i + 1 :]) * student[name]
+    weights = [math.prod(momenta), *((1 - m) * math.prod(momenta[i + 1 :]) for i, m in enumerate(momenta))]
+    for number, value in enumerate(nn.ModuleList(teacher).parameters()):
+        expected = sum(w * state[number] for w, state in zip(weights, states, strict=True))
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(method.teacher_head[0].weight, method.head[0].weight)
 
 
 def test_momentum_and_temperature_over_the_run():
@@ -192,8 +191,9 @@ def test_centre_moves_once_per_step_by_the_mean_of_the_global_batch():
             for micro in logits[4 * rank :][:4].split(2):
                 centre(micro)
         seen = [torch.stack(centre._seen).mean(0) for centre in processes]
+        for centre in processes:
+            centre.synchronize(lambda own, seen=seen: sum(seen) / 2)
         for centre in (whole, *processes):
-            centre.synchronize(lambda own, seen=seen, centre=centre: own if centre is whole else sum(seen) / 2)
             centre.step()
             torch.testing.assert_close(centre.mean, (1 - 0.9**step) * logits.mean((0, 1)))
     still = Centre(5, 1.0)
