@@ -21,7 +21,7 @@ TINY_OPTIONS = {
         "decoder_dim": 12,
         "decoder_depth": 1,
         "decoder_heads": 2,
-        # the defaults divide by 0.04, and multiply rounding; and the teacher's entropy is a floor that no fitting lowers
+        # the defaults divide by 0.04, which multiplies rounding; no fitting lowers the loss below the teacher's entropy
         "student_temperature": 0.5,
         "teacher_temperature": 0.2,
         "teacher_temperature_start": 0.3,
