@@ -149,7 +149,7 @@ def main() -> None:
         f"machine: {cpu_model()}, 1 of {os.cpu_count()} cores; torch {torch.__version__}, blosc2 {blosc2.__version__}"
     )
     print(f"{args.volumes} volumes of 280×280×200, crop {args.crop}³, {args.crops} crops × {args.repeats} repeats\n")
-    print("| loader | crops/s per core (median) | interquartile range | ratio |\n|---|---|---|---|")
+    print("| loader | crops or views/s per core (median) | interquartile range | ratio |\n|---|---|---|---|")
     peer = statistics.median(
         rates["one crop, no augmentation" if args.glmae else "whole volume, with augmentation"][1:]
     )
