@@ -7,6 +7,10 @@ import warnings
 from types import ModuleType
 
 from nnunetv2_hiendmae.commands import (
+    attention,
+    classify,
+    compare,
+    convert,
     demo,
     doctor,
     env,
@@ -16,6 +20,8 @@ from nnunetv2_hiendmae.commands import (
     preprocess,
     presets,
     pretrain,
+    reconstruct,
+    splits,
 )
 from nnunetv2_hiendmae.errors import UserError
 
@@ -26,9 +32,15 @@ COMMANDS: dict[str, ModuleType] = {
     "methods": methods,
     "presets": presets,
     "inspect": inspect,
+    "convert": convert,
     "preprocess": preprocess,
     "pretrain": pretrain,
     "plan": plan,
+    "splits": splits,
+    "compare": compare,
+    "classify": classify,
+    "reconstruct": reconstruct,
+    "attention": attention,
     "demo": demo,
 }
 

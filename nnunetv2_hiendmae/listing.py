@@ -12,7 +12,9 @@ from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint, read_settings
-from nnunetv2_hiendmae.weights import load_report, read_metadata
+from nnunetv2_hiendmae.weights import LoadReport, is_encoder_file, load_report, read_metadata, translate_checkpoint
+from nnunetv2_hiendmae.weights.foreign import read_checkpoint
+from nnunetv2_hiendmae.weights.formats import find
 
 
 def list_methods(as_json: bool = False) -> str:
@@ -71,14 +73,16 @@ def _parameters(spec) -> int:
 
 
 def describe_file(path: Path, as_json: bool = False) -> str:
-    """What an encoder file, a run's checkpoint or a run folder is, and whether it would load.
+    """What an encoder file, a run's checkpoint, a run folder or a checkpoint of another program is, and whether it
+    would load. Nothing in a file is executed.
 
     Raises:
-        UserError: no such file, or nothing of ours.
+        UserError: no such file, damaged or refused, or of no known kind.
     """
     about = _describe(Path(path))
     if as_json:
-        return json.dumps(about, indent=2)
+        return json.dumps({k: v.to_dict() if isinstance(v, LoadReport) else v for k, v in about.items()}, indent=2)
+    about = {k: v.text() if isinstance(v, LoadReport) else v for k, v in about.items()}
     return "\n".join(f"{k}: {json.dumps(v) if isinstance(v, dict | list) else v}" for k, v in about.items())
 
 
@@ -106,10 +110,39 @@ def _describe(path: Path) -> dict[str, Any]:
             "parameters": sum(t.numel() for t in tensors.values()),
             "next": f"continue the run with --c; its encoder is {path.parent / ENCODER}",
         }
+    if not is_encoder_file(path):
+        return _describe_foreign(path)
     metadata = read_metadata(path)
     return {
         "kind": "encoder file",
         "loads": load_report(path).summary(),
         "sha256": sha256(path),
         **json.loads(metadata.to_json()),
+    }
+
+
+def _describe_foreign(path: Path) -> dict[str, Any]:
+    content, _ = read_checkpoint(path)
+    try:
+        found = find(content)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    about = {
+        "kind": "foreign checkpoint",
+        "format": found.format.name,
+        "title": found.format.title,
+        "container": found.container or "none",
+        "tensors": len(found.state),
+        "axes": found.format.axes,
+    }
+    try:
+        translated = translate_checkpoint(path)
+    except UserError as e:
+        return {**about, "loads": "no", "needed": str(e)}
+    return {
+        **about,
+        "loads": translated.report.summary(),
+        "report": translated.report,
+        **json.loads(translated.metadata.to_json()),
+        "next": f"hiendmae convert {path} -o encoder.safetensors",
     }

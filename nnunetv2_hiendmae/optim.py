@@ -3,17 +3,26 @@
 import math
 from typing import Any
 
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 # METHODS §0; biases and norms are one-dimensional, which timm leaves without decay by itself
 NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters: without and with weight decay."""
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters: without and with weight decay, per layer where `layer_decay` is not 1.
+
+    Args:
+        layer_decay: factor of the learning rate per layer below the top, as "lr_scale" of each group; the module says
+            by `group_matcher` (timm) what its layers are.
+    """
     exempt = [name for name, _ in module.named_parameters() if name.rpartition(".")[2] in NO_DECAY]
-    return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt)
+    if layer_decay == 1:
+        return param_groups_weight_decay(module, weight_decay, no_weight_decay_list=exempt)
+    groups = param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
+    # the full rate first: nnU-Net logs that of the first group
+    return sorted(groups, key=lambda group: -group["lr_scale"])
 
 
 def warmup_cosine(position: float, warmup: float, total: float) -> float:

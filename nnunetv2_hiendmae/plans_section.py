@@ -24,6 +24,8 @@ class FinetuneRecipe:
     Args:
         lr: peak learning rate of AdamW, reached after `warmup_epochs`, cosine to 0 at `epochs`.
         grad_clip: largest gradient norm; nnU-Net's own is 12.
+        freeze_encoder: train the decoder alone ("linear" in the papers).
+        layer_decay: factor of the learning rate from one encoder layer to the one below it; 1: the same for all.
 
     Raises:
         ValueError: a value is out of range.
@@ -37,11 +39,17 @@ class FinetuneRecipe:
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 50
     grad_clip: float = 12.0
+    freeze_encoder: bool = False
+    layer_decay: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
         if self.lr <= 0 or self.weight_decay < 0 or self.grad_clip <= 0:
             raise ValueError(f"lr {self.lr} and grad_clip {self.grad_clip} must be positive, weight_decay not negative")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay {self.layer_decay} must lie in (0, 1]")
+        if self.freeze_encoder and self.layer_decay != 1:
+            raise ValueError(f"layer_decay {self.layer_decay} has no effect on a frozen encoder, needed 1")
         if min(self.epochs, self.iterations_per_epoch, self.val_iterations_per_epoch) < 1:
             raise ValueError("epochs, iterations_per_epoch and val_iterations_per_epoch must be at least 1")
         if not 0 <= self.warmup_epochs < self.epochs:

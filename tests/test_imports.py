@@ -26,7 +26,8 @@ ALLOWED = {
     "pretraining": {"architectures", "weights", "optim", "environment", "plans_section", *BASE},
     "planning": {"architectures", "weights", "plans_section", "environment", *BASE},
     "trainers": {"architectures", "weights", "optim", "plans_section", *BASE},
-    "evaluation": BASE,
+    "classification": {"architectures", "weights", "optim", "environment", "pretraining", *BASE},
+    "evaluation": {"architectures", "weights", "pretraining", "environment", *BASE},
     "demo": {"evaluation", "plans_section", "environment", *BASE},
     "doctor": {"environment", *BASE},
     "listing": {"architectures", "weights", "pretraining", "planning", *BASE},
@@ -35,14 +36,18 @@ ALLOWED = {
 }
 # `hiendmae preprocess`: it makes plans and runs nnU-Net's preprocessor, the rest of pretraining only reads the outcome
 PREPARING = ("pretraining/preprocess", "pretraining/fingerprint", "pretraining/cases")
+# what classification takes from pretraining: reading volumes in parts, the device's checks, and the run folder
+FOR_CLASSIFICATION = {"data", "views", "launch", "checkpoint"}
 MAY_IMPORT_NNUNET = (
     "planning/",
     "trainers/",
     "demo/",
     "doctor",
+    "evaluation/splits",
     *PREPARING,
     "pretraining/data",
     "pretraining/runlog",
+    "evaluation/volumes",
 )
 
 MODULES = sorted(p.relative_to(PACKAGE).with_suffix("").as_posix() for p in PACKAGE.rglob("*.py"))
@@ -76,6 +81,12 @@ def test_layers(module):
     allowed = ALLOWED[part] | {part} | ({"planning"} if module.startswith(PREPARING) else set())
     ours = {part_of(name) for name in imports(module) if name.split(".")[0] == NAME}
     assert ours <= allowed, f"{module} imports {sorted(ours - allowed)}"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("classification/")])
+def test_classification_knows_no_pretraining_method(module):
+    used = {name.split(".")[2] for name in imports(module) if name.startswith(f"{NAME}.pretraining.")}
+    assert used <= FOR_CLASSIFICATION, f"{module} imports {sorted(used - FOR_CLASSIFICATION)}"
 
 
 @pytest.mark.parametrize("module", MODULES)

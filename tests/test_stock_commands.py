@@ -3,114 +3,19 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from nnunet_data import IGNORE, LESION, ORGAN, Folders, make_dataset, make_folders, save_tiny_encoder, write_fingerprint
+from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
+from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
-from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
-from nnunetv2_hiendmae.planning import PlannedFinetuning, plan_finetuning
 from nnunetv2_hiendmae.trainers.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
-
-SHAPE = (24, 28, 24)
-EPOCHS, WARMUP, LR = 3, 1, 1e-3
-QUICK = {
-    "epochs": EPOCHS,
-    "warmup_epochs": WARMUP,
-    "lr": LR,
-    "iterations_per_epoch": 2,
-    "val_iterations_per_epoch": 1,
-    "batch_size": 2,
-    "decoder_width": 4,
-    "num_processes": 1,
-}
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """nnU-Net's folders and the environment of its commands."""
-
-    folders: Folders
-    environment: dict[str, str]
-    encoder_file: Path
-
-    def start(self, script: str, *arguments: object) -> subprocess.Popen:
-        """A console script in the background, in a process group of its own."""
-        command = [str(Path(sys.executable).parent / script), *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, script: str, *arguments: object, fails: bool = False) -> str:
-        """What a console script said; it must succeed, or fail when `fails`."""
-        process = self.start(script, *arguments)
-        said, _ = process.communicate(timeout=300)
-        assert (process.returncode != 0) == fails, f"{script} {arguments} → {process.returncode}\n{said[-4000:]}"
-        return said
-
-    def preprocess(self, planned: PlannedFinetuning) -> None:
-        """The first of the printed commands, as it was printed."""
-        self.run(*planned.next_commands[0].split())
-
-    def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
-        """The second of the printed commands, on the CPU, for any fold."""
-        script, dataset, configuration, _, *rest = planned.next_commands[1].split()
-        return self.run(script, dataset, configuration, fold, *rest, "-device", "cpu", *options, fails=fails)
-
-    def results(self, planned: PlannedFinetuning, fold: object) -> Path:
-        """Folder of a trained fold."""
-        model = f"{planned.trainer}__{planned.plans_name}__3d_fullres"
-        return self.folders.results / planned.dataset_name / model / f"fold_{fold}"
-
-    def predict(
-        self, planned: PlannedFinetuning, output: Path, *folds: object, more: tuple[str, ...] = ()
-    ) -> np.ndarray:
-        """Segmentation (D, H, W) of the one test image; `more` are further options."""
-        images = self.folders.raw / planned.dataset_name / "imagesTs"
-        model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
-        options = ["-f", *folds, "-i", images, "-o", output, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
-        self.run("nnUNetv2_predict", *model, *options, *more)
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(output / "test_000.nii.gz")))
-
-
-def make_workplace(root: Path) -> Workplace:
-    folders = make_folders(root)
-    # one thread: many small processes on few cores
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-    environment = {
-        **os.environ,
-        **folders.environment,
-        **threads,
-        EXT_TRAINER_VARIABLE: with_discovery(None),
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        "MPLBACKEND": "agg",
-    }
-    return Workplace(folders, environment, save_tiny_encoder(root / "encoder.safetensors"))
-
-
-def prepare(workplace: Workplace, name: str, **arguments: object) -> PlannedFinetuning:
-    """Plans by our function, data by nnUNetv2_preprocess."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in workplace.environment.items():
-            patch.setenv(variable, value)
-        planned = plan_finetuning(name, workplace.encoder_file, **{**QUICK, **arguments})
-    workplace.preprocess(planned)
-    return planned
 
 
 @pytest.fixture(scope="module")

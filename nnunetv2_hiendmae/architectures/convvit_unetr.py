@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.convvit import HALF
+from nnunetv2_hiendmae.architectures.layers import encoder_layers
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.unetr import UpStep, residual_block
 from nnunetv2_hiendmae.architectures.vit import build_encoder
@@ -63,6 +64,10 @@ class ConvViTUNETR(nn.Module):
         widths = [2 * e, e, *(w << i for i in reversed(range(len(stem)))), w]
         self.ups = nn.ModuleList(UpStep(a, b, HALF) for a, b in pairwise(widths))
         self.head = nn.Conv3d(w, num_classes, kernel_size=1)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers of learning-rate decay, in timm's form."""
+        return encoder_layers()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) → logits (B, num_classes, D, H, W).

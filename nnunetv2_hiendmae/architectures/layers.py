@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -77,3 +78,14 @@ def init_transformer(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] in ("cls_token", "mask_token"):
             nn.init.normal_(parameter, std=0.02)
+
+
+def encoder_layers() -> dict[str, Any]:
+    """Layers of a network with an `encoder`, from the bottom, as timm's `group_matcher` names them: what comes before
+    the transformer, each of its blocks, and the final norm with all that is not the encoder."""
+    # sorts after any block; timm's own 99999 would join the rest to the last block
+    above = 9999
+    return {
+        "stem": r"^encoder\.(?!blocks\.|norm\.)",
+        "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r".*", (above,))],
+    }

@@ -8,6 +8,7 @@ from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_hiendmae.architectures.layers import encoder_layers
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.vit import build_encoder
 
@@ -134,6 +135,10 @@ class ViTUNETR(nn.Module):
         widths = [e, 8 * w, 4 * w, 2 * w, w]
         self.ups = nn.ModuleList(UpStep(widths[i], widths[i + 1], f) for i, f in enumerate([*early, last]))
         self.head = nn.Conv3d(w, num_classes, kernel_size=1)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers of learning-rate decay, in timm's form."""
+        return encoder_layers()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) → logits (B, num_classes, D, H, W)."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nnunetv2_hiendmae.commands.options import add_json
 
-HELP = "say what an encoder file, a run checkpoint or a run folder is"
+HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="nnU-Net image reader, it decides the orientation; auto: nnU-Net's choice (default: that of the file)",
     )
+    add("--freeze-encoder", action="store_true", help='train the decoder alone ("linear" in the papers)')
+    add("--layer-decay", type=float, metavar="F", help="factor of the learning rate per encoder layer (default: 1)")
     add("--drop-path", type=float, metavar="RATE", help="stochastic depth of the encoder (default: recipe)")
     add("--grad-clip", type=float, metavar="NORM", help="largest gradient norm, at most nnU-Net's 12 (default: recipe)")
     add("--decoder-width", type=int, metavar="W", help="channels of the decoder at full resolution (default: recipe)")
@@ -61,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
         val_iterations_per_epoch=args.val_iterations_per_epoch,
         decoder_width=args.decoder_width,
         reader=args.reader,
+        freeze_encoder=args.freeze_encoder,
+        layer_decay=args.layer_decay,
         drop_path_rate=args.drop_path,
         grad_clip=args.grad_clip,
         num_processes=args.processes,

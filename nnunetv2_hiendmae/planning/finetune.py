@@ -65,6 +65,8 @@ def plan_finetuning(
     val_iterations_per_epoch: int | None = None,
     decoder_width: int | None = None,
     drop_path_rate: float | None = None,
+    freeze_encoder: bool = False,
+    layer_decay: float | None = None,
     grad_clip: float | None = None,
     num_processes: int = default_num_processes,
 ) -> PlannedFinetuning:
@@ -80,18 +82,23 @@ def plan_finetuning(
         patch_size, spacing_mm: (D, H, W) in voxels and mm.
         window_hu: (lo, hi); ignored, with a warning, where no channel is CT.
         reader: nnU-Net reader, "auto": nnU-Net's choice.
+        freeze_encoder: train the decoder alone; the plans get a name of their own.
+        layer_decay: factor of the learning rate per encoder layer below the top.
         num_processes: for the fingerprint, and in the printed preprocessing command.
 
     Raises:
         UserError: the dataset, the file or a value does not fit; nothing was written then.
     """
-    given = {name for name, value in locals().items() if value is not None}
+    given = {name for name, value in locals().items() if value is not None and value is not False}
     name = dataset_name(dataset)
     dataset_json = raw_dataset_json(name)
     metadata = _known_metadata(encoder_file)
     method = None if from_scratch else metadata.method
     recipe = RECIPES[metadata.method]
-    plans_name = plans_name or TRAINERS[method].replace("nnUNetTrainer", "nnUNetPlans")
+    if from_scratch and freeze_encoder:
+        raise UserError("a frozen encoder needs weights, got --from-scratch and --freeze-encoder; leave one out")
+    default_name = TRAINERS[method].replace("nnUNetTrainer", "nnUNetPlans") + ("_frozen" if freeze_encoder else "")
+    plans_name = plans_name or default_name
     check_plans_name(name, plans_name)
     check_labels(name, dataset_json)
 
@@ -110,11 +117,13 @@ def plan_finetuning(
             recipe.finetune,
             epochs=epochs,
             warmup_epochs=warmup_epochs,
-            lr=lr,
+            lr=recipe.frozen_lr if freeze_encoder and lr is None else lr,
             weight_decay=weight_decay,
             iterations_per_epoch=iterations_per_epoch,
             val_iterations_per_epoch=val_iterations_per_epoch,
             grad_clip=grad_clip,
+            freeze_encoder=freeze_encoder,
+            layer_decay=layer_decay,
         )
     except ValueError as e:
         raise UserError(f"{e}; change it and run hiendmae plan again") from e
@@ -181,8 +190,11 @@ def _messages(
         ("warmup_epochs", recipe, f"{settings.warmup_epochs} epochs of warm-up"),
         ("lr", recipe, f"lr {settings.lr:g}"),
         ("weight_decay", recipe, f"weight decay {settings.weight_decay:g}"),
+        ("layer_decay", recipe, f"layer decay {settings.layer_decay:g}"),
         ("grad_clip", recipe, f"gradients clipped to {settings.grad_clip:g}"),
     ]
+    if settings.freeze_encoder:
+        facts.append(("freeze_encoder", recipe, "encoder frozen"))
     told = {"given": [], file: [], dataset: [], recipe: []}
     for name, origin, text in facts:
         told["given" if name in given else origin].append(text)

@@ -13,7 +13,7 @@ from nnunetv2_hiendmae.planning.plans import VolumeSettings
 from nnunetv2_hiendmae.planning.recipes import MethodRecipe
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
-# crops are whole numbers of these: the conv-ViT's decoder starts below its tokens
+# crops are whole numbers of these, more than one: the conv-ViT's decoder starts below its tokens
 TOKENS_PER_STEP = {"vit": 1, "convvit": 2}
 # nnU-Net's readers that turn every image to RAS; the second reads what the first does not
 REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
@@ -47,7 +47,9 @@ def finetuning_spec(
     fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
     if size != fitting:
         raise ValueError(f"patch size {size}: each axis must be a multiple of {step} for this encoder, e.g. {fitting}")
-    spec = source.with_(
+    if size == step:
+        raise ValueError(f"patch size {size} is the smallest step of this encoder, needed at least two; make it larger")
+    return source.with_(
         cls_token=False,
         pos_embed="learned",
         in_channels=channels,
@@ -55,9 +57,6 @@ def finetuning_spec(
         drop_path_rate=recipe.drop_path_rate if drop_path_rate is None else drop_path_rate,
         dense=source.kind == "convvit",
     )
-    if spec.num_tokens == 1:
-        raise ValueError(f"patch size {size} is a single token of the encoder, needed at least two; make it larger")
-    return spec
 
 
 def _within(source: EncoderSpec, limit: Size | None) -> Size:

@@ -15,6 +15,7 @@ class MethodRecipe:
         decoder_width: channels of the UNETR decoder at full resolution.
         batch_size: crops per fine-tuning batch.
         drop_path_rate: stochastic depth of the encoder in fine-tuning.
+        frozen_lr: peak learning rate where the encoder is frozen; None: that of `finetune`.
         crop_limit: largest fine-tuning crop (D, H, W) in voxels, where the encoder saw larger ones; None: no limit.
     """
 
@@ -23,6 +24,7 @@ class MethodRecipe:
     decoder_width: int = 32
     batch_size: int = 4
     drop_path_rate: float = 0.0
+    frozen_lr: float | None = None
     crop_limit: tuple[int, int, int] | None = None
     finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
 
@@ -37,13 +39,14 @@ RECIPES: dict[str, MethodRecipe] = {
         # lr unpublished: ours
         finetune=FinetuneRecipe(lr=1e-4, grad_clip=5.0),
     ),
-    # widths 16 to 48 are published; lr is that of end-to-end fine-tuning
+    # widths 16 to 48 are published
     "glmae": MethodRecipe(
         spacing_mm=None,
         window_hu=(-1000.0, 1000.0),
         # its global views have 160³ voxels
         crop_limit=(96, 96, 96),
         finetune=FinetuneRecipe(lr=3e-4),
+        frozen_lr=1e-2,
     ),
     # ours: the baseline sees what Hi-End-MAE sees, so that the two can be compared
     "mae3d": MethodRecipe(),

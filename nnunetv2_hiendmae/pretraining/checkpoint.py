@@ -18,10 +18,9 @@ from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.data import PretrainData
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
+from nnunetv2_hiendmae.weights.own import ENCODER, SETTINGS
 
 CHECKPOINT = "checkpoint_latest.pth"
-ENCODER = "encoder.safetensors"
-SETTINGS = "run.json"
 LOCK = ".lock"
 DATA_KEY = "data_sha256"
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}

@@ -14,6 +14,7 @@ from nnunetv2_hiendmae.architectures.tokens import split_order
 from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
+from nnunetv2_hiendmae.weights.citations import CITATIONS
 
 # the released decoders: width by encoder width; 528 is no rule of 1536
 RELEASED_DECODER_DIM = {1536: 528, 768: 384}
@@ -70,11 +71,7 @@ class HiEndMAE(MaskedCropMethod):
     name = "hiendmae"
     title = "Hi-End-MAE"
     source = "Tang et al. 2025; decoder and recipe as in the authors' released code"
-    citations: ClassVar[tuple[str, ...]] = (
-        "@article{tang2025hiendmae, title={Hi-End-MAE: Hierarchical encoder-driven masked autoencoders are stronger "
-        "vision learners for medical image segmentation}, author={Tang, Fenghe and Yao, Qingsong and Ma, Wenxin and "
-        "Wu, Chenxu and Jiang, Zihang and Zhou, S. Kevin}, journal={arXiv preprint arXiv:2502.08347}, year={2025}}",
-    )
+    citations: ClassVar[tuple[str, ...]] = CITATIONS["hiendmae"]
 
     def __init__(
         self,

@@ -5,12 +5,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.errors import UserError
@@ -141,36 +143,73 @@ def draw_progress(run_dir: Path) -> None:
 def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
     """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
 
-    With a CT window the grey values are shown in HU.
+    CT is shown in HU.
+    """
+    columns = columns_of(made)
+    rows = []
+    for row, case in enumerate(cases):
+        slices = {
+            name: to_intensity(volume[row, 0, volume.shape[2] // 2].float().cpu().numpy(), volumes, 0)
+            for name, volume in columns.items()
+        }
+        low, high = float(slices["input"].min()), float(slices["input"].max())
+        unit = f"\n{low:.0f} to {high:.0f} HU" if is_ct(volumes, 0) else ""
+        rows.append(MontageRow(f"{case}{unit}", slices, (low, high)))
+    draw_montage(path, rows)
+
+
+def columns_of(made: Reconstruction) -> dict[str, Tensor]:
+    """What is shown side by side, by title."""
+    return {"input": made.image, "masked": made.masked, "reconstruction": made.reconstruction}
+
+
+@dataclass(frozen=True)
+class MontageRow:
+    """One row of a montage: slices by column title, shown with black and white at `limits`."""
+
+    label: str
+    slices: Mapping[str, np.ndarray]
+    limits: tuple[float, float]
+
+
+def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, title: str = "") -> None:
+    """Writes a PNG of grey slices in rows and columns.
+
+    Args:
+        rows: all with the same columns.
+        aspect: height of a voxel over its width.
     """
     from matplotlib.figure import Figure
 
-    columns = {"input": made.image, "masked": made.masked, "reconstruction": made.reconstruction}
-    rows = len(cases)
-    figure = Figure(figsize=(3.2 * len(columns), 3.2 * rows + 0.4), layout="constrained")
-    grid = figure.subplots(rows, len(columns), squeeze=False)
-    for row, case in enumerate(cases):
-        slices = {name: _to_hu(_middle_slice(volume[row]), volumes) for name, volume in columns.items()}
-        low, high = float(slices["input"].min()), float(slices["input"].max())
-        for axis, (name, image) in zip(grid[row], slices.items(), strict=True):
-            axis.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest")
+    columns = list(rows[0].slices)
+    height, width = rows[0].slices[columns[0]].shape
+    edge = 3.2
+    tall = edge * min(2.0, aspect * height / width)
+    figure = Figure(figsize=(edge * len(columns), tall * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), len(columns), squeeze=False)
+    for axes, row in zip(grid, rows, strict=True):
+        low, high = row.limits
+        for axis, name in zip(axes, columns, strict=True):
+            limits = {"vmin": low, "vmax": max(high, low + 1e-6)}
+            axis.imshow(row.slices[name], cmap="gray", interpolation="nearest", aspect=aspect, **limits)
             axis.set_xticks([])
             axis.set_yticks([])
-            axis.set_title(name if row == 0 else "", fontsize=10)
-        unit = " HU" if volumes.window_hu else ""
-        grid[row][0].set_ylabel(f"{case}\n{low:.0f} to {high:.0f}{unit}" if unit else case, fontsize=8)
+            axis.set_title(name if row is rows[0] else "", fontsize=10)
+        axes[0].set_ylabel(row.label, fontsize=8)
+    figure.suptitle(title, fontsize=10)
     write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
 
 
-def _middle_slice(volume: Any) -> np.ndarray:
-    return volume[0, volume.shape[1] // 2].float().cpu().numpy()
+def to_intensity(values: np.ndarray, volumes: VolumeFormat, channel: int) -> np.ndarray:
+    """Undoes CT normalisation (value · scale + offset is HU); values of other channels stay normalised."""
+    if not is_ct(volumes, channel):
+        return values
+    return values * volumes.intensity_scale + volumes.intensity_offset
 
 
-def _to_hu(image: np.ndarray, volumes: VolumeFormat) -> np.ndarray:
-    """Undoes CT normalisation; `intensity` = value · std + mean of the plans."""
-    if volumes.window_hu is None:
-        return image
-    return image * volumes.intensity_scale + volumes.intensity_offset
+def is_ct(volumes: VolumeFormat, channel: int) -> bool:
+    """Whether a channel was normalised as CT."""
+    return volumes.normalization_schemes[channel] == "CTNormalization"
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

@@ -100,7 +100,7 @@ def _pipeline(augmentation: Augmentation, turns: tuple[int, ...]) -> BasicTransf
 class MaskedCrop:
     """One augmented crop and a random order of its tokens; the first K tokens of the order are visible.
 
-    Gives "image" (C, D, H, W) float32 and "order" (N,) int64.
+    Gives "image" (C, D, H, W) float32, "order" (N,) int64 and "lower" (3,) int64, the crop's corner in the volume.
 
     Args:
         foreground_share: of crops that are centred on foreground, the others lie anywhere (METHODS §2: 3:1).
@@ -120,7 +120,8 @@ class MaskedCrop:
             transform = self.augmentation.transform(self.crop_size, volume.spacing_mm)
             with seeded_globals(int(rng.integers(2**31))):
                 image = transform(image=image)["image"]
-        return {"image": image.contiguous(), "order": torch.from_numpy(rng.permutation(self.num_tokens))}
+        order = torch.from_numpy(rng.permutation(self.num_tokens))
+        return {"image": image.contiguous(), "order": order, "lower": torch.tensor(lower)}
 
 
 def draw_corner(

@@ -13,7 +13,8 @@ def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int) -> f
 
 
 class WarmupCosine(LRScheduler):
-    """`learning_rate` for every parameter group; nnU-Net calls `step(epoch)` before each epoch."""
+    """`learning_rate` for every parameter group, times the group's "lr_scale" if it has one; nnU-Net calls
+    `step(epoch)` before each epoch."""
 
     def __init__(self, optimizer: Optimizer, peak: float, epochs: int, warmup_epochs: int):
         self.peak, self.epochs, self.warmup_epochs = peak, epochs, warmup_epochs
@@ -24,5 +25,5 @@ class WarmupCosine(LRScheduler):
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         lr = learning_rate(self.last_epoch, self.peak, self.epochs, self.warmup_epochs)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self._last_lr = [lr] * len(self.optimizer.param_groups)
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]

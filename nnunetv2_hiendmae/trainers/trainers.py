@@ -21,7 +21,7 @@ NNUNET_GRAD_CLIP = 12.0
 
 
 class _ViTTrainer(nnUNetTrainer):
-    """nnU-Net's training of a `ViTUNETR` or `ConvViTUNETR` with AdamW, warm-up and cosine, started from an encoder file.
+    """nnU-Net's training of a `ViTUNETR` or `ConvViTUNETR` with AdamW, warm-up and cosine, from an encoder file.
 
     The encoder file is read once, when training starts at epoch 0: continuing (`--c`), validating and predicting
     need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
@@ -79,9 +79,11 @@ class _ViTTrainer(nnUNetTrainer):
         """Nothing to switch: the network has one output."""
 
     def configure_optimizers(self):
-        """AdamW without weight decay on biases, norms, positions and CLS; one learning rate for all."""
-        recipe = self.section.recipe
-        groups = parameter_groups(self._plain_network(), recipe.weight_decay)
+        """AdamW without weight decay on biases, norms, positions and CLS; nothing of a frozen encoder."""
+        recipe, network = self.section.recipe, self._plain_network()
+        if recipe.freeze_encoder:
+            network.encoder.requires_grad_(False)
+        groups = parameter_groups(network, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
         if recipe.grad_clip < NNUNET_GRAD_CLIP:
             optimizer.register_step_pre_hook(_clipping(recipe.grad_clip))
@@ -96,6 +98,12 @@ class _ViTTrainer(nnUNetTrainer):
             for citation in self.section.citations:
                 self.print_to_log_file(f"Please cite:\n{citation}", add_timestamp=False)
         super().on_train_start()
+
+    def on_train_epoch_start(self):
+        super().on_train_epoch_start()
+        if self.section.recipe.freeze_encoder:
+            # no stochastic depth in what does not learn
+            self._plain_network().encoder.eval()
 
     def _load_encoder(self) -> None:
         if self.section.encoder_file is None:

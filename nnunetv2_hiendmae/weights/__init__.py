@@ -1,7 +1,10 @@
-"""Weights on disk: encoder files, what is in them, and fitting them to another network."""
+"""Weights on disk: encoder files, what is in them, fitting them to another network, and what others' files hold."""
 
+from nnunetv2_hiendmae.weights.axes import permute_axes
+from nnunetv2_hiendmae.weights.convert import ConvertOptions, convert_checkpoint, translate_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import (
     EncoderMetadata,
+    is_encoder_file,
     load_encoder,
     load_into,
     load_report,
@@ -11,11 +14,16 @@ from nnunetv2_hiendmae.weights.encoder_file import (
 from nnunetv2_hiendmae.weights.report import LoadReport
 
 __all__ = [
+    "ConvertOptions",
     "EncoderMetadata",
     "LoadReport",
+    "convert_checkpoint",
+    "is_encoder_file",
     "load_encoder",
     "load_into",
     "load_report",
+    "permute_axes",
     "read_metadata",
     "save_encoder",
+    "translate_checkpoint",
 ]

@@ -1,25 +1,24 @@
 """`encoder.safetensors`: the only weights that fine-tuning reads."""
 
 import json
-import os
-import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from nnunetv2_hiendmae.architectures import ConvViTEncoder, ViTEncoder, build_encoder
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.vit import ViTEncoder, build_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.weights.adapt import adapt_state
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
+from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 METADATA_KEY = "hiendmae"
+Encoder = ViTEncoder | ConvViTEncoder
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,9 @@ class EncoderMetadata:
         image_reader_writer: nnU-Net reader of the training images (it decides the orientation).
         orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
         citations: BibTeX entries.
+        source, source_sha256: name and digest of the foreign file it was converted from.
         training: steps, number of cases and settings of the run, for the record.
+        notes: what else a reader should know, e.g. about the order of axes; a sentence each.
     """
 
     spec: EncoderSpec
@@ -53,6 +54,7 @@ class EncoderMetadata:
     source: str | None = None
     source_sha256: str | None = None
     training: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
     version: str = ""
 
     def to_json(self) -> str:
@@ -74,24 +76,23 @@ class EncoderMetadata:
         return cls(**{**data, "spec": EncoderSpec.from_dict(data["spec"])})
 
 
-def save_encoder(path: Path, state: dict[str, Tensor], metadata: EncoderMetadata) -> None:
-    """Writes an encoder's state_dict with its metadata, in one step.
+def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
+    """Writes an encoder's state_dict with its metadata, in one step and one tensor at a time; float64 as float32.
 
     Raises:
         UserError: the file cannot be written; an existing one is untouched.
     """
     header = replace(metadata, version=version("nnunetv2_hiendmae")).to_json()
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    write_safetensors(path, state, {METADATA_KEY: header})
 
-    def write(temporary: Path) -> None:
-        try:
-            save_file(tensors, temporary, metadata={METADATA_KEY: header})
-        except SafetensorError as e:
-            # the error number of a full disk is in the text only
-            number = re.search(r"os error (\d+)", str(e))
-            raise OSError(int(number[1]), os.strerror(int(number[1]))) if number else e from e
 
-    write_with(path, write)
+def is_encoder_file(path: Path) -> bool:
+    """Whether a file is a safetensors file with our metadata; reads no tensor."""
+    try:
+        with safe_open(path, "pt") as f:
+            return METADATA_KEY in (f.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_metadata(path: Path) -> EncoderMetadata:
@@ -103,7 +104,7 @@ def read_metadata(path: Path) -> EncoderMetadata:
     return _open(path)[0]
 
 
-def load_encoder(path: Path) -> tuple[ViTEncoder, EncoderMetadata]:
+def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
     """Encoder of a file, with its weights, in eval mode on the CPU.
 
     Raises:
@@ -126,20 +127,21 @@ def load_report(path: Path) -> LoadReport:
     return LoadReport(tuple(TensorRecord(k, k, "loaded") for k in state))
 
 
-def load_into(encoder: ViTEncoder, path: Path) -> LoadReport:
-    """Puts a file's weights into an encoder that may differ in grid, input channels or CLS.
+def load_into(encoder: Encoder, path: Path) -> LoadReport:
+    """Puts a file's weights into an encoder that may differ in grid, input channels, CLS or, for a convvit, in being
+    the dense one. What a dense encoder has and the file has not keeps its values and is reported as fresh.
 
     Raises:
         UserError: the file cannot be read or does not fit.
     """
     metadata, state = _open(path, tensors=True)
-    state, report = adapt_state(state, metadata.spec, encoder.spec)
+    state, report = adapt_state(state, metadata.spec, encoder)
     load_state(encoder, state, path)
     return report
 
 
-def load_state(encoder: ViTEncoder, state: dict[str, Tensor], path: Path) -> None:
-    """Strict load; names what is missing, left over or of another shape.
+def load_state(encoder: Encoder, state: Mapping[str, Tensor], path: Path) -> None:
+    """Strict load, cast to the network's number type; names what is missing, left over or of another shape.
 
     Raises:
         UserError: anything does not match.
@@ -152,22 +154,27 @@ def load_state(encoder: ViTEncoder, state: dict[str, Tensor], path: Path) -> Non
         for k, v in expected.items()
         if k in state and state[k].shape != v.shape
     ]
+    wrong += [
+        f"{k} holds {str(v.dtype).removeprefix('torch.')}, needed floating-point numbers"
+        for k, v in state.items()
+        if not v.is_floating_point()
+    ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"{path} does not hold the encoder its header describes: {'; '.join(wrong[:3])}{more}")
-    encoder.load_state_dict(state)
+    encoder.load_state_dict(dict(state))
 
 
 def _open(path: Path, tensors: bool = False) -> tuple[EncoderMetadata, dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain")
+        raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain or hiendmae convert")
     try:
         with safe_open(path, "pt") as f:
             header = (f.metadata() or {}).get(METADATA_KEY)
             if header is None:
                 raise UserError(
-                    f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae pretrain"
+                    f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae convert"
                 )
             state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}  # noqa: SIM118
         return EncoderMetadata.from_json(header), state

@@ -1,43 +1,93 @@
 """What happened to every tensor when weights were read."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
-STATUSES = ("loaded", "adapted", "dropped")
+STATUSES = ("loaded", "adapted", "dropped", "fresh")
+# more records than this with one reason become one line of `LoadReport.text`
+_MAX_LINES = 3
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor: its name in the source, where it went (None when dropped), and why it changed or was dropped."""
+    """One tensor: its name in the source (None when fresh), where it went (None when dropped), and why it changed,
+    was dropped, or was not in the source and keeps its start value."""
 
-    source: str
+    source: str | None
     target: str | None
     status: str
     detail: str = ""
 
+    @property
+    def label(self) -> str:
+        """`source → target`, or the one name that there is."""
+        if self.source and self.target and self.source != self.target:
+            return f"{self.source} → {self.target}"
+        return self.source or self.target or ""
+
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Account of every tensor of the source. A tensor that the target needs and does not get is an error,
-    never a line in here."""
+    """Account of every tensor of the source and of the target. A tensor that the target needs and does not get is an
+    error, never a line in here.
+
+    Args:
+        entries: what else the file held, which is no tensor: (name, what it is).
+    """
 
     records: tuple[TensorRecord, ...]
+    entries: tuple[tuple[str, str], ...] = ()
 
     def with_status(self, status: str) -> list[TensorRecord]:
-        """Records of one status: "loaded", "adapted" or "dropped"."""
+        """Records of one status: "loaded", "adapted", "dropped" or "fresh"."""
         return [r for r in self.records if r.status == status]
 
     def summary(self) -> str:
-        """One line of counts."""
+        """One line of counts; "fresh" only where there is any."""
         counts = Counter(r.status for r in self.records)
-        return ", ".join(f"{counts[s]} {s}" for s in STATUSES)
+        return ", ".join(f"{counts[s]} {s}" for s in STATUSES if counts[s] or s != "fresh")
 
     def text(self) -> str:
-        """The summary, then a line for every tensor that was adapted or dropped."""
-        changed = [r for r in self.records if r.status != "loaded"]
-        return "\n".join([self.summary(), *(f"  {r.status}: {r.source} ({r.detail})" for r in changed)])
+        """The summary, then what was adapted, dropped or kept fresh; many tensors with one reason share a line."""
+        groups: dict[tuple[str, str], list[TensorRecord]] = {}
+        for record in self.records:
+            if record.status != "loaded":
+                groups.setdefault((record.status, record.detail), []).append(record)
+        lines = [self.summary()]
+        for (status, detail), records in groups.items():
+            lines += [f"  {status}: {label} ({detail})" for label in _labels(records)]
+        return "\n".join([*lines, *(f"  not read: {name} ({what})" for name, what in self.entries)])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        return {s: [vars(r) for r in self.with_status(s)] for s in STATUSES}
+        """JSON-ready form, with every tensor."""
+        listed = {s: [vars(r) for r in self.with_status(s)] for s in STATUSES}
+        return {**listed, "not_read": dict(self.entries)}
+
+    def then(self, later: "LoadReport") -> "LoadReport":
+        """This report with further records and entries."""
+        return replace(self, records=self.records + later.records, entries=self.entries + later.entries)
+
+
+def _labels(records: list[TensorRecord]) -> list[str]:
+    if len(records) <= _MAX_LINES:
+        return [r.label for r in records]
+    by_root: dict[str, list[str]] = {}
+    for record in records:
+        by_root.setdefault(_root(record), []).append(record.source or record.target or "")
+    if len(by_root) > _MAX_LINES:
+        return [f"{len(records)} tensors, {records[0].label} … {records[-1].label}"]
+    return [names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}" for names in by_root.values()]
+
+
+def _root(record: TensorRecord) -> str:
+    """What a name is sorted under: its first part that says something."""
+    parts = (record.source or record.target or "").split(".")
+    return next((p for p in parts if p not in ("module", "backbone", "_orig_mod")), parts[0])
+
+
+def _common(names: list[str]) -> str:
+    parts = [name.split(".") for name in names]
+    shared = takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))
+    return ".".join([*(same[0] for same in shared), "*"])

@@ -194,6 +194,18 @@ def test_what_came_from_where_is_told(toy, encoder_file):
     assert "batch size 4" in told["from the recipe of hiendmae"]
 
 
+def test_frozen_plans_have_a_name_and_a_rate_of_their_own(toy, tmp_path):
+    file = save_tiny_encoder(tmp_path / "g.safetensors", method="glmae")
+    end_to_end, frozen = plan_finetuning(toy, file), plan_finetuning(toy, file, freeze_encoder=True)
+    assert (end_to_end.plans_name, frozen.plans_name) == ("nnUNetPlans_GLMAE", "nnUNetPlans_GLMAE_frozen")
+    assert read(end_to_end)[2].recipe.lr == 3e-4 and read(frozen)[2].recipe.lr == 1e-2
+    assert read(frozen)[2].recipe.freeze_encoder and not read(end_to_end)[2].recipe.freeze_encoder
+    assert any(m.startswith("given") and "encoder frozen" in m for m in frozen.messages)
+    assert read(plan_finetuning(toy, file, freeze_encoder=True, lr=0.5))[2].recipe.lr == 0.5
+    with pytest.raises(UserError, match="--from-scratch and --freeze-encoder"):
+        plan_finetuning(toy, file, freeze_encoder=True, from_scratch=True)
+
+
 def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
     """The authors' position table may be that of 160³."""
     spec = TINY.with_(img_size=(160, 64, 160), patch_size=(16, 16, 16))
@@ -210,10 +222,12 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
     [
         ({"patch_size": (30, 24, 24)}, r"e.g. \(32, 24, 24\)"),
         ({"patch_size": (24, 24)}, "three axes"),
-        ({"patch_size": (8, 8, 8)}, "single token"),
+        ({"patch_size": (8, 8, 8)}, "smallest step"),
         ({"epochs": 0}, "epochs"),
         ({"epochs": 5, "warmup_epochs": 5}, "warmup_epochs"),
         ({"lr": -1.0}, "lr"),
+        ({"layer_decay": 0.0}, "layer_decay"),
+        ({"layer_decay": 0.9, "freeze_encoder": True}, "frozen encoder"),
         ({"batch_size": 0}, "batch size 0"),
         ({"spacing_mm": (0, 1, 1)}, "spacing"),
         ({"window_hu": (250, -175)}, "LO < HI"),

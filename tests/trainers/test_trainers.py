@@ -34,7 +34,7 @@ def make(nnunet, encoder_file, monkeypatch):
     write_fingerprint(nnunet, name)
     monkeypatch.setattr(nnUNetTrainer, "on_train_start", lambda self: None)
 
-    def build(trainer=nnUNetTrainer_HiEndMAE, section=None, **recipe):
+    def build(trainer=nnUNetTrainer_HiEndMAE, section=None, planned_with=None, **recipe):
         planned = plan_finetuning(
             name,
             encoder_file,
@@ -43,6 +43,7 @@ def make(nnunet, encoder_file, monkeypatch):
             warmup_epochs=WARMUP,
             decoder_width=4,
             batch_size=2,
+            **(planned_with or {}),
         )
         plans = json.loads(planned.path.read_text())
         plans["hiendmae"]["recipe"].update(recipe)
@@ -200,6 +201,56 @@ def test_pretrained_weights_of_nnunet_are_refused_beside_an_encoder_file(make, t
     scratch.on_train_start()
     for a, b in zip(scratch.network.parameters(), donor.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_frozen_means_frozen(make, tmp_path):
+    """No gradient, no decay, no stochastic depth, no optimizer state: bit-identical after training and continuing."""
+    trainer = make(planned_with={"freeze_encoder": True, "drop_path_rate": 0.5}, weight_decay=0.5, lr=0.1)
+    trainer.on_train_start()
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    for epoch in range(2):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        assert not any(m.training for m in trainer.network.encoder.modules()) and trainer.network.ups.training
+        losses = [trainer.train_step(batch())["loss"] for _ in range(2)]
+        trainer.on_validation_epoch_start()
+    assert losses[0] != losses[1]
+    for key, value in trainer.network.state_dict().items():
+        assert torch.equal(value, before[key]) == key.startswith("encoder."), key
+    assert all(p.grad is None for p in trainer.network.encoder.parameters())
+    inside = {id(p) for p in trainer.network.encoder.parameters()}
+    assert not inside & {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert not inside & {id(p) for p in trainer.optimizer.state}
+
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    again = make(planned_with={"freeze_encoder": True})
+    again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    again.on_train_start()
+    again.on_train_epoch_start()
+    again.train_step(batch())
+    for key, value in again.network.encoder.state_dict().items():
+        assert torch.equal(value, before[f"encoder.{key}"]), key
+
+
+def test_layer_decay_scales_the_rate_of_every_layer(make):
+    trainer = make(planned_with={"layer_decay": 0.5}, lr=1.0)
+    trainer.on_train_start()
+    trainer.current_epoch = WARMUP
+    trainer.on_train_epoch_start()
+    rates = {p: g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    peak = learning_rate(WARMUP, 1.0, EPOCHS, WARMUP)
+    for name, parameter in trainer.network.named_parameters():
+        if name.startswith("encoder.blocks."):
+            # three blocks: the last is one layer below norm and decoder
+            factor = 0.5 ** (3 - int(name.split(".")[2]))
+        elif name.startswith("encoder.") and not name.startswith("encoder.norm."):
+            factor = 0.5**4
+        else:
+            factor = 1.0
+        assert rates[parameter] == pytest.approx(peak * factor), name
+    decays = {p: g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(peak)
+    assert decays[trainer.network.encoder.pos_embed] == 0 and len(decays) == len(list(trainer.network.parameters()))
 
 
 @pytest.mark.parametrize("clip", [0.01, 12.0])

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 import nnunetv2_hiendmae
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata, save_encoder
+from nnunetv2_hiendmae.weights import EncoderMetadata, LoadReport, load_into, read_metadata, save_encoder
+from nnunetv2_hiendmae.weights.report import TensorRecord
+from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 METADATA = EncoderMetadata(
@@ -45,7 +47,7 @@ def test_an_existing_file_survives_a_failed_write(file, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnunetv2_hiendmae.weights.encoder_file.save_file", fail)
+    monkeypatch.setattr("nnunetv2_hiendmae.weights.stream._bytes", fail)
     with pytest.raises(UserError, match="no space left"):
         save_encoder(file, build_encoder(SPEC).state_dict(), METADATA)
     assert file.read_bytes() == before
@@ -75,18 +77,93 @@ def test_changed_tensors_never_load_silently(file, data):
     """Deleting, renaming or reshaping any tensor is refused, and the message names one that is wrong."""
     state = load_file(file)
     name = data.draw(st.sampled_from(sorted(state)))
-    change = data.draw(st.sampled_from(["delete", "rename", "reshape", "add"]))
+    change = data.draw(st.sampled_from(["delete", "rename", "reshape", "add", "integers"]))
     tensor = state[name] if change == "add" else state.pop(name)
     if change == "rename":
         state[f"{name}_"] = tensor
     elif change == "reshape":
         state[name] = torch.zeros(*tensor.shape, 2)
+    elif change == "integers":
+        state[name] = tensor.to(torch.int64)
     elif change == "add":
         state["extra"] = torch.zeros(1)
     broken = file.with_name("broken.safetensors")
     save_encoder(broken, state, METADATA)
     with pytest.raises(UserError, match="extra" if change == "add" else name.replace(".", r"\.")):
         nnunetv2_hiendmae.load_encoder(broken)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_written_as_the_formats_own_writer_does(tmp_path, dtype):
+    """Strided views and mixed types too; our writer only differs in holding one tensor at a time."""
+    torch.manual_seed(0)
+    tensors = {"b": torch.rand(3, 4).to(dtype), "a": torch.rand(5), "c.ö": torch.rand(()), "d": torch.zeros(0, 2)}
+    save_file(tensors, tmp_path / "theirs", metadata={"k": 'quoted "é"'})
+    strided = {**tensors, "b": tensors["b"].t().contiguous().t()}
+    write_safetensors(tmp_path / "ours", dict(reversed(strided.items())), {"k": 'quoted "é"'})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_refuses_to_write_what_the_format_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match=r"x is torch\.complex64"):
+        write_safetensors(tmp_path / "f", {"x": torch.zeros(1, dtype=torch.complex64)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_sixteen_bit_files_load_as_float32(tmp_path, file):
+    half = {k: v.half() for k, v in load_file(file).items()}
+    path = tmp_path / "half.safetensors"
+    save_encoder(path, half, METADATA)
+    encoder, _ = nnunetv2_hiendmae.load_encoder(path)
+    assert all(v.dtype == torch.float32 and torch.equal(v, half[k].float()) for k, v in encoder.state_dict().items())
+
+
+CONVVIT = EncoderSpec((32, 32, 32), (16,) * 3, 12, 2, 2, kind="convvit", stem_dims=(2, 4, 6), stem_depths=(1, 1, 1))
+
+
+def test_a_convvit_of_pretraining_becomes_dense(tmp_path):
+    torch.manual_seed(0)
+    source, path = build_encoder(CONVVIT), tmp_path / "mim.safetensors"
+    save_encoder(path, source.state_dict(), EncoderMetadata(CONVVIT, "mim", None, None, (), ()))
+    target = build_encoder(CONVVIT.with_(dense=True, in_channels=2, img_size=(32, 48, 32), pos_embed="learned"))
+    torch.nn.init.constant_(target.rel_pos_bias, 0.25)
+    report = load_into(target, path)
+    fresh = {r.target for r in report.with_status("fresh")}
+    assert fresh == {"rel_pos_bias", *(f"blocks.{i}.ls{j}.gamma" for i in range(2) for j in (1, 2))}
+    dropped = {r.source for r in report.with_status("dropped")}
+    assert dropped == {k for k in source.state_dict() if k.startswith(("fusions.", "norm."))}
+    assert {r.source for r in report.with_status("adapted")} == {"stages.0.embed.proj.weight", "pos_embed"}
+    assert {r.target for r in report.records if r.target} == set(target.state_dict())
+    assert {r.source for r in report.records if r.source} == set(source.state_dict())
+    assert report.summary().endswith("5 fresh") and "fresh: rel_pos_bias (not in pretraining" in report.text()
+    assert (target.rel_pos_bias == 0.25).all()
+    assert torch.equal(target.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
+    torch.testing.assert_close(
+        target.stages[0].embed.proj.weight.sum(1, keepdim=True), source.stages[0].embed.proj.weight
+    )
+    # a dense file keeps its relative positions, resampled for another crop; the other way round there is no way back
+    dense = tmp_path / "dense.safetensors"
+    spec = target.spec.with_(in_channels=2)
+    save_encoder(dense, target.state_dict(), EncoderMetadata(spec, "mim", None, None, (), ()))
+    again = build_encoder(spec.with_(img_size=(32, 32, 32)))
+    report = load_into(again, dense)
+    assert {r.source for r in report.with_status("adapted")} == {"rel_pos_bias", "pos_embed"}
+    assert torch.allclose(again.rel_pos_bias, torch.tensor(0.25)) and not report.with_status("fresh")
+    with pytest.raises(UserError, match="dense True in the file, False in the plans"):
+        load_into(build_encoder(CONVVIT.with_(in_channels=2)), dense)
+
+
+def test_many_tensors_with_one_reason_share_a_line():
+    names = [f"module.decoder.blocks.{i}.weight" for i in range(9)]
+    records = [TensorRecord(n, None, "dropped", "why") for n in names]
+    report = LoadReport((*records, TensorRecord("a", "b", "adapted", "how")), (("epoch", "3"),))
+    assert report.text().splitlines() == [
+        "0 loaded, 1 adapted, 9 dropped",
+        "  dropped: 9 tensors module.decoder.blocks.* (why)",
+        "  adapted: a → b (how)",
+        "  not read: epoch (3)",
+    ]
+    assert [r["source"] for r in report.to_dict()["dropped"]] == names
 
 
 def test_fits_more_channels_another_grid_and_no_cls(file):

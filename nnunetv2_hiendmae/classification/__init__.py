@@ -1,0 +1,1 @@
+"""Disease classification with a pretrained encoder, on volumes that nnU-Net preprocessed."""

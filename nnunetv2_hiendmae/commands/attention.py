@@ -1,0 +1,49 @@
+"""`hiendmae attention`."""
+
+import argparse
+from pathlib import Path
+
+HELP = "where in an image the token of one voxel looks: attention of an encoder's or decoder's layers"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run_dir", type=Path, nargs="?", metavar="RUN", help="folder of a run of hiendmae pretrain, instead of -w")
+    add("-w", dest="encoder_file", type=Path, metavar="FILE", help="encoder file (encoder.safetensors)")
+    add(
+        "--image", type=Path, nargs="+", required=True, metavar="FILE", help="raw image, one file per channel, in order"
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument(
+        "--voxel", type=int, nargs=3, metavar=("D", "H", "W"), help="the asking voxel, index in the file's array"
+    )
+    where.add_argument(
+        "--point", type=float, nargs=3, metavar=("X", "Y", "Z"), help="the same in mm, NIfTI's world (RAS)"
+    )
+    add("--cls", action="store_true", help="the CLS token asks; the voxel only decides where the crop lies")
+    add("--cross", action="store_true", help="the cross-attention of a Hi-End-MAE run's decoder, of a masked patch")
+    add("--layers", type=int, nargs="+", metavar="L", help="layers from 0 (default: the last; with --cross: all)")
+    add("--heads", type=_head, nargs="+", default=["mean"], metavar="H", help="heads from 0, or mean")
+    add("--seed", type=int, default=0, help="decides which other patches are masked (--cross)")
+    add("-o", dest="output", type=Path, required=True, metavar="DIR", help="where the PNG and NIfTI files go")
+
+
+def run(args: argparse.Namespace) -> None:
+    from nnunetv2_hiendmae.evaluation.attention_maps import Query, attention_pictures
+
+    pictures = attention_pictures(
+        args.image,
+        args.output,
+        Query(args.voxel, args.point, args.cls),
+        encoder_file=args.encoder_file,
+        run_dir=args.run_dir,
+        cross=args.cross,
+        layers=args.layers,
+        heads=args.heads,
+        seed=args.seed,
+    )
+    print("\n".join(str(p) for p in pictures))
+
+
+def _head(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

@@ -1,0 +1,43 @@
+"""`hiendmae compare`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from nnunetv2_hiendmae.commands.options import add_json
+
+HELP = "compare trained runs of a dataset: tables, paired tests, a figure"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-d", dest="dataset", required=True, metavar="ID", help="dataset id or name")
+    add(
+        "--runs",
+        nargs="+",
+        metavar="NAME",
+        help="trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns with * (default: all with results)",
+    )
+    add("--baseline", metavar="NAME", help="compare all others with this run (default: every pair)")
+    add("--folds", type=int, nargs="+", metavar="FOLD", help="only these folds (default: all)")
+    add("--seed", type=int, default=0, help="of the bootstrap")
+    add("-o", dest="output", type=Path, metavar="DIR", help="also write comparison.md, .json, .png and three CSV files")
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from nnunetv2_hiendmae.evaluation.compare import compare
+    from nnunetv2_hiendmae.evaluation.tables import as_json, markdown, write_tables
+
+    report = compare(args.dataset, runs=args.runs, baseline=args.baseline, folds=args.folds, seed=args.seed)
+    written = []
+    if args.output:
+        from nnunetv2_hiendmae.evaluation.figure import draw_comparison
+
+        written = [*write_tables(report, args.output), args.output / "comparison.png"]
+        draw_comparison(report, written[-1])
+    if args.json:
+        print(json.dumps(as_json(report)))
+        return
+    print(markdown(report))
+    print("\n".join(f"wrote {path}" for path in written))

@@ -1,0 +1,103 @@
+"""The figure of a comparison: a dot for every case, a bar for every class."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2_hiendmae.evaluation.report import Report, SettingResult
+from nnunetv2_hiendmae.evaluation.results import class_means
+from nnunetv2_hiendmae.evaluation.statistics import spread
+from nnunetv2_hiendmae.files import write_with
+
+COLOURS = "tab10"
+ROW_INCHES = 3.4
+INCHES_PER_RUN = 0.9
+INCHES_PER_BAR = 0.22
+GROUP_WIDTH = 0.8
+LONGEST_LABEL = 28
+# the dots' axis never shows less than this: differences in the fourth digit must not look like a gulf
+SMALLEST_SPAN = 0.2
+
+
+def draw_comparison(report: Report, path: Path) -> None:
+    """Writes a PNG with one row per setting: left a dot per case (mean over classes), right a bar per class.
+
+    The line in the dots is their mean; a whisker on a bar is the standard deviation over cases. Thin lines join the
+    same case in neighbouring runs. A class without a value in a run has no bar but "n/a".
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    runs, classes = len(report.labels), max(len(result.classes) for result in report.settings)
+    widths = [max(3.0, INCHES_PER_RUN * runs), max(3.5, INCHES_PER_BAR * (runs + 1) * classes)]
+    # not through pyplot, whose global state keeps figures open and picks a screen
+    size = (sum(widths) + 0.8, ROW_INCHES * len(report.settings) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(report.settings), 2, squeeze=False, width_ratios=widths)
+    palette = colormaps[COLOURS]
+    colours = {name: palette(i % palette.N) for i, name in enumerate(report.labels)}
+    for (dots, bars), result in zip(axes, report.settings, strict=True):
+        labels = [_shortened(report.labels[run.name]) for run in result.runs]
+        shades = [colours[run.name] for run in result.runs]
+        _draw_cases(dots, result, labels, shades)
+        _draw_classes(bars, result, labels, shades)
+    figure.suptitle(report.dataset, fontsize=11)
+    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
+def _draw_cases(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
+    measured = [run.measure(None) for run in result.runs]
+    for i, (left, right) in enumerate(pairwise(measured)):
+        both = [key for key in left if key in right]
+        ends = [[left[key] for key in both], [right[key] for key in both]]
+        axis.plot([i, i + 1], ends, color="0.85", linewidth=0.6, zorder=1)
+    for i, (values, colour) in enumerate(zip(measured, colours, strict=True)):
+        known = np.array([v for v in values.values() if not np.isnan(v)])
+        axis.scatter(np.full(known.size, i), known, s=14, color=colour, alpha=0.7, linewidth=0, zorder=2)
+        if known.size:
+            axis.hlines(known.mean(), i - 0.25, i + 0.25, color="black", linewidth=1.5, zorder=3)
+    axis.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
+    axis.set_xlim(-0.6, len(labels) - 0.4)
+    low, high = axis.get_ylim()
+    middle = min(max((low + high) / 2, SMALLEST_SPAN / 2), 1 - SMALLEST_SPAN / 2)
+    axis.set_ylim(min(low, middle - SMALLEST_SPAN / 2), max(high, middle + SMALLEST_SPAN / 2))
+    axis.set_title(f"{result.setting.name}\ncases, mean of classes", fontsize=9)
+    _finish(axis)
+
+
+def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
+    width = GROUP_WIDTH / len(labels)
+    positions = np.arange(len(result.classes))
+    for i, (run, label, colour) in enumerate(zip(result.runs, labels, colours, strict=True)):
+        x = positions - GROUP_WIDTH / 2 + (i + 0.5) * width
+        means = class_means(run.values)
+        spreads = [spread(column) for column in run.values.T]
+        axis.bar(x, np.nan_to_num(means), width, color=colour, label=label)
+        # Dice ends at 0 and 1, and so do the whiskers
+        below = np.minimum(np.nan_to_num(spreads), np.nan_to_num(means))
+        above = np.minimum(np.nan_to_num(spreads), 1 - np.nan_to_num(means))
+        axis.errorbar(x, means, [below, above], fmt="none", ecolor="0.25", elinewidth=0.8)
+        for position in x[np.isnan(means)]:
+            axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
+    axis.set_xticks(positions, [_shortened(name) for name in result.classes], rotation=25, ha="right", fontsize=8)
+    axis.set_xlim(-0.6, len(result.classes) - 0.4)
+    # bars start at nothing; the dots beside them show what happens near the top
+    axis.set_ylim(0, 1)
+    axis.set_title(f"{result.setting.name}\nclasses, mean ± std over cases", fontsize=9)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    _finish(axis)
+
+
+def _finish(axis) -> None:
+    axis.set_ylabel("Dice", fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _shortened(text: str) -> str:
+    # the end tells plans apart: nnUNetPlans_HiEndMAE, nnUNetPlans_ViTUNETR
+    return text if len(text) <= LONGEST_LABEL else "…" + text[1 - LONGEST_LABEL :]

@@ -1,0 +1,152 @@
+"""`hiendmae reconstruct`: what a pretraining run makes of masked crops, as pictures and where they lie."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nibabel.orientations import apply_orientation
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.evaluation.geometry import Grid, write_nifti
+from nnunetv2_hiendmae.evaluation.runs import load_method, read_run
+from nnunetv2_hiendmae.evaluation.volumes import case_grid
+from nnunetv2_hiendmae.pretraining.checkpoint import DATA_KEY, read_settings
+from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, VolumeFormat, find_data
+from nnunetv2_hiendmae.pretraining.launch import Execution
+from nnunetv2_hiendmae.pretraining.method import Reconstruction
+from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage, is_ct, to_intensity
+from nnunetv2_hiendmae.pretraining.views import Views
+
+logger = logging.getLogger(__name__)
+
+PICTURE_SLICES = 5
+# array axes of a picture: rows of slices from feet to head, front up, patient's right at the left
+PICTURE_AXES = "SPL"
+
+
+def reconstruct(
+    run_dir: Path,
+    output: Path,
+    *,
+    case: str | None = None,
+    cases: int = 4,
+    view: str | None = None,
+    seed: int = 0,
+    device: str = "cuda",
+) -> list[Path]:
+    """Writes, per case and view, `<dataset>/<case>_<view>.png` and, where the view is a crop of the volume as it is,
+    `<case>_<view>_{input,masked,reconstruction}.nii.gz` on the crop's own grid, CT in HU.
+
+    A crop is a function of the seed and the case, and is not augmented where the method allows that.
+
+    Args:
+        run_dir: of `hiendmae pretrain`; its preprocessed cases must still be there.
+        case: 'Dataset/case'; None: `cases` of them, drawn by the seed.
+        view: only this one of the method's; None: all.
+
+    Returns:
+        The PNG files.
+
+    Raises:
+        UserError: no such run, case, view or device, or data that is gone.
+    """
+    Execution(device, workers=0)
+    if cases < 1 or seed < 0:
+        raise UserError(f"--cases is {cases} and --seed {seed}, needed at least 1 case and a seed of 0 or more")
+    settings = read_run(run_dir)
+    data = find_data(settings.datasets, settings.plans_name, settings.configuration)
+    if read_settings(run_dir).get(DATA_KEY) != data.digest():
+        logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")
+    chosen = _choose(data, case, cases, seed)
+    grids = {number: case_grid(data.cases[number]) for number in chosen}
+    method = load_method(run_dir, settings).to(device)
+    views, pictures = _unaugmented(method.views()), []
+    for number, grid in grids.items():
+        drawn = _draw(data, number, views, seed)
+        batch = default_collate([drawn])
+        made = method.reconstruct({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        for name in _views(made, view):
+            location = _location(drawn, made[name], grid)
+            pictures.append(_write(output, data.cases[number], name, made[name], grid, location, data.format))
+    return pictures
+
+
+def _choose(data: PretrainData, case: str | None, count: int, seed: int) -> list[int]:
+    names = [c.name for c in data.cases]
+    if case is None:
+        return sorted(np.random.default_rng(seed).permutation(len(names))[:count].tolist())
+    if case not in names:
+        more = ", …" if len(names) > 5 else ""
+        raise UserError(f"the run has no case '{case}', needed one of its {len(names)}: {', '.join(names[:5])}{more}")
+    return [names.index(case)]
+
+
+def _unaugmented(views: Views) -> Views:
+    if is_dataclass(views) and "augmentation" in {f.name for f in fields(views)}:
+        return replace(views, augmentation=None)
+    return views
+
+
+def _draw(data: PretrainData, number: int, views: Views, seed: int) -> dict[str, Any]:
+    # by the case's number, so that its crop does not depend on which others are shown
+    alone = PretrainData((data.cases[number],), data.format)
+    return SampleDataset(alone, views, seed)[0, number]
+
+
+def _views(made: Mapping[str, Reconstruction], view: str | None) -> list[str]:
+    if view is not None and view not in made:
+        raise UserError(f"--view {view} is no view of this method, needed one of {', '.join(made)}")
+    return list(made) if view is None else [view]
+
+
+def _location(drawn: Mapping[str, Any], made: Reconstruction, grid: Grid) -> Grid | None:
+    """Grid of a reconstruction, None where it is not simply the crop that was drawn at a known corner."""
+    lower, image = drawn.get("lower"), drawn.get("image")
+    if lower is None or not torch.equal(made.image[0].cpu().float(), image):
+        return None
+    return grid.cropped(lower.tolist(), image.shape[1:])
+
+
+def _write(
+    output: Path,
+    case: Case,
+    view: str,
+    made: Reconstruction,
+    grid: Grid,
+    location: Grid | None,
+    volumes: VolumeFormat,
+) -> Path:
+    dataset, _, name = case.name.rpartition("/")
+    stem = output / dataset / f"{name}_{view}"
+    arrays = {title: volume[0].float().cpu().numpy() for title, volume in columns_of(made).items()}
+    channels = len(volumes.channel_names)
+    for channel in range(channels if location else 0):
+        ending = f"_{channel:04d}" if channels > 1 else ""
+        for title, array in arrays.items():
+            path = stem.with_name(f"{stem.name}_{title}{ending}.nii.gz")
+            write_nifti(path, to_intensity(array[channel], volumes, channel), location)
+    picture = stem.with_name(f"{stem.name}.png")
+    _draw_slices(picture, {k: to_intensity(a[0], volumes, 0) for k, a in arrays.items()}, grid, case, view, volumes)
+    return picture
+
+
+def _draw_slices(
+    path: Path, columns: Mapping[str, np.ndarray], grid: Grid, case: Case, view: str, volumes: VolumeFormat
+) -> None:
+    change = grid.turn_to(PICTURE_AXES)
+    turned = {title: apply_orientation(array, change) for title, array in columns.items()}
+    limits = float(turned["input"].min()), float(turned["input"].max())
+    total = len(turned["input"])
+    count = min(PICTURE_SLICES, total)
+    # the middles of equal parts, from head to feet
+    shown = [(2 * i + 1) * total // (2 * count) for i in reversed(range(count))]
+    rows = [MontageRow(f"slice {z + 1} of {total}", {t: a[z] for t, a in turned.items()}, limits) for z in shown]
+    unit = f", {limits[0]:.0f} to {limits[1]:.0f} HU" if is_ct(volumes, 0) else ""
+    _, height, width = grid.turned(change).spacing_mm
+    draw_montage(path, rows, aspect=height / width, title=f"{case.name}, {view}{unit}")

@@ -1,0 +1,151 @@
+"""Reading files that others made: nothing in them is ever executed, and no tensor is read before it is needed."""
+
+import argparse
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nnunetv2_hiendmae.errors import UserError
+
+# the authors' training arguments; a plain record, which runs nothing of its own
+ALLOWED_GLOBALS = (argparse.Namespace,)
+_NOTHING_RUN = "nothing in it was executed"
+# the ways in which torch names what it refuses to unpickle
+_OFFENDER = re.compile(
+    r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
+)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of a PyTorch or safetensors file, and the text metadata of the latter.
+
+    Zip files and safetensors are mapped into memory: their tensors take none until they are used. Pickles may hold
+    tensors, plain containers and `argparse.Namespace`, nothing else.
+
+    Raises:
+        UserError: no such file, damaged, of no such kind, or it asks for code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no file {path}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
+    if _is_safetensors(path):
+        return _read_safetensors(path)
+    return _read_pickle(path), {}
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By content: an 8-byte length, then JSON."""
+    with path.open("rb") as f:
+        start = f.read(9)
+    return path.suffix == ".safetensors" or start[8:] == b"{"
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, ValueError, OSError) as e:
+        raise UserError(f"{path} is not a readable safetensors file ({_one_line(e)}); download it again") from e
+
+
+def _read_pickle(path: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+    except pickle.UnpicklingError as e:
+        raise _refused(path, e) from e
+    except Exception as e:  # torch and its zip reader raise many kinds for a damaged file
+        raise UserError(
+            f"{path} is damaged or no PyTorch file ({_one_line(e)}), {_NOTHING_RUN}; download it again"
+        ) from e
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, needed a dictionary of tensors; see its authors")
+    if not any(True for _ in tensors_in(content)):
+        raise UserError(
+            f"{path} holds no tensor, only {', '.join(map(str, list(content)[:8])) or 'an empty dictionary'}"
+        )
+    return dict(content)
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Torch's zip format, uncompressed: mapped, a compressed record would be read as if it were the numbers."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+    except zipfile.BadZipFile:
+        return False
+
+
+def _refused(path: Path, error: Exception) -> UserError:
+    if found := _OFFENDER.search(str(error)):
+        return UserError(
+            f"{path} was refused: it asks for {found[1]}, which weights never need and which could run code; "
+            f"{_NOTHING_RUN}; ask its authors for a file of tensors only, e.g. .safetensors"
+        )
+    return UserError(f"{path} is damaged or no PyTorch file ({_one_line(error)}), {_NOTHING_RUN}; download it again")
+
+
+def _one_line(error: Exception) -> str:
+    """What torch says, without its advice to load unsafely."""
+    lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
+    told = next((line for line in lines if line), type(error).__name__)
+    return told.removeprefix("WeightsUnpickler error: ").partition(". ")[0][:200]
+
+
+def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of nested containers with its dotted name; containers that hold themselves end."""
+    pending, seen = [(name, content)], set()
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, Tensor):
+            yield name, value
+            continue
+        if isinstance(value, argparse.Namespace):
+            value = vars(value)
+        if isinstance(value, Mapping):
+            items = list(value.items())
+        elif isinstance(value, list | tuple | set):
+            items = list(enumerate(value))
+        else:
+            continue
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        pending += [(f"{name}.{key}" if name else str(key), item) for key, item in reversed(items)]
+
+
+def check_plain(name: str, tensor: Tensor) -> None:
+    """
+    Raises:
+        UserError: not a plain tensor of floating-point numbers; reads none of them.
+    """
+    kind = None
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = f"a {'quantised' if tensor.is_quantized else 'sparse'} tensor"
+    elif tensor.device.type == "meta":
+        kind = "a tensor without numbers"
+    elif tensor.dtype not in FLOATS:
+        kind = f"a tensor of {str(tensor.dtype).removeprefix('torch.')}"
+    elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        kind = f"a tensor of shape {tuple(tensor.shape)} over fewer numbers"
+    if kind:
+        raise UserError(f"{name} is {kind}, needed plain float16, bfloat16, float32 or float64")
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """
+    Raises:
+        UserError: NaN or infinity, also where a float64 is too large for float32.
+    """
+    if not torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all():
+        raise UserError(f"{name} holds NaN or infinity; the file is damaged or its training diverged")

@@ -1,0 +1,162 @@
+"""How volumes become inputs: resizing, crops, grids, and samples that depend on (seed, epoch, case) alone."""
+
+import itertools
+import logging
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from classification_data import write_cases
+from hypothesis import given
+from hypothesis import strategies as st
+from run_data import PLANS
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.classification.data import (
+    EpochSampler,
+    Inputs,
+    RegularCases,
+    TrainingCases,
+    batches_of,
+    grid_corners,
+    warn_of_differences,
+)
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.data import CaseVolume, build_loader, find_data
+
+SIZE = (16, 16, 16)
+sizes = st.tuples(*[st.integers(1, 60)] * 3)
+
+
+@pytest.fixture
+def data(nnunet):
+    write_cases(nnunet.preprocessed, 6)
+    return find_data(["1"], PLANS, "3d_fullres")
+
+
+def test_resizing_is_trilinear_over_the_whole_volume(data):
+    volume = CaseVolume(data.cases[0], data.format)
+    whole = torch.from_numpy(volume.read((0, 0, 0), volume.shape))[None]
+    made = Inputs("resize", SIZE).regular(volume)
+    assert torch.equal(made, F.interpolate(whole, size=SIZE, mode="trilinear", align_corners=False))
+    # without augmentation nothing is random
+    assert torch.equal(Inputs("resize", SIZE).draw(volume, np.random.default_rng(0), augment=False), made)
+
+
+def test_regular_crops_are_those_of_the_grid(data):
+    volume = CaseVolume(data.cases[0], data.format)
+    made = Inputs("crops", SIZE, 8).regular(volume)
+    corners = grid_corners(volume.shape, SIZE, 8)
+    assert len(made) == len(corners) == 8
+    for image, corner in zip(made, corners, strict=True):
+        assert np.array_equal(image, volume.read(corner, SIZE))
+
+
+def test_random_crops_lie_in_the_volume_and_differ(data):
+    volume = CaseVolume(data.cases[0], data.format)
+    whole = volume.read((0, 0, 0), volume.shape)
+    made = Inputs("crops", (6, 6, 6), 5).draw(volume, np.random.default_rng(0), augment=False)
+    windows = np.lib.stride_tricks.sliding_window_view(whole[0], (6, 6, 6)).reshape(-1, 216)
+    found = [int(np.flatnonzero((windows == image.reshape(-1).numpy()).all(1))[0]) for image in made]
+    assert len(set(found)) == 5
+
+
+@given(shape=sizes, size=sizes, most=st.integers(1, 40))
+def test_grids_cover_evenly_and_stay_inside(shape, size, most):
+    corners = grid_corners(shape, size, most)
+    assert 1 <= len(corners) == len(set(corners)) <= most
+    for axis in range(3):
+        along = sorted({corner[axis] for corner in corners})
+        room = shape[axis] - size[axis]
+        # the first at the beginning and the last at the end, or a single one in the middle
+        if len(along) > 1:
+            assert along[0] == 0 and along[-1] == room
+            steps = np.diff(along)
+            assert steps.max() - steps.min() <= 1
+        else:
+            assert abs(along[0] - room / 2) <= 0.5
+    # a full grid: every combination of the positions
+    assert corners == list(itertools.product(*(sorted({c[a] for c in corners}) for a in range(3))))
+
+
+def test_enough_crops_leave_no_gap():
+    covered = np.zeros((40, 33, 16), bool)
+    corners = grid_corners(covered.shape, SIZE, 100)
+    for d, h, w in corners:
+        covered[d : d + 16, h : h + 16, w : w + 16] = True
+    assert covered.all() and len(corners) == 3 * 3 * 1
+
+
+def test_every_epoch_has_every_case_once_in_another_order():
+    batches = list(EpochSampler(7, 3, 0, 4, seed=5))
+    assert len(batches) == len(EpochSampler(7, 3, 0, 4, seed=5)) == 12
+    orders = [[key for batch in batches[3 * e : 3 * e + 3] for key in batch] for e in range(4)]
+    assert all(sorted(keys) == [(e, i) for i in range(7)] for e, keys in enumerate(orders))
+    assert len({tuple(i for _, i in keys) for keys in orders}) == 4
+    # a continued run draws what the whole one would have drawn
+    assert list(EpochSampler(7, 3, 2, 4, seed=5)) == batches[6:]
+    assert list(EpochSampler(7, 3, 0, 4, seed=6)) != batches
+
+
+@pytest.mark.parametrize("inputs", [Inputs("resize", SIZE), Inputs("crops", SIZE, 2)], ids=["resize", "crops"])
+def test_samples_do_not_depend_on_workers(data, inputs):
+    def batches(workers):
+        samples = TrainingCases(data.cases, data.format, inputs, seed=3, augment=True)
+        return list(batches_of(build_loader(samples, EpochSampler(6, 4, 0, 2, 3), workers, pin_memory=False)))
+
+    expected = batches(0)
+    assert [len(batch["case"]) for batch in expected] == [4, 2, 4, 2]
+    assert expected[0]["image"].shape == (4, inputs.crops, 1, *SIZE)
+    for workers in (1, 2):
+        for a, b in zip(expected, batches(workers), strict=True):
+            assert a["case"] == b["case"] and torch.equal(a["image"], b["image"])
+
+
+def test_augmentation_differs_between_epochs_and_repeats_within_one(data):
+    samples = TrainingCases(data.cases, data.format, Inputs("resize", SIZE), seed=3, augment=True)
+    images = [samples[(epoch, 0)]["image"] for epoch in range(6)]
+    assert len({image.numpy().tobytes() for image in images}) > 3
+    assert torch.equal(samples[(2, 0)]["image"], images[2])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_case_is_named_in_one_line(data, workers):
+    broken = replace(data.cases[1], path=data.cases[1].path.with_name("gone.b2nd"))
+    loader = build_loader(RegularCases([broken], data.format, Inputs("resize", SIZE)), [[0]], workers, pin_memory=False)
+    with pytest.raises(UserError, match=r"^cannot read case Dataset001_Tiny/c01 .*preprocess again$"):
+        list(batches_of(loader))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("whole", SIZE), "--input whole is unknown"),
+        (("crops", SIZE, 0), "--crops is 0"),
+        (("resize", SIZE, 2), "--crops 2 with --input resize.*add --input crops"),
+    ],
+)
+def test_bad_inputs(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Inputs(*arguments)
+
+
+def warnings_of(caplog, data, **changes) -> list[str]:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        seen = replace(data.format, **changes)
+        warn_of_differences(data.format, data.cases, Inputs("resize", SIZE), seen, "the encoder")
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_other_spacing_window_or_normalisation_is_told(data, caplog):
+    assert warnings_of(caplog, data) == []
+    (told,) = warnings_of(caplog, data, spacing_mm=(1.5, 1.5, 1.5))
+    assert told.startswith("spacing in mm: the images have (3.0, 3.0, 3.0), the encoder saw (1.5, 1.5, 1.5)")
+    (told,) = warnings_of(caplog, data, window_hu=(-1000.0, 1000.0))
+    assert told.startswith("window in HU: the images have (-175.0, 250.0), the encoder saw (-1000.0, 1000.0)")
+    assert len(warnings_of(caplog, data, normalization_schemes=("ZScoreNormalization",))) == 1
+    assert len(warnings_of(caplog, data, image_reader_writer="NibabelIOWithReorient")) == 1
+    # unknown or varying is no difference; nor is one channel that was spread over two
+    assert warnings_of(caplog, data, spacing_mm=None, window_hu=None, image_reader_writer=None) == []
+    assert warnings_of(caplog, data, normalization_schemes=("CTNormalization",) * 2) == []

@@ -1,0 +1,344 @@
+"""`hiendmae compare` on trees of summary.json with known answers."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from scipy import stats
+
+from nnunetv2_hiendmae import cli
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.evaluation.compare import compare, short_names
+from nnunetv2_hiendmae.evaluation.folds import SHOTS, Subset
+from nnunetv2_hiendmae.evaluation.results import collect_runs, foreground_mean
+from nnunetv2_hiendmae.evaluation.splits import append_folds
+
+NAN = math.nan
+DATASET = "Dataset007_Toy"
+LABELS = {"background": 0, "liver": 1, "spleen": 2}
+OURS, STOCK, THIRD = (f"{t}__{p}__3d_fullres" for t, p in (("TrA", "Ours"), ("TrB", "Stock"), ("TrB", "Third")))
+CASES = [f"case_{i:02d}" for i in range(10)]
+# validation cases of two folds
+FOLDS = [CASES[:5], CASES[5:]]
+
+
+def write_fold(nnunet, run, fold, dice, labels=LABELS):
+    """One summary.json: case -> Dice of every foreground class, NaN where there is none."""
+    folder = nnunet.results / DATASET / run
+    validation = folder / f"fold_{fold}" / "validation"
+    validation.mkdir(parents=True)
+    keys = [str(tuple(v) if isinstance(v, list) else v) for k, v in labels.items() if k != "background"]
+    rows = [
+        {
+            "metrics": {key: {"Dice": float(value)} for key, value in zip(keys, values, strict=True)},
+            "prediction_file": f"/somewhere/fold_{fold}/{case}.nii.gz",
+        }
+        for case, values in dice.items()
+    ]
+    (validation / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
+    (folder / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    return validation / "summary.json"
+
+
+def random_dice(seed, cases, mean=0.6):
+    values = np.clip(np.random.default_rng(seed).normal(mean, 0.1, (len(cases), 2)), 0, 1)
+    return dict(zip(cases, values.tolist(), strict=True))
+
+
+@pytest.fixture
+def tree(nnunet):
+    """Two runs on two folds, one run on the first only, and the splits they were trained with."""
+    folder = nnunet.preprocessed / DATASET
+    folder.mkdir()
+    splits = [{"train": FOLDS[1 - i], "val": FOLDS[i]} for i in range(2)]
+    (folder / "splits_final.json").write_text(json.dumps(splits))
+    for seed, (run, mean) in enumerate([(OURS, 0.75), (STOCK, 0.6)]):
+        for fold in range(2):
+            write_fold(nnunet, run, fold, random_dice(10 * seed + fold, FOLDS[fold], mean))
+    write_fold(nnunet, THIRD, 0, random_dice(99, FOLDS[0], 0.65))
+    return nnunet
+
+
+def values(run, folds=(0, 1)):
+    """(cases, classes) as the tree was written."""
+    seed, mean = {OURS: (0, 0.75), STOCK: (10, 0.6), THIRD: (99, 0.65)}[run]
+    return np.concatenate([list(random_dice(seed + f, FOLDS[f], mean).values()) for f in folds])
+
+
+def run_command(capsys, *arguments):
+    code = cli.main(["compare", "-d", "7", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert code == 0 or (not out and len(err.strip().splitlines()) == 1)
+    return code, out, err
+
+
+def test_means_spreads_and_ranks(tree):
+    report = compare(7, runs=["Ours", "Stock"])
+    [result] = report.settings
+    assert result.setting.name == "2-fold cross-validation" and result.classes == ("liver", "spleen")
+    assert report.notes == () and result.notes == () and result.common_cases == 10
+    for run in result.runs:
+        expected = values(run.name)
+        assert run.folds == (0, 1) and run.missing == ()
+        assert np.allclose(run.values, expected)
+        assert run.nnunet_mean == pytest.approx(expected.mean(axis=0).mean())
+        assert run.fold_means == pytest.approx({0: expected[:5].mean(), 1: expected[5:].mean()})
+        assert run.common_mean == pytest.approx(expected.mean())
+    better = (values(OURS).mean(axis=1) > values(STOCK).mean(axis=1)).mean()
+    assert [run.rank for run in result.runs] == pytest.approx([2 - better, 1 + better])
+
+
+def test_paired_tests_are_scipys_with_holm_over_the_table(tree):
+    [result] = compare(7).settings
+    pairs = {(c.first, c.second): c for c in result.comparisons}
+    assert list(pairs) == [(OURS, STOCK), (OURS, THIRD), (STOCK, THIRD)]
+    difference = (values(OURS) - values(STOCK)).mean(axis=1)
+    test = pairs[OURS, STOCK].test
+    assert test.pairs == 10 and test.difference == pytest.approx(difference.mean())
+    # the other two have five pairs and hence no p: a family of one
+    assert test.p == test.p_holm == pytest.approx(stats.wilcoxon(difference).pvalue)
+    assert pairs[OURS, THIRD].folds == (0,) and pairs[OURS, THIRD].test.pairs == 5
+    assert pairs[OURS, THIRD].test.reason == "only 5 pairs that differ, needed 6"
+    assert pairs[OURS, THIRD].test.difference == pytest.approx((values(OURS, [0]) - values(THIRD, [0])).mean())
+    per_class = {(c.first, c.second, c.measure): c.test for c in result.class_comparisons}
+    p = [stats.wilcoxon(values(OURS)[:, i] - values(STOCK)[:, i]).pvalue for i in range(2)]
+    assert [per_class[OURS, STOCK, c].p for c in ("liver", "spleen")] == pytest.approx(p)
+    holm = [min(1, 2 * min(p)), max(2 * min(p), max(p))]
+    assert sorted(per_class[OURS, STOCK, c].p_holm for c in ("liver", "spleen")) == pytest.approx(holm)
+
+
+def test_missing_folds_are_named_and_not_averaged_over(tree):
+    (tree.results / DATASET / THIRD / "fold_1").mkdir()
+    [result] = compare(7).settings
+    third = next(run for run in result.runs if run.name == THIRD)
+    assert third.missing == (1,) and third.nnunet_mean == pytest.approx(values(THIRD, [0]).mean())
+    text = "\n".join(result.notes)
+    assert f"{THIRD}: no result of fold 1 (started, without validation/summary.json: 1)" in text
+    assert "the runs stand on different folds" in text
+    # what stands side by side is on the cases of fold 0 only
+    assert result.common_cases == 5
+    ours = next(run for run in result.runs if run.name == OURS)
+    assert ours.common_mean == pytest.approx(values(OURS, [0]).mean())
+
+
+def test_folds_choose(tree):
+    # in the order of --runs
+    report = compare(7, folds=[0], runs=["Third", "TrA", "TrB"])
+    [result] = report.settings
+    assert [run.name for run in result.runs] == list(report.labels) == [THIRD, OURS, STOCK]
+    assert all(run.folds == (0,) and run.missing == () for run in result.runs) and not result.notes
+    with pytest.raises(UserError, match="--folds 3: no run has results of it; there are results of: 0, 1"):
+        compare(7, folds=[0, 3])
+
+
+def test_baseline(tree):
+    [result] = compare(7, baseline="Stock").settings
+    assert [(c.first, c.second) for c in result.comparisons] == [(OURS, STOCK), (THIRD, STOCK)]
+    # given with --runs, it need not be named again
+    assert len(compare(7, runs=["Ours"], baseline="Stock").settings[0].runs) == 2
+    with pytest.raises(UserError, match="fits several runs"):
+        compare(7, baseline="TrB")
+
+
+def test_fold_with_other_meanings_are_never_mixed(tree):
+    """Folds 2 to 4 are few-shot folds: a setting for every amount and seed, folds of one setting together."""
+    few = [Subset(SHOTS, 1, 0), Subset(SHOTS, 1, 1), Subset(SHOTS, 1, 0, seed=5)]
+    _, numbers = append_folds(7, few)
+    for number, subset in zip(numbers, few, strict=True):
+        write_fold(tree, OURS, number, random_dice(number, FOLDS[subset.of_fold], 0.3))
+    write_fold(tree, STOCK, 2, random_dice(77, FOLDS[0], 0.2))
+    report = compare(7, baseline="Stock")
+    names = [result.setting.name for result in report.settings]
+    assert names == ["2-fold cross-validation", "1-shot (seed 0)", "1-shot (seed 5)"]
+    cross, shot, other_seed = report.settings
+    assert [r.folds for r in cross.runs] == [(0, 1), (0, 1), (0,)]
+    assert {r.name: r.folds for r in shot.runs} == {OURS: (2, 3), STOCK: (2,)}
+    assert shot.fold_meanings == {2: "1-shot of fold 0 (seed 0)", 3: "1-shot of fold 1 (seed 0)"}
+    assert shot.comparisons[0].folds == (2,) and shot.comparisons[0].test.pairs == 5
+    assert f"{THIRD}: no result of fold 2, 3" in shot.notes
+    assert [r.folds for r in other_seed.runs] == [(4,)] and other_seed.comparisons == ()
+    assert f"the baseline {STOCK} has no result here, so nothing is tested" in other_seed.notes
+
+
+def test_folds_that_are_not_in_the_splits(tree):
+    write_fold(tree, OURS, 4, random_dice(4, CASES[:3]))
+    (tree.results / DATASET / OURS / "fold_all").mkdir()
+    report = compare(7)
+    assert [r.setting.name for r in report.settings] == ["2-fold cross-validation", "fold 4, not in splits_final.json"]
+    assert report.notes == (f"{OURS}: fold_all is left out, it validates on its training cases",)
+
+
+def test_other_cases_than_those_of_the_splits(tree):
+    write_fold(tree, "X__Y__Z", 0, random_dice(1, [*FOLDS[0][:3], "new"]))
+    [result] = compare(7, runs=["Ours", "Y"], folds=[0]).settings
+    assert result.common_cases == result.comparisons[0].test.pairs == 3
+    text = "\n".join(result.notes)
+    assert "the runs have different validation cases; only common ones are paired" in text
+    assert "X__Y__Z: the 4 validation cases of fold 0 are not the 5 of splits_final.json" in text
+
+
+def test_no_case_in_common(tree, tmp_path, capsys):
+    write_fold(tree, "X__Y__Z", 0, random_dice(1, ["p", "q"]))
+    _, out, _ = run_command(capsys, "--runs", "Ours", "Y", "--folds", 0, "-o", tmp_path)
+    assert "n/a (no case in common)" in out and "over the 0 common" in out
+
+
+def test_without_splits(nnunet):
+    write_fold(nnunet, OURS, 0, random_dice(0, CASES))
+    report = compare(7)
+    assert report.settings[0].setting.name == "folds 0 to 4, no splits_final.json"
+    assert report.notes == ("no splits_final.json: which cases belong to which fold was not checked",)
+    assert report.settings[0].comparisons == () and math.isnan(report.settings[0].runs[0].rank)
+
+
+def test_cases_in_two_folds_are_told(nnunet):
+    folder = nnunet.preprocessed / DATASET
+    folder.mkdir()
+    (folder / "splits_final.json").write_text(json.dumps([{"train": CASES[5:], "val": CASES[:5]}] * 2))
+    for fold in range(2):
+        write_fold(nnunet, OURS, fold, random_dice(fold, CASES[:5]))
+    [result] = compare(7).settings
+    assert result.setting.name == "2 overlapping splits"
+    assert "5 cases are validated in more than one fold" in result.notes[0]
+
+
+def test_absent_classes_as_nnunet_treats_them(nnunet, tmp_path, capsys):
+    """Spleen is in no case of the first run; the second sees one where there is none; one case holds nothing."""
+    write_fold(nnunet, OURS, 0, {"a": [0.8, NAN], "b": [0.6, NAN], "c": [NAN, NAN]})
+    write_fold(nnunet, STOCK, 0, {"a": [0.4, 0.0], "b": [0.2, NAN], "c": [NAN, NAN]})
+    [result] = compare(7).settings
+    ours, stock = result.runs
+    assert math.isnan(ours.nnunet_mean) and stock.nnunet_mean == pytest.approx((0.3 + 0.0) / 2)
+    assert ours.measure(None) == pytest.approx({(0, "a"): 0.8, (0, "b"): 0.6, (0, "c"): NAN}, nan_ok=True)
+    assert stock.measure(None) == pytest.approx({(0, "a"): 0.2, (0, "b"): 0.2, (0, "c"): NAN}, nan_ok=True)
+    assert result.comparisons[0].test.pairs == 2 and result.comparisons[0].test.difference == pytest.approx(0.5)
+    assert ours.common_mean == pytest.approx(0.7) and (ours.rank, stock.rank) == (1, 2)
+    assert f"{OURS}: neither truth nor prediction holds spleen, so nnU-Net's foreground mean is n/a" in result.notes
+    assert "all runs here: nothing to segment and nothing found in c; left out" in result.notes
+    _, out, _ = run_command(capsys, "-o", tmp_path)
+    assert "| spleen | n/a | 0.0000 ± n/a (n = 1) |" in out
+    stored = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert stored["settings"][0]["runs"][0]["per_class"]["spleen"]["mean_over_cases"] is None
+
+
+def test_a_class_that_one_fold_lacks(nnunet):
+    write_fold(nnunet, OURS, 0, {"a": [0.8, NAN]})
+    write_fold(nnunet, OURS, 1, {"b": [0.6, 0.4]})
+    [result] = compare(7).settings
+    [run] = result.runs
+    assert run.nnunet_mean == pytest.approx((0.7 + 0.4) / 2)
+    assert run.fold_means == pytest.approx({0: NAN, 1: 0.5}, nan_ok=True)
+    assert f"{OURS}: a class does not occur in fold 0; left out of mean ± std over folds" in result.notes
+
+
+def test_nnunets_own_evaluator(nnunet):
+    """What nnU-Net writes is read, and its foreground mean is reproduced; the third case holds no label 2."""
+    labels = {"background": 0, "first": [1, 2], "second": 2}
+    reference, predicted = nnunet.raw / "truth", nnunet.results / DATASET / OURS / "fold_0" / "validation"
+    rng = np.random.default_rng(0)
+    for folder in (reference, predicted):
+        folder.mkdir(parents=True)
+        for i in range(3):
+            volume = rng.integers(0, 3 if i < 2 else 2, (4, 5, 6)).astype(np.uint8)
+            sitk.WriteImage(sitk.GetImageFromArray(volume), str(folder / f"case.v{i}.nii.gz"))
+    (predicted.parents[1] / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+    summary = predicted / "summary.json"
+    arguments = (str(reference), str(predicted), str(summary), SimpleITKIO(), ".nii.gz", [(1, 2), 2])
+    compute_metrics_on_folder(*arguments, num_processes=1)
+    [run] = collect_runs(nnunet.results / DATASET)
+    content = json.loads(summary.read_text())
+    dice = run.folds[0]
+    assert dice.cases == ("case.v0", "case.v1", "case.v2")
+    assert dice.classes == ("(1, 2)", "2") == tuple(sorted(content["mean"]))
+    assert np.isnan(dice.values).sum() == 1
+    assert foreground_mean(dice.values) == content["foreground_mean"]["Dice"]
+    assert compare(7).settings[0].classes == ("first", "second")
+
+
+def test_classes_are_in_the_order_of_their_labels(nnunet):
+    """nnU-Net sorts keys as text, '10' before '2'."""
+    write_fold(nnunet, OURS, 0, {"a": [0.1, 0.2, 0.3]}, labels={"background": 0, "x10": 10, "x2": 2, "x30": [3, 0]})
+    assert compare(7).settings[0].classes == ("x2", "x30", "x10")
+
+
+def test_files_and_output(tree, tmp_path, capsys):
+    output = tmp_path / "out"
+    _, text, _ = run_command(capsys, "--baseline", "Stock", "-o", output)
+    names = {"comparison.md", "comparison.json", "comparison.png", "runs.csv", "tests.csv", "cases.csv"}
+    assert {p.name for p in output.iterdir()} == names
+    assert (output / "comparison.md").read_text() in text
+    assert "| Ours | TrA | Ours | 3d_fullres |" in text
+    assert "| Third | 0 | 1 | 5 |" in text
+    assert "Holm's correction over the 1 tests" in text
+    with (output / "cases.csv").open() as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == (10 + 10 + 5) * 3
+    mean = [float(r["dice"]) for r in rows if r["run"] == OURS and r["class"] == "mean"]
+    assert mean == pytest.approx(values(OURS).mean(axis=1).tolist())
+    with (output / "runs.csv").open() as f:
+        [row] = [r for r in csv.DictReader(f) if r["run"] == OURS and r["class"] == "spleen"]
+    assert float(row["std_over_cases"]) == pytest.approx(values(OURS)[:, 1].std(ddof=1)) and row["mean_rank"] == ""
+    with (output / "tests.csv").open() as f:
+        assert len(list(csv.DictReader(f))) == 2 * 3
+    assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    _, out, _ = run_command(capsys, "--baseline", "Stock", "--json")
+    assert json.loads(out) == json.loads((output / "comparison.json").read_text())
+
+
+def test_short_names():
+    assert list(short_names(["A__P__c", "B__P__c"]).values()) == ["A", "B"]
+    assert list(short_names(["A__P__c", "B__Q__c"]).values()) == ["P", "Q"]
+    assert list(short_names(["A__P__c", "B__P__c", "A__Q__c"]).values()) == ["A__P", "B__P", "A__Q"]
+    assert short_names(["A__P__c", "B__P__d", "A__Q__c", "A__P__d"])["A__P__c"] == "A__P__c"
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        (["--runs", "Nothing"], "--runs Nothing fits none of the runs; there are: TrA__Ours__3d_fullres,"),
+        (["--baseline", "Nothing"], "--baseline Nothing fits none of the runs"),
+        (["--folds", 9], "--folds 9"),
+    ],
+)
+def test_bad_input(tree, capsys, arguments, told):
+    code, _, err = run_command(capsys, *arguments)
+    assert code == 2 and told in err
+
+
+def test_no_results(nnunet):
+    with pytest.raises(UserError, match="no results of dataset '7'"):
+        compare(7)
+    (nnunet.results / DATASET / OURS / "fold_0").mkdir(parents=True)
+    with pytest.raises(UserError, match="no finished fold"):
+        compare(7)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "{}",
+        '{"metric_per_case": []}',
+        '{"metric_per_case": [{"metrics": {"1": {}}, "prediction_file": "a"}]}',
+        "[1]",
+    ],
+)
+def test_damaged_summaries_are_named(tree, text):
+    path = Path("fold_1/validation/summary.json")
+    (tree.results / DATASET / OURS / path).write_text(text)
+    with pytest.raises(UserError, match=rf"{OURS}/{path} is damaged .* nnUNetv2_train … --val"):
+        compare(7)
+
+
+def test_runs_with_other_classes(tree):
+    write_fold(tree, "X__Y__Z", 0, {"a": [0.5]}, labels={"background": 0, "liver": 1})
+    with pytest.raises(
+        UserError, match=r"X__Y__Z fold 0 has the classes 1, .* has 1, 2: their Dice cannot be compared"
+    ):
+        compare(7)

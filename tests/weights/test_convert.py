@@ -1,0 +1,225 @@
+"""`hiendmae convert` and `inspect`: files that stay, exit codes, our own checkpoints, and damaged tensors."""
+
+import json
+import re
+
+import pytest
+import torch
+from foreign_files import SPECS, VIT, authors_state, container, random_state, write_checkpoint
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from nnunetv2_hiendmae import cli
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights import (
+    ConvertOptions,
+    EncoderMetadata,
+    convert_checkpoint,
+    read_metadata,
+    save_encoder,
+    translate_checkpoint,
+)
+
+OPTIONS = ConvertOptions(num_heads=2)
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    code = cli.main([str(a) for a in arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+# ---- the command --------------------------------------------------------------------------------------------------
+
+
+def test_convert_says_what_it_did(capsys, tmp_path):
+    source, output = write_checkpoint(tmp_path / "c.pth", "hiendmae"), tmp_path / "e.safetensors"
+    code, out, err = run(capsys, "convert", source, "-o", output, "--num-heads", 2)
+    assert code == 0 and not err
+    assert "format: hiendmae" in out and "licence: Apache-2.0" in out and "permuted to (z, y, x)" in out
+    assert "adapted: module.encoder_pos_embed → pos_embed (axes (x, y, z) → (z, y, x))" in out
+    assert "dropped: module.decoder.norm.weight (the decoder is not used for fine-tuning)" in out
+    assert "not read: epoch (1000)" in out and f"next: hiendmae plan -d LABELLED_DATASET -w {output}" in out
+    code, out, _ = run(capsys, "convert", source, "-o", tmp_path / "j.safetensors", "--num-heads", 2, "--json")
+    told = json.loads(out)
+    assert told["metadata"]["spec"]["num_heads"] == 2
+    assert len(told["report"]["loaded"] + told["report"]["adapted"]) == len(load_file(output))
+    assert len(told["report"]["dropped"]) == 3
+
+
+def test_an_existing_output_needs_force(capsys, tmp_path, monkeypatch):
+    source, output = write_checkpoint(tmp_path / "c.pth", "mim"), tmp_path / "e.safetensors"
+    output.write_text("precious")
+    # refused before the source is read
+    monkeypatch.setattr("nnunetv2_hiendmae.weights.convert.read_checkpoint", None)
+    code, _, err = run(capsys, "convert", source, "-o", output, "--num-heads", 2)
+    assert code == 2 and "exists already; give another -o, or --force" in err and output.read_text() == "precious"
+    monkeypatch.undo()
+    code, *_ = run(capsys, "convert", source, "-o", output, "--num-heads", 2, "--force")
+    assert code == 0 and read_metadata(output).method == "mim"
+    # a failing conversion leaves it alone
+    before = output.read_bytes()
+    code, _, err = run(capsys, "convert", source, "-o", output, "--force")
+    assert code == 2 and "--num-heads" in err and output.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"c.pth", "e.safetensors"}
+
+
+@pytest.mark.parametrize("name", ["c.pth", "link.pth", "sub/../c.pth"])
+def test_the_output_is_never_the_input(capsys, tmp_path, name):
+    source = write_checkpoint(tmp_path / "c.pth", "timm")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.pth").symlink_to(source)
+    before = source.read_bytes()
+    code, _, err = run(capsys, "convert", source, "-o", tmp_path / name, "--num-heads", 2, "--force")
+    assert code == 2 and "is the input" in err and source.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "nothing"], "--format nothing is unknown"),
+        (["--method", "nothing"], "--method nothing is unknown"),
+        (["--method", "mim"], "a hiendmae file is of method hiendmae"),
+        (["--num-heads", "0"], "--num-heads is 0"),
+        (["--img-size", "0", "8", "8"], "needed three positive numbers"),
+        (["--use-teacher"], "no 'teacher' in the file"),
+        (["-o", "."], "is a folder"),
+        (["--format", "mim"], r"patch_embed|pos_embed is missing"),
+    ],
+)
+def test_what_the_user_must_change(capsys, tmp_path, arguments, message):
+    source = write_checkpoint(tmp_path / "c.pth", "hiendmae")
+    command = ["convert", source, "-o", tmp_path / "e.safetensors", "--num-heads", 2, *arguments]
+    code, out, err = run(capsys, *command)
+    assert code == 2 and not out and len(err.strip().splitlines()) == 1
+    assert re.search(message, err), err
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_a_method_for_weights_that_do_not_tell(tmp_path):
+    source = write_checkpoint(tmp_path / "c.pth", "timm")
+    done = translate_checkpoint(source, ConvertOptions(num_heads=2, method="glmae"))
+    assert done.metadata.method == "glmae" and done.metadata.citations == ()
+    assert done.metadata.spacing_mm is None and done.metadata.normalization_schemes == ()
+
+
+def test_inspect_of_foreign_files(capsys, tmp_path):
+    source = write_checkpoint(tmp_path / "c.pth", "glmae", VIT.with_(embed_dim=192, num_heads=3))
+    code, out, _ = run(capsys, "inspect", source, "--json")
+    about = json.loads(out)
+    assert code == 0 and (about["format"], about["container"], about["method"]) == ("glmae", "student", "glmae")
+    assert about["spec"]["num_heads"] == 3 and about["loads"].endswith("3 dropped") and about["window_hu"]
+    assert len(about["report"]["dropped"]) == 3
+    unknown = write_checkpoint(tmp_path / "d.pth", "glmae")
+    code, out, _ = run(capsys, "inspect", unknown)
+    assert code == 0 and "loads: no" in out and "give it with --num-heads" in out
+    torch.save({"state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "e.pth")
+    code, _, err = run(capsys, "inspect", tmp_path / "e.pth")
+    assert code == 2 and "'state_dict' with fc.weight" in err
+
+
+# ---- our own files ------------------------------------------------------------------------------------------------
+
+
+def own_run(folder, spec):
+    """checkpoint_latest.pth and run.json, as `hiendmae pretrain` leaves them."""
+    state = {f"encoder.{k}": v for k, v in random_state(spec).items()}
+    state["head.weight"] = torch.zeros(3, 3)
+    folder.mkdir()
+    torch.save(
+        {"step": 3, "method": state, "optimizer": {"state": {0: torch.zeros(2)}}}, folder / "checkpoint_latest.pth"
+    )
+    (folder / "run.json").write_text(json.dumps({"method": "mae3d", "spec": spec.to_dict(), "epochs": 3}))
+    return folder / "checkpoint_latest.pth"
+
+
+@pytest.mark.parametrize("kind", ["mae3d", "mim"])
+def test_checkpoint_of_a_run_of_ours(tmp_path, kind):
+    spec = SPECS[kind]
+    source = own_run(tmp_path / "run", spec)
+    done = convert_checkpoint(source, tmp_path / "e.safetensors")
+    stored = load_file(done.path)
+    assert done.format == "run" and all(torch.equal(v, stored[k]) for k, v in random_state(spec).items())
+    assert {r.source for r in done.report.with_status("dropped")} == {"head.weight", "optimizer.state.0"}
+    assert done.metadata.spec == spec and done.metadata.spacing_mm is None
+    # with the run's encoder file beside it, what it saw is known
+    seen = EncoderMetadata(spec, "mae3d", (2.0, 1.0, 1.0), None, ("ZScoreNormalization",), ("MR",))
+    save_encoder(source.with_name("encoder.safetensors"), random_state(spec), seen)
+    assert translate_checkpoint(source).metadata.spacing_mm == (2.0, 1.0, 1.0)
+    with pytest.raises(UserError, match="a file of ours"):
+        translate_checkpoint(source, OPTIONS)
+    source.with_name("run.json").unlink()
+    with pytest.raises(UserError, match=r"no .*run\.json beside it"):
+        translate_checkpoint(source)
+
+
+def test_an_encoder_file_needs_no_conversion(capsys, tmp_path):
+    file = tmp_path / "e.safetensors"
+    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    code, _, err = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors")
+    assert code == 2 and "is an encoder file already" in err
+    code, out, _ = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors", "--to", "timm")
+    assert code == 0 and "hiendmae plan" not in out
+
+
+# ---- damaged tensors ----------------------------------------------------------------------------------------------
+
+RESHAPES = {
+    "one axis more": lambda t: t[..., None],
+    "flat": lambda t: t.reshape(-1),
+    "first axes swapped": lambda t: t.transpose(0, 1) if t.ndim > 1 else t,
+    "all axes reversed": lambda t: t.permute(*reversed(range(t.ndim))),
+    "shorter": lambda t: t[:-1],
+    "longer": lambda t: torch.cat([t, t[:1]]),
+}
+DTYPES = [torch.float16, torch.bfloat16, torch.float64, torch.int32, torch.int8, torch.bool, torch.complex64]
+
+
+def change(data, state):
+    """One damage to one tensor."""
+    # without its head, nothing tells that a MONAI encoder has lost its CLS token
+    name = data.draw(st.sampled_from(sorted(k for k in state if "head" not in k)))
+    kind = data.draw(st.sampled_from(["delete", "rename", "reshape", "dtype"]))
+    tensor = state.pop(name)
+    if kind == "rename":
+        other = data.draw(st.sampled_from(sorted(k for k in state if "head" not in k)))
+        new = data.draw(st.sampled_from([f"{name}_", f"x.{name}", name.replace("0", "1"), other, name.upper()]))
+        state[new] = tensor
+    elif kind == "reshape":
+        changed = RESHAPES[data.draw(st.sampled_from(sorted(RESHAPES)))](tensor)
+        # a square matrix transposed, or a vector reversed, is no other shape
+        state[name] = tensor if changed.shape == tensor.shape else changed.contiguous()
+    elif kind == "dtype":
+        # once only: numbers that went through integers are other numbers
+        state[name] = tensor.to(data.draw(st.sampled_from(DTYPES))) if tensor.dtype == torch.float32 else tensor
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """Per kind: the result of the undamaged file."""
+    folder = tmp_path_factory.mktemp("good")
+    return {k: translate_checkpoint(write_checkpoint(folder / f"{k}.pth", k), OPTIONS) for k in SPECS}
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_tensors_never_load_silently_wrong(good, tmp_path, kind, data):
+    """Either refused, or the result equals that of the undamaged file up to the rounding of number types."""
+    state = authors_state(kind, random_state(SPECS[kind]))
+    for _ in range(data.draw(st.integers(1, 3))):
+        change(data, state)
+    torch.save(container(kind, state), tmp_path / "c.pth")
+    try:
+        damaged = translate_checkpoint(tmp_path / "c.pth", OPTIONS)
+    except UserError:
+        return
+    expected = good[kind]
+    assert damaged.format == kind and damaged.metadata.spec == expected.metadata.spec
+    assert damaged.state.keys() == expected.state.keys()
+    for name, tensor in damaged.state.items():
+        # bfloat16 keeps 8 bits
+        torch.testing.assert_close(tensor.float(), expected.state[name].float(), rtol=2**-8, atol=1e-6)
+    accounted = {r.source for r in damaged.report.records if r.source}
+    assert accounted == set(state)

@@ -1,0 +1,442 @@
+"""Foreign checkpoints → encoder files: parity with the recorded outputs, and the account of every tensor."""
+
+import pytest
+import torch
+from fixtures_util import Fixture
+from foreign_files import SPECS, VIT, authors_name, authors_state, container, random_state, write_checkpoint
+from monai.networks.nets import ViT
+from safetensors.torch import load_file, save_file
+
+from nnunetv2_hiendmae.architectures import ConvViTEncoder, build_encoder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.weights import (
+    ConvertOptions,
+    convert_checkpoint,
+    load_encoder,
+    load_into,
+    load_report,
+    translate_checkpoint,
+)
+
+FIXTURES = {
+    "hiendmae_pretrain_p12": ("hiendmae", "state_dict", 4),
+    "hiendmae_finetune": ("hiendmae", "state_dict", 3),
+    "glmae_encoder": ("glmae", "student", 4),
+    "glmae_unetr": ("glmae", "student", 3),
+    "mae3d_pretrain": ("mae3d", "model", 4),
+    "mim_pretrain": ("mim", "model", 3),
+    "mim_finetune": ("mim", "model", 3),
+    "mim_finetune_interp": ("mim", "model", 3),
+    "mim_threelevel": ("mim", "model", 3),
+}
+FACTS = {
+    "hiendmae": ((1.5, 1.5, 1.5), (-175.0, 250.0), "NibabelIOWithReorient", "RAS", "Apache-2.0"),
+    "mim": (None, (-1000.0, 1000.0), "NibabelIOWithReorient", "RAS", "none stated by the authors"),
+    "glmae": (None, (-1000.0, 1000.0), "NibabelIOWithReorient", "RAS", "none stated by the authors"),
+    "mae3d": (None, None, None, "unknown", "none stated by the authors"),
+}
+
+
+def transposed(x):
+    return x.permute(0, 1, 4, 3, 2)
+
+
+def raster_transposed(tokens, grid):
+    """Tokens of a transposed volume in the raster order of the volume with `grid`."""
+    return tokens.unflatten(1, grid[::-1]).permute(0, 3, 2, 1, 4).flatten(1, 3)
+
+
+# ---- parity and accounts on the authors' own files ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_tensor_of_the_authors_file_is_accounted_for(name, tmp_path):
+    fixture = Fixture(name)
+    kind, key, heads = FIXTURES[name]
+    source = fixture.write_checkpoint(tmp_path / "any name.pth")
+    done = convert_checkpoint(source, tmp_path / "out" / "encoder.safetensors", ConvertOptions(num_heads=heads))
+    assert done.format == kind
+    content = fixture.checkpoint()
+    names = [r.source for r in done.report.records if r.source]
+    assert len(names) == len(set(names)) and set(content[key]) <= set(names)
+    rest = {n for n in names if n not in content[key]}
+    assert all(n.startswith(("teacher.", "dino_loss.")) for n in rest), rest
+    with_tensors = {n.split(".")[0] for n in rest}
+    assert {n for n, _ in done.report.entries} == set(content) - {key} - with_tensors
+    # and every tensor of the target
+    stored = load_file(done.path)
+    assert sorted(stored) == sorted(r.target for r in done.report.records if r.target)
+    assert {r.source for r in done.report.with_status("dropped")} == set(names) - {
+        r.source for r in done.report.records if r.target
+    }
+    assert load_report(done.path).summary() == f"{len(stored)} loaded, 0 adapted, 0 dropped"
+    meta = done.metadata
+    seen = (meta.spacing_mm, meta.window_hu, meta.image_reader_writer, meta.orientation, meta.licence)
+    assert seen == FACTS[kind]
+    assert meta.method == kind and meta.citations[0].startswith("@") and "(x, y, z)" in meta.notes[0]
+    assert (meta.source, meta.source_sha256) == (source.name, sha256(source))
+    assert meta.channel_names == (("CT",) if meta.window_hu else ())
+    encoder, again = load_encoder(done.path)
+    assert {**vars(again), "version": ""} == vars(meta)
+    assert isinstance(encoder, ConvViTEncoder) == (kind == "mim")
+
+
+@pytest.mark.parametrize("axes", ["dhw", "xyz"])
+@pytest.mark.parametrize("grid", ["same", "grid444", "grid234"])
+def test_glmae_features_for_every_grid(tmp_path, grid, axes):
+    fixture = Fixture("glmae_encoder")
+    source = fixture.write_checkpoint(tmp_path / "c.pth")
+    done = convert_checkpoint(source, tmp_path / "e.safetensors", ConvertOptions(num_heads=4, axes=axes))
+    encoder, _ = load_encoder(done.path)
+    x = fixture[f"{grid}/x_u8"].float() / 255
+    size = tuple(s // 16 for s in x.shape[2:])
+    with torch.no_grad():
+        tokens, _ = encoder(transposed(x) if axes == "xyz" else x)
+    cls, patches = tokens[:, 0], tokens[:, 1:]
+    positions = encoder.positions(list(size[::-1] if axes == "xyz" else size))
+    if axes == "xyz":
+        patches, positions = raster_transposed(patches, size), raster_transposed(positions, size)
+    fixture.check(f"{grid}/cls_token", cls)
+    fixture.check(f"{grid}/patch_features", patches)
+    fixture.check(f"{grid}/pos_embed", positions, fixture[f"{grid}/pos_embed"][:, 1:])
+
+
+def test_glmae_into_a_fine_tuning_encoder_of_another_grid(tmp_path):
+    """The way of training: file → network without CLS, another crop."""
+    fixture = Fixture("glmae_unetr")
+    source = fixture.write_checkpoint(tmp_path / "c.pth")
+    done = convert_checkpoint(source, tmp_path / "e.safetensors", ConvertOptions(num_heads=3, axes="dhw"))
+    encoder = build_encoder(
+        done.metadata.spec.with_(cls_token=False, pos_embed="learned", img_size=fixture.meta["config"]["img_size"])
+    )
+    report = load_into(encoder, done.path)
+    assert [r.source for r in report.with_status("dropped")] == ["cls_token"]
+    with torch.no_grad():
+        out, taps = encoder(fixture.image)
+    fixture.check("vit_out", out)
+    fixture.check("vit_skips", torch.stack(taps))
+
+
+def test_mae3d_latent(tmp_path):
+    fixture = Fixture("mae3d_pretrain")
+    source = fixture.write_checkpoint(tmp_path / "c.pth")
+    encoder, _ = load_encoder(
+        convert_checkpoint(source, tmp_path / "e.safetensors", ConvertOptions(num_heads=4, axes="dhw")).path
+    )
+    keep = fixture["noise"].argsort(dim=1)[:, : fixture.meta["config"]["len_keep"]]
+    with torch.no_grad():
+        fixture.check("latent", encoder(fixture.image, keep)[0])
+
+
+def test_teacher_and_student(tmp_path):
+    fixture = Fixture("glmae_encoder")
+    source = fixture.write_checkpoint(tmp_path / "c.pth")
+    content = fixture.checkpoint()
+    student = translate_checkpoint(source, ConvertOptions(num_heads=4))
+    teacher = translate_checkpoint(source, ConvertOptions(num_heads=4, use_teacher=True))
+    for translated, key, prefix in ((student, "student", "module."), (teacher, "teacher", "")):
+        theirs = content[key][f"{prefix}backbone.blocks.1.mlp.fc1.weight"]
+        assert torch.equal(translated.state["blocks.1.mlp.fc1.weight"], theirs)
+    assert not torch.equal(student.state["norm.bias"], teacher.state["norm.bias"])
+    assert any("teacher" in note for note in teacher.metadata.notes)
+    reasons = {r.detail for r in teacher.report.records if (r.source or "").startswith("student.")}
+    assert reasons == {"the student; the teacher was asked for"}
+    without = Fixture("mae3d_pretrain").write_checkpoint(tmp_path / "m.pth")
+    with pytest.raises(UserError, match="no 'teacher'"):
+        translate_checkpoint(without, ConvertOptions(num_heads=4, use_teacher=True))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("hiendmae_pretrain_p12", "sincos"), ("hiendmae_finetune", "learned")])
+def test_positions_are_fixed_or_learned(tmp_path, name, kind):
+    """hiendmae_finetune scales the table by 0.02, which makes it one of its own."""
+    source = Fixture(name).write_checkpoint(tmp_path / "c.pth")
+    translated = translate_checkpoint(source, ConvertOptions(num_heads=FIXTURES[name][2]))
+    assert translated.metadata.spec.pos_embed == kind
+
+
+# ---- names and containers -----------------------------------------------------------------------------------------
+
+
+def test_the_position_of_cls_is_added_to_the_token(tmp_path):
+    """The CLS row is 0.5 in these files; in float16 the sum is kept in float32."""
+    source = write_checkpoint(tmp_path / "c.pth", "glmae", dtype=torch.float16)
+    translated = translate_checkpoint(source, ConvertOptions(num_heads=2, axes="dhw"))
+    state = random_state(VIT, torch.float16)
+    assert torch.equal(translated.state["cls_token"], state["cls_token"].float() + 0.5)
+    record = next(r for r in translated.report.records if r.target == "cls_token")
+    assert record.status == "adapted" and "row 0 of pos_embed" in record.detail
+    assert torch.equal(translated.state["pos_embed"], state["pos_embed"])
+    assert translated.state["norm.weight"].dtype == torch.float16
+
+
+def states():
+    glmae = authors_state("glmae", random_state(VIT))
+    bare = {k.removeprefix("module."): v for k, v in glmae.items()}
+    mae3d = authors_state("mae3d", random_state(VIT))
+    mim = authors_state("mim", random_state(SPECS["mim"]))
+    return {
+        "glmae in state_dict": ({"state_dict": glmae}, "glmae"),
+        "glmae bare": (bare, "glmae"),
+        "glmae student without backbone": (
+            {"student": {k.replace("backbone.", ""): v for k, v in glmae.items()}},
+            "glmae",
+        ),
+        "hiendmae without module": (
+            {k.removeprefix("module."): v for k, v in authors_state("hiendmae", random_state(VIT)).items()},
+            "hiendmae",
+        ),
+        "compiled and parallel": ({"model": {f"module._orig_mod.{k}": v for k, v in mae3d.items()}}, "mae3d"),
+        "mae3d bare": (mae3d, "mae3d"),
+        "mim without heads": ({"model": {k: v for k, v in mim.items() if "aggregate" not in k}}, "mim"),
+        "timm": (authors_state("timm", random_state(VIT)), "timm"),
+        "monai in unetr": (
+            {
+                **{f"vit.{k}": v for k, v in authors_state("monai", random_state(VIT)).items()},
+                "encoder1.layer.conv1.conv.weight": torch.zeros(1, 1, 3, 3, 3),
+                "out.conv.conv.bias": torch.zeros(1),
+            },
+            "monai",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", states())
+def test_variants_of_names_and_containers(tmp_path, case):
+    content, kind = states()[case]
+    torch.save(content, tmp_path / "c.pth")
+    translated = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, axes="dhw"))
+    assert translated.format == kind
+    expected = random_state(SPECS[kind])
+    if kind in ("glmae", "mae3d", "timm"):
+        expected["cls_token"] += 0.5
+    assert translated.state.keys() == expected.keys()
+    assert all(torch.equal(v, expected[k]) for k, v in translated.state.items())
+    assert not [r for r in translated.report.records if "unknown" in r.detail]
+
+
+def test_the_format_can_be_said(tmp_path):
+    """A bare GL-MAE file has the names of MAE3D."""
+    torch.save(authors_state("mae3d", random_state(VIT)), tmp_path / "c.pth")
+    guessed = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+    said = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, format="glmae"))
+    assert (guessed.metadata.method, said.metadata.method) == ("mae3d", "glmae")
+    assert said.metadata.window_hu == (-1000.0, 1000.0)
+    assert all(torch.equal(v, said.state[k]) for k, v in guessed.state.items())
+
+
+def test_float64_becomes_float32(tmp_path):
+    source = write_checkpoint(tmp_path / "c.pth", "hiendmae", dtype=torch.float64)
+    done = convert_checkpoint(source, tmp_path / "e.safetensors", ConvertOptions(num_heads=2))
+    assert {v.dtype for v in load_file(done.path).values()} == {torch.float32}
+    assert all("float64 → float32" in r.detail for r in done.report.with_status("adapted"))
+    assert not done.report.with_status("loaded")
+
+
+def test_safetensors_are_read_too(tmp_path):
+    save_file(authors_state("hiendmae", random_state(VIT)), tmp_path / "c.safetensors")
+    translated = translate_checkpoint(tmp_path / "c.safetensors", ConvertOptions(num_heads=2, axes="dhw"))
+    assert all(torch.equal(v, translated.state[k]) for k, v in random_state(VIT).items())
+
+
+# ---- spec ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "width", "heads"),
+    [("hiendmae", 768, 12), ("glmae", 192, 3), ("mim", 96, 3), ("timm", 384, 6), ("monai", 768, 12)],
+)
+def test_released_numbers_of_heads(tmp_path, kind, width, heads):
+    spec = SPECS[kind].with_(embed_dim=width, depth=1, taps=() if kind == "mim" else (0,), num_heads=heads)
+    source = write_checkpoint(tmp_path / "c.pth", kind, spec, torch.float16)
+    assert translate_checkpoint(source).metadata.spec.num_heads == heads
+    assert translate_checkpoint(source, ConvertOptions(num_heads=1)).metadata.spec.num_heads == 1
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_heads_are_asked_for(tmp_path, kind):
+    source = write_checkpoint(tmp_path / "c.pth", kind)
+    with pytest.raises(UserError, match=r"width 12 .*give it with --num-heads"):
+        translate_checkpoint(source)
+    with pytest.raises(UserError, match="--num-heads 5 does not divide"):
+        translate_checkpoint(source, ConvertOptions(num_heads=5))
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_the_grid_is_never_guessed(tmp_path, kind):
+    spec = SPECS[kind]
+    spec = spec.with_(img_size=tuple(p * g for p, g in zip(spec.patch_size, (4, 3, 2), strict=True)))
+    source = write_checkpoint(tmp_path / "c.pth", kind, spec)
+    with pytest.raises(UserError, match=r"no cube; give the crop.*--img-size"):
+        translate_checkpoint(source, ConvertOptions(num_heads=2))
+    with pytest.raises(UserError, match="--img-size does not fit"):
+        translate_checkpoint(source, ConvertOptions(num_heads=2, img_size=(96, 96, 96)))
+    for axes, size in (("dhw", spec.img_size), ("xyz", spec.img_size[::-1])):
+        found = translate_checkpoint(source, ConvertOptions(num_heads=2, img_size=size, axes=axes)).metadata.spec
+        assert found.img_size == size
+
+
+# ---- timm and MONAI -----------------------------------------------------------------------------------------------
+
+
+def monai_vit(spec, **changes):
+    torch.manual_seed(1)
+    vit = ViT(
+        spec.in_channels,
+        spec.img_size,
+        spec.patch_size,
+        spec.embed_dim,
+        int(spec.embed_dim * spec.mlp_ratio),
+        spec.depth,
+        spec.num_heads,
+        **{"proj_type": "conv", "classification": spec.cls_token, "qkv_bias": True, **changes},
+    ).eval()
+    for name, parameter in vit.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    if vit.classification:
+        # its tokens are wanted, not its classes
+        del vit.classification_head
+    return vit
+
+
+@pytest.mark.parametrize("proj_type", ["conv", "perceptron"])
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_monai_gives_the_same_tokens(tmp_path, proj_type, cls_token, qkv_bias):
+    spec = VIT.with_(cls_token=cls_token, img_size=(8, 12, 16), in_channels=2)
+    vit = monai_vit(spec, proj_type=proj_type, qkv_bias=qkv_bias)
+    torch.save({f"vit.{k}": v for k, v in vit.state_dict().items()}, tmp_path / "c.pth")
+    options = ConvertOptions(num_heads=2, img_size=spec.img_size)
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", options)
+    encoder, metadata = load_encoder(done.path)
+    assert metadata.spec.norm_eps == 1e-5 and metadata.spec.img_size == spec.img_size
+    assert metadata.method == "mae3d" and any("--method" in n for n in metadata.notes)
+    assert len(done.report.with_status("fresh")) == (0 if qkv_bias else spec.depth)
+    x = torch.rand(2, 2, *spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(x)[0], vit(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_bias_of_one_block_is_not_made_up(tmp_path):
+    state = monai_vit(VIT).state_dict()
+    del state["blocks.1.attn.qkv.bias"]
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias is missing"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_export_to_monai_loads_strictly(tmp_path, cls_token):
+    spec = VIT.with_(cls_token=cls_token, img_size=(8, 12, 8))
+    source = tmp_path / "t.pth"
+    torch.save(authors_state("timm", random_state(spec)), source)
+    options = ConvertOptions(num_heads=2, img_size=spec.img_size)
+    encoder, _ = load_encoder(convert_checkpoint(source, tmp_path / "e.safetensors", options).path)
+    done = convert_checkpoint(tmp_path / "e.safetensors", tmp_path / "m.safetensors", to="monai")
+    assert len(done.report.with_status("fresh")) == 2 * spec.depth
+    vit = monai_vit(spec)
+    vit.load_state_dict(load_file(done.path))
+    for module in vit.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-6
+    x = torch.rand(2, 1, *spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(vit(x)[0], encoder(x)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("to", ["timm", "monai"])
+def test_export_and_back_is_the_same_encoder(tmp_path, to):
+    """What names cannot tell (heads, an oblong grid, what it saw) travels in the header."""
+    spec = VIT.with_(img_size=(8, 12, 4))
+    source = write_checkpoint(tmp_path / "h.pth", "hiendmae", spec)
+    options = ConvertOptions(num_heads=2, img_size=spec.img_size[::-1])
+    first = convert_checkpoint(source, tmp_path / "a.safetensors", options)
+    exported = convert_checkpoint(first.path, tmp_path / "b.safetensors", to=to)
+    assert exported.format == "encoder"
+    back = convert_checkpoint(exported.path, tmp_path / "c.safetensors")
+    assert back.format == to
+    before, after = load_file(first.path), load_file(back.path)
+    assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
+    assert vars(back.metadata) == {
+        **vars(first.metadata),
+        "version": back.metadata.version,
+        "source": "b.safetensors",
+        "source_sha256": sha256(exported.path),
+    }
+
+
+def test_timm_names_have_a_row_for_cls(tmp_path):
+    source = write_checkpoint(tmp_path / "h.pth", "hiendmae")
+    done = convert_checkpoint(source, tmp_path / "t.safetensors", ConvertOptions(num_heads=2, axes="dhw"), to="timm")
+    table = load_file(done.path)["pos_embed"]
+    assert table.shape == (1, 9, 12) and not table[:, 0].any()
+    assert torch.equal(table[:, 1:], random_state(VIT)["pos_embed"])
+    record = next(r for r in done.report.records if r.target == "pos_embed")
+    assert record.source == authors_name("hiendmae", "pos_embed") and record.status == "adapted"
+
+
+def test_a_convvit_has_no_such_names(tmp_path):
+    source = write_checkpoint(tmp_path / "m.pth", "mim")
+    with pytest.raises(UserError, match="no encoder of kind 'convvit'"):
+        convert_checkpoint(source, tmp_path / "t.safetensors", ConvertOptions(num_heads=2), to="timm")
+    assert not (tmp_path / "t.safetensors").exists()
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "needed"),
+    [
+        ("timm", "blocks.0.ls1.gamma", "would be lost"),
+        ("timm", "norm_pre.weight", "would be lost"),
+        ("timm", "reg_token", "would be lost"),
+        ("timm", "blocks.0.attn.q_norm.weight", "would be lost"),
+        ("hiendmae", "module.encoder.blocks.12.norm1.weight", r"blocks\.2 is missing"),
+        ("hiendmae", "module.encoder.anything", "would be lost"),
+        ("mim", "blocks4.0.gamma_1", "would be lost"),
+        ("mim", "blocks4.0.attn.relative_position_bias_table", "would be lost"),
+        ("monai", "blocks.0.attn.rel_pos_embedding.rel_pos_d", "would be lost"),
+        ("glmae", "module.backbone.norm_pre.bias", "would be lost"),
+    ],
+)
+def test_what_would_change_the_output_is_never_dropped(tmp_path, kind, name, needed):
+    state = authors_state(kind, random_state(SPECS[kind]))
+    state[name] = torch.ones(12)
+    torch.save(container(kind, state), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=needed):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+def test_what_is_outside_the_encoder_is_named(tmp_path):
+    state = authors_state("timm", random_state(VIT))
+    state["projector.0.weight"] = torch.ones(12)
+    torch.save(state, tmp_path / "c.pth")
+    report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
+    record = next(r for r in report.records if r.source == "projector.0.weight")
+    assert record.status == "dropped" and "unknown" in record.detail
+    assert "dropped: projector.0.weight (unknown" in report.text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"conv.weight": torch.zeros(3), "conv.bias": torch.zeros(3)}, r"unknown kind.*conv\.weight, conv\.bias"),
+        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: the entries weights"),
+        ({"model": {f"layers.{i}": torch.zeros(1) for i in range(9)}}, r"'model' with layers\.0.* and 4 more"),
+    ],
+)
+def test_unknown_kinds_list_what_was_found(tmp_path, content, message):
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=message) as caught:
+        translate_checkpoint(tmp_path / "c.pth")
+    assert "hiendmae, mim, monai, glmae, mae3d, timm" in str(caught.value)
+
+
+def test_a_2d_vit_is_refused(tmp_path):
+    state = authors_state("timm", random_state(VIT))
+    state["patch_embed.proj.weight"] = torch.zeros(12, 3, 4, 4)
+    torch.save(state, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="a 2D network"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
