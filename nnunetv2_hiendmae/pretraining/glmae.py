@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Pretra
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.teacher import Centre, ProjectionHead, cosine_momentum, follow
 from nnunetv2_hiendmae.pretraining.views import Augmentation
+from nnunetv2_hiendmae.weights.citations import CITATIONS
 
 EMBEDDINGS = ("mean", "cls")
 # edges of a global view by those of a local one, as published: 160 and 96 voxels
@@ -63,11 +64,7 @@ class GLMAE(Method):
         "Zhuang et al. 2023; batch_size counts volumes, an epoch is one pass over the paper's 746 volumes. lr is ours, "
         "1.5e-4 · batch/256: the published 1e-2 is unstable. Published epochs: 400 (ViT-T), 1000 (ViT-B)"
     )
-    citations: ClassVar[tuple[str, ...]] = (
-        "@article{zhuang2023glmae, title={Advancing Volumetric Medical Image Segmentation via Global-Local Masked "
-        "Autoencoder}, author={Zhuang, Jia-Xin and Luo, Luyang and Chen, Hao}, journal={arXiv preprint "
-        "arXiv:2306.08913}, year={2023}}",
-    )
+    citations: ClassVar[tuple[str, ...]] = CITATIONS["glmae"]
     recipe = PretrainRecipe(
         epochs=400, steps_per_epoch=12, warmup_epochs=40, batch_size=64, lr=LR_PER_256 * 64 / 256, weight_decay=0.05
     )
