@@ -2,6 +2,9 @@
 
 The peer, in the same run and interleaved, is the way most pretraining code loads: read the whole volume, then cut
 8 crops (as Hi-End-MAE's published loader does) with the same augmentation.
+
+With `--glmae` it measures the views of GL-MAE instead, which are larger boxes that are resized, against one crop of
+the encoder's size, again interleaved.
 """
 
 import argparse
@@ -9,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
@@ -18,14 +22,21 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, VolumeFormat
+from nnunetv2_hiendmae.pretraining.resized import ResizedCrop
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 
 SHAPE = (200, 280, 280)
+SPACING_MM = (1.5, 1.5, 1.5)
 CROPS_PER_VOLUME = 8
+Clock = Callable[[], float]
+# elapsed time, or for a machine that is busy with other work the time that the processor gave to this one
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class WholeVolume:
     """The peer: the volume is in memory and crops are cut from it."""
+
+    spacing_mm = SPACING_MM
 
     def __init__(self, path: Path):
         self.array = blosc2.open(str(path), mode="r", dparams={"nthreads": 1})[:]
@@ -56,21 +67,65 @@ def make_volume(folder: Path, number: int) -> Case:
     return Case(f"bench/case{number}", target.with_suffix(".b2nd"), SHAPE)
 
 
-def time_ours(dataset: SampleDataset, step: int, crops: int) -> float:
-    start = time.perf_counter()
+def time_ours(dataset: SampleDataset, step: int, crops: int, clock: Clock) -> float:
+    start = clock()
     for i in range(crops):
         dataset[(step, i)]
-    return crops / (time.perf_counter() - start)
+    return crops / (clock() - start)
 
 
-def time_whole(cases: list[Case], views: MaskedCrop, step: int, crops: int) -> float:
+def time_whole(cases: list[Case], views: MaskedCrop, step: int, crops: int, clock: Clock) -> float:
     rng = np.random.default_rng(step)
-    start = time.perf_counter()
+    start = clock()
     for i in range(crops // CROPS_PER_VOLUME):
         volume = WholeVolume(cases[i % len(cases)].path)
         for _ in range(CROPS_PER_VOLUME):
             views.draw(volume, rng)
-    return crops / (time.perf_counter() - start)
+    return crops / (clock() - start)
+
+
+class OneView:
+    """One view of GL-MAE as a sample."""
+
+    def __init__(self, crop: ResizedCrop):
+        self.crop = crop
+
+    def draw(self, volume, rng):
+        return dict(zip(("image", "order"), self.crop.draw(volume, rng), strict=True))
+
+
+def glmae_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Views per second of GL-MAE's two kinds and of one plain crop, taking turns."""
+    local, large = (args.crop,) * 3, (args.crop * 5 // 3 // args.patch * args.patch,) * 3
+    tokens = {size: (size[0] // args.patch) ** 3 for size in (local, large)}
+    views = {
+        "one crop, no augmentation": MaskedCrop(local, tokens[local], augmentation=None),
+        f"GL-MAE local view, {local[0]}³": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5))),
+        f"GL-MAE global view, {large[0]}³": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0))),
+    }
+    datasets = {name: SampleDataset(data, view, 0) for name, view in views.items()}
+    rates = {name: [] for name in views}
+    for repeat in range(args.repeats + 1):
+        for name, dataset in datasets.items():
+            # a global view takes as long as dozens of crops
+            rates[name].append(
+                time_ours(dataset, repeat, max(8, args.crops // (10 if "global" in name else 1)), CLOCKS[args.clock])
+            )
+    return rates
+
+
+def crop_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Crops per second with and without augmentation, and of the peer, taking turns."""
+    size, tokens = (args.crop,) * 3, (args.crop // args.patch) ** 3
+    views = {"with augmentation": MaskedCrop(size, tokens), "without": MaskedCrop(size, tokens, augmentation=None)}
+    datasets = {k: SampleDataset(data, v, 0) for k, v in views.items()}
+    rates = {"with augmentation": [], "without": [], "whole volume, with augmentation": []}
+    for repeat in range(args.repeats + 1):
+        for name, dataset in datasets.items():
+            rates[name].append(time_ours(dataset, repeat, args.crops, CLOCKS[args.clock]))
+        whole = time_whole(list(data.cases), views["with augmentation"], repeat, args.crops, CLOCKS[args.clock])
+        rates["whole volume, with augmentation"].append(whole)
+    return rates
 
 
 def main() -> None:
@@ -82,30 +137,25 @@ def main() -> None:
     parser.add_argument("--volumes", type=int, default=4)
     parser.add_argument("--crops", type=int, default=160, help="crops per repeat")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    parser.add_argument("--glmae", action="store_true", help="measure GL-MAE's views")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    size = (args.crop,) * 3
-    tokens = (args.crop // args.patch) ** 3
     with tempfile.TemporaryDirectory() as folder:
-        cases = [make_volume(Path(folder), i) for i in range(args.volumes)]
-        volumes = VolumeFormat(("CT",), (1.5,) * 3, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
-        views = {"with augmentation": MaskedCrop(size, tokens), "without": MaskedCrop(size, tokens, augmentation=None)}
-        datasets = {k: SampleDataset(PretrainData(tuple(cases), volumes), v, 0) for k, v in views.items()}
-        rates = {"with augmentation": [], "without": [], "whole volume, with augmentation": []}
-        for repeat in range(args.repeats + 1):
-            for name, dataset in datasets.items():
-                rates[name].append(time_ours(dataset, repeat, args.crops))
-            whole = time_whole(cases, views["with augmentation"], repeat, args.crops)
-            rates["whole volume, with augmentation"].append(whole)
+        cases = tuple(make_volume(Path(folder), i) for i in range(args.volumes))
+        volumes = VolumeFormat(("CT",), SPACING_MM, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
+        rates = (glmae_rates if args.glmae else crop_rates)(PretrainData(cases, volumes), args)
     print(
         f"machine: {cpu_model()}, 1 of {os.cpu_count()} cores; torch {torch.__version__}, blosc2 {blosc2.__version__}"
     )
     print(f"{args.volumes} volumes of 280×280×200, crop {args.crop}³, {args.crops} crops × {args.repeats} repeats\n")
-    print("| loader | crops/s per core (median) | interquartile range | ratio |\n|---|---|---|---|")
-    peer = statistics.median(rates["whole volume, with augmentation"][1:])
+    print("| loader | crops or views/s per core (median) | interquartile range | ratio |\n|---|---|---|---|")
+    peer = statistics.median(
+        rates["one crop, no augmentation" if args.glmae else "whole volume, with augmentation"][1:]
+    )
     for name, all_rates in rates.items():
         low, middle, high = statistics.quantiles(all_rates[1:], n=4)
-        print(f"| {name} | {middle:.0f} | {low:.0f} – {high:.0f} | {middle / peer:.2f} |")
+        print(f"| {name} | {middle:.3g} | {low:.3g} – {high:.3g} | {middle / peer:.2g} |")
 
 
 def cpu_model() -> str:

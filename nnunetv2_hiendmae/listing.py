@@ -25,7 +25,10 @@ def list_methods(as_json: bool = False) -> str:
     blocks = []
     for name, about in methods.items():
         lines = [f"{name}: {about['title']} ({about['source']})"]
-        lines += [f"  {part}: " + ", ".join(f"{k}={v}" for k, v in about[part].items()) for part in _PARTS]
+        for part in _PARTS:
+            noted = (f" ({about['notes'][k]})" if k in about["notes"] else "" for k in about[part])
+            pairs = zip(about[part].items(), noted, strict=True)
+            lines.append(f"  {part}: " + ", ".join(f"{k}={v}{note}" for (k, v), note in pairs))
         blocks.append("\n".join(lines))
     notes = (
         "options are changed with --set key=value; None means derived from the encoder. batch_size counts crops per "
@@ -45,6 +48,7 @@ def _method(name: str) -> dict[str, Any]:
         "options": method.options(),
         "recipe": vars(method.recipe),
         "volumes": {"spacing_mm": volumes.spacing_mm, "window_hu": volumes.window_hu},
+        "notes": dict(method.notes),
         "citations": list(method.citations),
     }
 

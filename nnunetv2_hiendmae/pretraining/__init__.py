@@ -1,10 +1,11 @@
 """Pretraining: methods, the data they see, and the loop that trains them."""
 
+from nnunetv2_hiendmae.pretraining.glmae import GLMAE
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
 from nnunetv2_hiendmae.pretraining.mae3d import MAE3D
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.pretraining.mim import MiM
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MiM, MAE3D)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MiM, GLMAE, MAE3D)}
 
-__all__ = ["MAE3D", "METHODS", "HiEndMAE", "Method", "MiM"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM"]

@@ -1,6 +1,7 @@
 """Decoder parts that methods share."""
 
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import torch
 from timm.models.vision_transformer import Block
@@ -21,18 +22,30 @@ class DecoderQueries(nn.Module):
     def __init__(self, spec: EncoderSpec, width: int):
         super().__init__()
         self.prefix = int(spec.cls_token)
+        self.grid = spec.grid
         self.embed = nn.Linear(spec.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         table = sincos_positions(spec.grid, width).to(torch.get_default_device())
         self.pos_embed = nn.Parameter(table, requires_grad=False)
 
-    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → (B, [1+]N, F)."""
+    def forward(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → (B, [1+]N, F); `grid` None: the spec's."""
         x = self.embed(tokens)
         cls, visible = x[:, : self.prefix], x[:, self.prefix :]
         masked = self.mask_token.expand(len(x), order.shape[1] - visible.shape[1], -1).to(x.dtype)
-        queries = torch.cat([visible, masked], dim=1) + take_tokens(self.pos_embed, order)
+        queries = torch.cat([visible, masked], dim=1) + take_tokens(self.positions(grid), order)
         return torch.cat([cls, queries], dim=1)
+
+    def positions(self, grid: Sequence[int] | None = None) -> Tensor:
+        """Position table (1, N, F) of a grid: the spec's own, or a fixed one of that grid."""
+        if grid is None or tuple(grid) == self.grid:
+            return self.pos_embed
+        return _fixed_positions(tuple(grid), self.pos_embed.shape[2], self.pos_embed.device)
+
+
+@lru_cache(maxsize=16)
+def _fixed_positions(grid: tuple[int, int, int], width: int, device: torch.device) -> Tensor:
+    return sincos_positions(grid, width).to(device)
 
 
 class MAEDecoder(nn.Module):
@@ -53,14 +66,17 @@ class MAEDecoder(nn.Module):
         self.head = nn.Linear(width, spec.patch_voxels)
         init_transformer(self)
 
-    def forward(self, tokens: Tensor, order: Tensor) -> Tensor:
-        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P)."""
-        # the head is the widest layer of all: only what enters the loss goes through it
-        return self.head(self.features(tokens, order)[:, tokens.shape[1] :])
+    def forward(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P).
 
-    def features(self, tokens: Tensor, order: Tensor) -> Tensor:
+        `grid` (d, h, w) is that of the crop; None: the spec's.
+        """
+        # the head is the widest layer of all: only what enters the loss goes through it
+        return self.head(self.features(tokens, order, grid)[:, tokens.shape[1] :])
+
+    def features(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """The same → decoder tokens (B, [1+]N, F) after the norm, in the order of `order`."""
-        x = self.queries(tokens, order)
+        x = self.queries(tokens, order, grid)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

@@ -109,6 +109,7 @@ def _run(
             losses = _backward(fabric, method, model, batches, settings.accumulate, step)
             optimizer.step()
             optimizer.zero_grad()
+            method.synchronize(lambda tensor: _mean_over_processes(fabric, tensor))
             method.after_step((step + 1) / settings.total_steps)
             if log:
                 log.step(step, step // settings.steps_per_epoch, {**losses, "lr": lr})
@@ -135,13 +136,18 @@ def _backward(
         left -= 1
         with fabric.no_backward_sync(model, enabled=left > 0):
             losses = model(batch, part)
-            mean = {k: fabric.all_reduce(v.detach().clone(), reduce_op="mean") for k, v in losses.items()}
+            mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
             if not math.isfinite(mean["loss"].item()):
                 raise _not_finite(losses["loss"].item(), batch, step)
             fabric.backward(losses["loss"] / accumulate)
         for key, value in mean.items():
             totals[key] = totals.get(key, 0.0) + value / accumulate
     return {k: round(v.item(), 7) for k, v in totals.items()}
+
+
+def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
+    # all_reduce works in place
+    return fabric.all_reduce(tensor.clone(), reduce_op="mean")
 
 
 def _not_finite(loss: float, batch: Batch, step: int) -> UserError:

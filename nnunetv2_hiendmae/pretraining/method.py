@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -47,7 +47,8 @@ class Method(nn.Module, ABC):
     """A pretraining method. It never calls backward and never touches devices, processes or files.
 
     Keyword arguments of `__init__` after `spec` are the method's options; their defaults are the paper's.
-    Subclasses build `self.encoder`.
+    Subclasses build `self.encoder`. `notes` says of options and recipe entries what their unit is and whether their
+    default is ours, wherever the name and the paper do not.
 
     A method with more views than fit into memory gives its loss in `num_parts` parts: the loop calls `forward` for
     part 0, 1, … of the same batch in this order, goes backward after each, and adds the losses up. A part may keep
@@ -60,6 +61,7 @@ class Method(nn.Module, ABC):
     source: ClassVar[str]
     citations: ClassVar[tuple[str, ...]]
     recipe: ClassVar[PretrainRecipe] = PretrainRecipe()
+    notes: ClassVar[Mapping[str, str]] = {}
     encoder: nn.Module
     num_parts: int = 1
 
@@ -78,6 +80,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
         """The same batch as pictures: name of the view (letters, digits, '_') → what was made of it."""
+
+    def synchronize(self, mean_over_processes: Callable[[Tensor], Tensor]) -> None:
+        """Called before `after_step`, in every process: for what a method gathered in the step besides gradients.
+
+        `mean_over_processes` takes a tensor and returns its mean over the processes; all of them must call it the same
+        number of times.
+        """
 
     def after_step(self, progress: float) -> None:
         """Called after every optimizer step with the finished fraction of the run; moves a teacher."""

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 LOG = "log.jsonl"
 PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
+# what a line of the log holds besides the method's losses and measures
+RUN_KEYS = ("step", "epoch", "lr", "crops_per_second")
 # nnU-Net's own switch
 WANDB_VARIABLE = "nnUNet_wandb_enabled"
 # log lines without a terminal: at least this many seconds apart
@@ -107,27 +109,32 @@ class RunLog:
 
 
 def draw_progress(run_dir: Path) -> None:
-    """Redraws progress.png from log.jsonl: every loss part, learning rate, crops/s."""
+    """Redraws progress.png from log.jsonl: every loss part, what else the method measures, learning rate, crops/s."""
     from matplotlib.figure import Figure
 
     lines = _lines(run_dir)
     if not lines:
         return
-    losses = [k for k in lines[0] if k == "loss" or k.startswith("loss_")]
+    measured = [k for k in lines[0] if k not in RUN_KEYS]
+    losses = [k for k in measured if k == "loss" or k.startswith("loss_")]
+    others = [k for k in measured if k not in losses]
     shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
     steps = [line["step"] for line in lines][shown]
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    for key in losses:
-        values, color = [line[key] for line in lines], f"C{losses.index(key)}"
-        axes[0].plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=color)
-        axes[0].plot(steps, running_mean(values)[shown], label=key, color=color)
-    axes[0].set(ylabel="loss", title=f"{run_dir.name}: step {steps[-1] + 1}")
-    axes[0].legend()
-    axes[1].plot(steps, [line["lr"] for line in lines][shown])
-    axes[1].set(ylabel="learning rate")
-    axes[2].plot(steps, running_mean([line["crops_per_second"] for line in lines])[shown])
-    axes[2].set(ylabel="crops / s", xlabel="step")
+    panels = [("loss", losses), *([("other measures", others)] if others else [])]
+    figure = Figure(figsize=(8, 3 * len(panels) + 6), layout="constrained")
+    axes = figure.subplots(len(panels) + 2, 1, sharex=True)
+    for axis, (title, keys) in zip(axes, panels, strict=False):
+        for number, key in enumerate(keys):
+            values = [line[key] for line in lines]
+            axis.plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
+            axis.plot(steps, running_mean(values)[shown], label=key, color=f"C{number}")
+        axis.set(ylabel=title)
+        axis.legend()
+    axes[0].set(title=f"{run_dir.name}: step {steps[-1] + 1}")
+    axes[-2].plot(steps, [line["lr"] for line in lines][shown])
+    axes[-2].set(ylabel="learning rate")
+    axes[-1].plot(steps, running_mean([line["crops_per_second"] for line in lines])[shown])
+    axes[-1].set(ylabel="crops / s", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)
     write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))

@@ -23,7 +23,12 @@ from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.pretraining.loop import pretrain
 from nnunetv2_hiendmae.pretraining.runlog import draw_progress, running_mean
 
-PICTURES = {"hiendmae": ["crop"], "mae3d": ["crop"], "mim": ["level1", "level2", "level3"]}
+PICTURES = {
+    "hiendmae": ["crop"],
+    "mim": ["level1", "level2", "level3"],
+    "glmae": ["global", "local"],
+    "mae3d": ["crop"],
+}
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 CLI = [sys.executable, "-W", "ignore", "-m", "nnunetv2_hiendmae.cli"]
 methods = pytest.mark.parametrize("method", list(METHODS))
@@ -124,6 +129,7 @@ def free_port() -> str:
         pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
         pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
         pytest.param("mim", [["--nproc-per-node", "2"]], id="mim-one-node"),
+        pytest.param("glmae", [["--nproc-per-node", "2"]], id="glmae-one-node"),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )
@@ -263,6 +269,21 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
         f.writelines(line.format(i, i % 7) for i in range(400_000))
     draw_progress(tmp_path)
     assert (tmp_path / "progress.png").stat().st_size > 10_000
+
+
+def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypatch):
+    def labels(**measured) -> list[list[str]]:
+        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "crops_per_second": 9.0}
+        (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+        drawn = []
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig", lambda figure, p, **_: (drawn.append(figure), p.touch())
+        )
+        draw_progress(tmp_path)
+        return [[curve.get_label() for curve in axis.lines if curve.get_label()[0] != "_"] for axis in drawn[0].axes]
+
+    assert labels(loss_part=0.5) == [["loss", "loss_part"], [], []]
+    assert labels(loss_part=0.5, teacher_entropy=2.0) == [["loss", "loss_part"], ["teacher_entropy"], [], []]
 
 
 def test_running_mean():

@@ -1,0 +1,188 @@
+"""GL-MAE's views: which box they show, where its voxels go, and that nothing but the generator decides."""
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_hiendmae.pretraining import resized
+from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop, axis_weights, read_resized
+from nnunetv2_hiendmae.pretraining.views import Augmentation
+
+
+class RampVolume:
+    """Three channels that hold the D, H and W index of every voxel: a view tells what it shows and where."""
+
+    spacing_mm = (3.0, 1.0, 1.0)
+
+    def __init__(self, shape=(20, 30, 44)):
+        self.shape = shape
+        self.values = np.stack(np.meshgrid(*(np.arange(s, dtype=np.float32) for s in shape), indexing="ij"))
+        self.reads = []
+
+    def read(self, lower, size):
+        assert all(a >= 0 and a + b <= s for a, b, s in zip(lower, size, self.shape, strict=True)), "outside"
+        self.reads.append((tuple(lower), tuple(size)))
+        return self.values[(slice(None), *(slice(a, a + b) for a, b in zip(lower, size, strict=True)))].copy()
+
+    def is_foreground(self, voxel):
+        raise AssertionError("global and local views do not look for foreground")
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def places(lower: int, box: int, size: int) -> np.ndarray:
+    """Where the voxel centres of a resized axis lie in the volume."""
+    return lower + (np.arange(size) + 0.5) * box / size - 0.5
+
+
+def views(global_views=2, local_views=3, augmentation=None) -> GlobalLocalCrops:
+    return GlobalLocalCrops(
+        ResizedCrop((24, 24, 24), 27, (0.5, 1.0), augmentation),
+        ResizedCrop((16, 16, 16), 8, (0.25, 0.5), augmentation),
+        global_views,
+        local_views,
+    )
+
+
+@pytest.mark.parametrize(
+    ("lower", "box", "size"),
+    [
+        ((0, 0, 0), (20, 30, 44), (16, 24, 16)),
+        ((3, 5, 7), (5, 7, 11), (16, 8, 24)),
+        ((2, 1, 9), (17, 8, 33), (8, 24, 8)),
+        ((19, 0, 0), (1, 30, 2), (8, 8, 8)),
+    ],
+)
+def test_a_view_shows_its_box_and_every_voxel_in_its_place(lower, box, size):
+    """A ramp stays a ramp: to float32 rounding where it is enlarged; where it shrinks, voxels sample the wide triangle
+    unevenly, which moves its centre by up to 0.05 voxels (0.035 seen). Towards the border there are neighbours on one
+    side only: closer than half the triangle, values only have to lie in the box.
+    """
+    view = read_resized(RampVolume(), lower, box, size).numpy()
+    assert view.shape == (3, *size)
+    for axis in range(3):
+        expected = places(lower[axis], box[axis], size[axis])
+        lines = np.moveaxis(view[axis], axis, 0).reshape(size[axis], -1)
+        first, last = lower[axis], lower[axis] + box[axis] - 1
+        assert lines.min() >= first - 1e-4 and lines.max() <= last + 1e-4
+        reach = max(1.0, box[axis] / size[axis])
+        inside = (expected - reach >= first - 0.5) & (expected + reach <= last + 0.5)
+        assert inside.sum() >= (box[axis] > 4) * (size[axis] // 2)
+        distance = np.abs(lines[inside] - expected[inside, None])
+        assert (distance <= (1e-4 if box[axis] <= size[axis] else 0.05)).all()
+
+
+def test_the_same_size_is_the_crop_itself():
+    volume = RampVolume()
+    assert np.array_equal(read_resized(volume, (3, 4, 5), (8, 9, 10), (8, 9, 10)), volume.read((3, 4, 5), (8, 9, 10)))
+
+
+def test_shrinking_averages_what_plain_interpolation_would_skip():
+    """White noise, shrunk four times per axis: each axis' triangle spans 8 voxels, its squared weights sum to 0.172, so
+    that the standard deviation falls to 0.172^1.5 = 0.071; plain trilinear interpolation would leave 0.5^1.5 = 0.35."""
+    volume = RampVolume((64, 64, 64))
+    volume.values = rng().standard_normal((1, 64, 64, 64)).astype(np.float32)
+    inner = read_resized(volume, (0, 0, 0), (64, 64, 64), (16, 16, 16))[:, 1:-1, 1:-1, 1:-1]
+    assert 0.065 < inner.std() < 0.078
+
+
+@pytest.mark.parametrize(("source", "target"), [(7, 16), (40, 16), (16, 16), (1, 8), (13, 1)])
+def test_weights_of_an_axis_sum_to_one(source, target):
+    weights = axis_weights(source, target)
+    assert weights.shape == (target, source) and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(1), torch.ones(target), rtol=1e-6, atol=0)
+
+
+def test_slabs_do_not_change_the_view_and_bound_what_is_read_at_once(monkeypatch):
+    volume = RampVolume()
+    volume.values = rng().standard_normal(volume.values.shape).astype(np.float32)
+    whole = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
+    assert len(volume.reads) == 1
+    monkeypatch.setattr(resized, "SLAB_VOXELS", 4000)
+    slabs = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
+    assert torch.equal(whole, slabs)
+    read = volume.reads[1:]
+    assert sum(size[0] for _, size in read) == 18 and all(np.prod(size) <= 4000 for _, size in read)
+    # thinner than a slice is not possible
+    monkeypatch.setattr(resized, "SLAB_VOXELS", 10)
+    assert torch.equal(whole, read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16)))
+
+
+def test_the_number_of_threads_does_not_change_a_bit():
+    """What a worker with one thread makes equals what the training process makes with several."""
+    volume, before = RampVolume((40, 50, 60)), torch.get_num_threads()
+    volume.values = rng().standard_normal(volume.values.shape).astype(np.float32)
+    made = []
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            made.append(read_resized(volume, (0, 0, 0), volume.shape, (24, 24, 24)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*made)
+
+
+def test_scales_are_uniform_one_for_all_axes_and_boxes_lie_anywhere(monkeypatch):
+    """800 boxes: shares reach both ends of their range within 1 %, their mean lies within 4 standard deviations
+    (0.144 / sqrt(800) · 4 = 0.02), and boxes touch both ends of every axis."""
+    volume, generator, drawn = RampVolume((200, 160, 240)), rng(5), []
+    monkeypatch.setattr(resized, "read_resized", lambda volume, lower, box, size: drawn.append((lower, box)))
+    for _ in range(800):
+        ResizedCrop((2, 2, 2), 1, (0.5, 1.0)).draw(volume, generator)
+    lower, box = np.array(drawn).transpose(1, 0, 2)
+    shares, slack = box / volume.shape, volume.shape - box
+    # rounding to whole voxels: half a voxel of 160, twice
+    assert (np.ptp(shares, axis=1) <= 1 / 160).all()
+    assert 0.49 < shares.min() < 0.51 and 0.99 < shares.max() <= 1
+    assert abs(shares.mean() - 0.75) < 0.02
+    assert (lower >= 0).all() and (lower <= slack).all()
+    assert (lower.min(axis=0) == 0).all() and ((slack - lower).min(axis=0) == 0).all()
+    # uniform: in the middle of the room on average (4 standard deviations: 0.29 / sqrt(800) · 4)
+    assert (abs((lower / np.maximum(slack, 1))[slack[:, 0] > 20].mean(axis=0) - 0.5) < 0.041).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 30, 44), (5, 60, 7), (1, 1, 3)])
+def test_a_sample_holds_all_views_of_any_volume(shape):
+    """Volumes smaller than a view, thin ones too, are enlarged and never padded: every value lies in the box."""
+    volume = RampVolume(shape)
+    volume.values += 1
+    sample = views().draw(volume, rng())
+    assert {k: tuple(v.shape) for k, v in sample.items()} == {
+        "global": (2, 3, 24, 24, 24),
+        "global_order": (2, 27),
+        "local": (3, 3, 16, 16, 16),
+        "local_order": (3, 8),
+    }
+    assert sample["global"].dtype == torch.float32 and sample["global_order"].dtype == torch.int64
+    assert sample["global"].min() >= 1 - 1e-4
+    for kind, tokens in (("global", 27), ("local", 8)):
+        assert (sample[f"{kind}_order"].sort(dim=1).values == torch.arange(tokens)).all()
+        assert not torch.equal(sample[kind][0], sample[kind][1]) or max(shape) < 4
+
+
+def test_samples_depend_on_the_generator_alone():
+    volume, drawn = RampVolume(), views(augmentation=Augmentation())
+    torch.manual_seed(1)
+    first = drawn.draw(volume, rng(5))
+    torch.manual_seed(2)
+    np.random.seed(9)  # noqa: NPY002
+    state = torch.get_rng_state()
+    second = drawn.draw(volume, rng(5))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["local"], drawn.draw(volume, rng(6))["local"])
+
+
+def test_augmentation_moves_voxels_of_the_resized_view():
+    """Flips only: every augmented view is one of the eight mirror images of the plain one."""
+    volume, flips = RampVolume(), Augmentation(p_rotate=0.0, p_scale=0.0, p_shift=0.0)
+    moved = 0
+    for seed in range(10):
+        plain, _ = ResizedCrop((8, 8, 8), 8, (0.5, 1.0)).draw(volume, rng(seed))
+        augmented, _ = ResizedCrop((8, 8, 8), 8, (0.5, 1.0), flips).draw(volume, rng(seed))
+        mirrored = [plain.flip([a for a in (1, 2, 3) if mask >> a & 1]) for mask in range(0, 16, 2)]
+        assert sum(torch.equal(augmented, m) for m in mirrored) == 1 and augmented.is_contiguous()
+        moved += not torch.equal(augmented, plain)
+    assert moved >= 5
