@@ -73,11 +73,18 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=command.HELP,
             description=command.HELP,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_HelpFormatter,
         )
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, unless it is derived and the help says from what."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ TRAINERS = {
     "mae3d": "nnUNetTrainer_MAE3D",
     None: "nnUNetTrainer_ViTUNETR",
 }
+# what nnUNetTrainer.train_step clips the gradient norm to
+NNUNET_GRAD_CLIP = 12.0
 PLAN_COMMAND = "hiendmae plan -d DATASET -w encoder.safetensors"
 
 
@@ -23,7 +25,7 @@ class FinetuneRecipe:
 
     Args:
         lr: peak learning rate of AdamW, reached after `warmup_epochs`, cosine to 0 at `epochs`.
-        grad_clip: largest gradient norm; nnU-Net's own is 12.
+        grad_clip: largest gradient norm; nnU-Net clips to its own in any case.
         freeze_encoder: train the decoder alone ("linear" in the papers).
         layer_decay: factor of the learning rate from one encoder layer to the one below it; 1: the same for all.
 
@@ -38,14 +40,16 @@ class FinetuneRecipe:
     warmup_epochs: int = 30
     iterations_per_epoch: int = 250
     val_iterations_per_epoch: int = 50
-    grad_clip: float = 12.0
+    grad_clip: float = NNUNET_GRAD_CLIP
     freeze_encoder: bool = False
     layer_decay: float = 1.0
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or self.weight_decay < 0 or self.grad_clip <= 0:
-            raise ValueError(f"lr {self.lr} and grad_clip {self.grad_clip} must be positive, weight_decay not negative")
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(f"lr {self.lr} must be positive, weight_decay {self.weight_decay} not negative")
+        if not 0 < self.grad_clip <= NNUNET_GRAD_CLIP:
+            raise ValueError(f"grad_clip {self.grad_clip} must be positive, and at most nnU-Net's {NNUNET_GRAD_CLIP:g}")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay {self.layer_decay} must lie in (0, 1]")
         if self.freeze_encoder and self.layer_decay != 1:

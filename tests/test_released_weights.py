@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from fixtures_util import Fixture
 from nnunet_data import LESION, ORGAN, make_dataset
-from safetensors.torch import load_file
 from workplace import make_workplace
 
 from nnunetv2_hiendmae import cli
@@ -57,7 +56,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
         return capsys.readouterr().out
 
     said = hiendmae("convert", checkpoint, "-o", encoder, "--num-heads", released.heads)
-    assert "loaded" in said and "dropped" in said
+    assert int(said.split(" loaded")[0].split()[-1]) > 20 and "the decoder is not used" in said
     planning = ["plan", "-d", 1, "-w", encoder, "--epochs", 1, "--iterations-per-epoch", 1, "-np", 1]
     planning += ["--val-iterations-per-epoch", 1, "--batch-size", 2, "--decoder-width", 4]
     said = hiendmae(*planning, "--patch-size", *released.crop)
@@ -77,10 +76,8 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     splits = [{"train": ["case_000"], "val": ["case_001"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     said = workplace.run(*train, "-device", "cpu")
-    assert f"Encoder weights from {encoder}" in said and said.count("Please cite") >= 1
+    assert f"Encoder weights from {encoder}" in said and said.count("Please cite:\n") == 1
     # prediction needs no encoder file
-    stored = load_file(encoder)
-    assert all(np.isfinite(v.float().numpy()).all() for v in stored.values())
     encoder.unlink()
     output = tmp_path / "predicted"
     place = predict.index("-o")

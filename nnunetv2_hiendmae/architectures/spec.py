@@ -95,6 +95,8 @@ class EncoderSpec:
             raise ValueError(f"taps {self.taps} must not decrease")
         if self.pos_embed not in POSITION_KINDS:
             raise ValueError(f"unknown pos_embed '{self.pos_embed}', needed one of {POSITION_KINDS}")
+        if not self.mlp_ratio > 0 or not self.norm_eps > 0:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} must lie in [0, 1)")
 

@@ -177,17 +177,18 @@ def _messages(
     window = f"window {volume.window_hu} HU" if volume.window_hu else "intensities by nnU-Net's rule"
     spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else "spacing by nnU-Net's rule"
     reader = f"reader {volume.image_reader_writer}" if volume.image_reader_writer else "reader by nnU-Net's rule"
+    reader_of_file = volume.image_reader_writer and volume.image_reader_writer == metadata.image_reader_writer
     facts = [
         ("encoder", file, encoder),
         ("patch_size", file if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
         ("spacing_mm", file if metadata.spacing_mm else dataset, spacing),
-        ("window_hu", file if volume.window_hu else dataset, window),
-        ("reader", file if volume.image_reader_writer else dataset, reader),
+        ("window_hu" if volume.window_hu else "", file if volume.window_hu else dataset, window),
+        ("reader", file if reader_of_file else dataset, reader),
         ("channels", dataset, f"channels {', '.join(channels)}"),
         *((name, recipe, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()),
         ("drop_path_rate", recipe, f"drop path {spec.drop_path_rate:g}"),
         ("epochs", recipe, f"{settings.epochs} epochs of {settings.iterations_per_epoch} iterations"),
-        ("warmup_epochs", recipe, f"{settings.warmup_epochs} epochs of warm-up"),
+        ("warmup_epochs", "given" if "epochs" in given else recipe, f"{settings.warmup_epochs} epochs of warm-up"),
         ("lr", recipe, f"lr {settings.lr:g}"),
         ("weight_decay", recipe, f"weight decay {settings.weight_decay:g}"),
         ("layer_decay", recipe, f"layer decay {settings.layer_decay:g}"),
