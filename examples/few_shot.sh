@@ -35,6 +35,17 @@ DEVICE=${DEVICE:-cpu}
 PROCESSES=${PROCESSES:-2}
 PLANS=FewShot
 
+# small heads to go with the small encoder; for a real one: OPTIONS=none, and the methods' own defaults are used
+small_options() {
+  [ "${OPTIONS:-small}" = none ] && return 0
+  local decoder="decoder_dim=96 decoder_depth=2 decoder_heads=4"
+  case $1 in
+    mim) echo "--set $decoder crops_level2=2 crops_level3=1 views_per_part=2" ;;
+    glmae) echo "--set $decoder head_hidden=256 head_dim=64 local_views=2" ;;
+    mae3d) echo "--set $decoder" ;;
+  esac
+}
+
 eval "$(hiendmae env)"
 mkdir -p "$OUTPUT"
 
@@ -59,9 +70,11 @@ for method in $METHODS; do
   say "pretraining: $method"
   resume=()
   [ -f "$run/run.json" ] && resume=(--c)
+  # shellcheck disable=SC2046  # options are words
   logged "$OUTPUT/pretraining_$method.log" hiendmae pretrain -d "${IMAGES[@]}" -p "$PLANS" --method "$method" \
     --encoder "$ENCODER" --epochs "$PRETRAIN_EPOCHS" --steps-per-epoch "$PRETRAIN_STEPS" \
-    --batch-size "$PRETRAIN_BATCH" --lr "$PRETRAIN_LR" --workers "$PROCESSES" -device "$DEVICE" -o "$run" "${resume[@]}"
+    --batch-size "$PRETRAIN_BATCH" --lr "$PRETRAIN_LR" --workers "$PROCESSES" -device "$DEVICE" -o "$run" \
+    $(small_options "$method") "${resume[@]}"
   touch "$run/finished"
 done
 
