@@ -37,9 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--accumulate",
         type=int,
-        default=1,
         metavar="N",
-        help="micro-batches per optimizer step; less memory, same result",
+        help="micro-batches per optimizer step; less memory, same result (default: the method's)",
     )
     add("--lr", type=float, help="peak learning rate (default: the method's)")
     add("--weight-decay", type=float, help="AdamW weight decay (default: the method's)")

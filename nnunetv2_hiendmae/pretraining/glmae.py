@@ -66,7 +66,13 @@ class GLMAE(Method):
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["glmae"]
     recipe = PretrainRecipe(
-        epochs=400, steps_per_epoch=12, warmup_epochs=40, batch_size=64, lr=LR_PER_256 * 64 / 256, weight_decay=0.05
+        epochs=400,
+        steps_per_epoch=12,
+        warmup_epochs=40,
+        batch_size=64,
+        accumulate=8,
+        lr=LR_PER_256 * 64 / 256,
+        weight_decay=0.05,
     )
     notes: ClassVar[dict[str, str]] = {
         "global_views": "per volume, ours",

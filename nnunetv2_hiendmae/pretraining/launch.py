@@ -41,14 +41,18 @@ class Execution:
             raise UserError("-device mps, but torch sees no Apple GPU; run with -device cpu")
 
 
+def num_processes() -> int:
+    """Processes of this run, by torchrun's variables or those of srun."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
 def launch(settings: PretrainSettings, execution: Execution) -> Fabric:
     """Fabric for this process, alone or as one of torchrun's or srun's.
 
     Raises:
         UserError: the batch cannot be split over the processes, or the precision does not go with the device.
     """
-    # torchrun's variables, or those of srun
-    processes = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    processes = num_processes()
     nodes = int(os.environ.get("SLURM_NNODES") or 1)
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // nodes))
     if settings.batch_size % (processes * settings.accumulate):

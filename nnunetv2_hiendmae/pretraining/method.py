@@ -23,12 +23,14 @@ class PretrainRecipe:
     Args:
         lr: peak learning rate of AdamW at `batch_size`, absolute.
         batch_size: crops per optimizer step over all processes.
+        accumulate: micro-batches per optimizer step; what a base encoder needs on a GPU with 24 GB.
     """
 
     epochs: int = 1000
     steps_per_epoch: int = 400
     warmup_epochs: int = 10
     batch_size: int = 192
+    accumulate: int = 1
     lr: float = 1e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)

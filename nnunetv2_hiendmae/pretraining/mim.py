@@ -58,7 +58,7 @@ class MiM(Method):
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
     # published: 1e-4 · views / 256, that is 2e-4 for 512 views
-    recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, lr=2e-4)
+    recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
 
     def __init__(
         self,

@@ -1,5 +1,6 @@
 """From what the user asked for to the settings of a run: defaults of the method and the preset, overridden."""
 
+import math
 from argparse import Namespace
 
 import torch
@@ -10,7 +11,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import PretrainSettings
 from nnunetv2_hiendmae.pretraining.data import PretrainData, find_data
-from nnunetv2_hiendmae.pretraining.method import parse_options
+from nnunetv2_hiendmae.pretraining.launch import num_processes
+from nnunetv2_hiendmae.pretraining.method import PretrainRecipe, parse_options
 
 
 def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
@@ -27,6 +29,7 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
     datasets = tuple(dict.fromkeys(dataset_name(d) for d in args.datasets))
     data = find_data(datasets, args.plans, args.configuration)
     epochs = _given(args.epochs, recipe.epochs)
+    batch_size = _given(args.batch_size, recipe.batch_size)
     settings = PretrainSettings(
         datasets=datasets,
         plans_name=args.plans,
@@ -37,8 +40,8 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
         epochs=epochs,
         steps_per_epoch=_given(args.steps_per_epoch, recipe.steps_per_epoch),
         warmup_epochs=_given(args.warmup_epochs, min(recipe.warmup_epochs, epochs // 10)),
-        batch_size=_given(args.batch_size, recipe.batch_size),
-        accumulate=args.accumulate,
+        batch_size=batch_size,
+        accumulate=_given(args.accumulate, _accumulate(recipe, batch_size)),
         lr=_given(args.lr, recipe.lr),
         weight_decay=_given(args.weight_decay, recipe.weight_decay),
         betas=recipe.betas,
@@ -70,6 +73,11 @@ def _spec(args: Namespace, channels: int) -> EncoderSpec:
         return PRESETS[args.encoder].with_(**changes)
     except ValueError as e:
         raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
+
+
+def _accumulate(recipe: PretrainRecipe, batch_size: int) -> int:
+    """The recipe's micro-batches, fewer where the batch of a process cannot be split into as many."""
+    return math.gcd(recipe.accumulate, batch_size // num_processes())
 
 
 def _precision(args: Namespace) -> str:

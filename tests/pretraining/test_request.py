@@ -1,0 +1,31 @@
+"""Defaults of `hiendmae pretrain` that depend on what else was asked for."""
+
+import pytest
+from run_data import PLANS, write_preprocessed
+
+from nnunetv2_hiendmae.cli import build_parser
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.request import build_settings
+
+BASE = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--encoder", "vit_nano_p8", "--method", "mim"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "accumulate"),
+    [
+        ([], 1, METHODS["mim"].recipe.accumulate),
+        (["--batch-size", "6"], 1, 2),
+        (["--batch-size", "5"], 1, 1),
+        ([], 2, 4),
+        ([], 8, 1),
+        # what cannot be split at all is told when the run starts
+        (["--batch-size", "2"], 4, 4),
+        (["--accumulate", "3"], 1, 3),
+    ],
+)
+def test_micro_batches_are_the_methods_where_the_batch_can_be_split(nnunet, monkeypatch, asked, processes, accumulate):
+    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
+    (nnunet.raw / "Dataset001_Tiny").mkdir()
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
+    assert settings.accumulate == accumulate
