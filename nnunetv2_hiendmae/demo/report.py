@@ -11,26 +11,24 @@ from nnunetv2_hiendmae.demo.results import foreground, predictions_folder
 from nnunetv2_hiendmae.evaluation.pictures import overlay_picture
 from nnunetv2_hiendmae.files import write_text
 
+PICTURES = "pictures"
 OVERLAY = "segmentation.png"
-RECONSTRUCTION = "reconstruction.png"
-PROGRESS = "pretraining_progress.png"
-CAPTIONS = {
-    OVERLAY: "The image, its labels, and both predictions.",
-    RECONSTRUCTION: "What pretraining learned: crops, what the encoder saw of them, and what was predicted. The loss "
-    "leaves out every patch's own mean and spread, so the picture takes these two from the true patch.",
-    PROGRESS: "Loss and learning rate of pretraining.",
-}
+PROGRESS = "progress"
+SCRATCH = "scratch"
 CT_SOFT_TISSUE = (-175.0, 250.0)
 # Dice differences below this say nothing after a few minutes of training on a handful of slices
 WORTH_MENTIONING = 0.02
 
 
 def write_pictures(output: Path, data: DemoData, runs: Sequence[Any], outcome: dict[str, Any]) -> None:
-    """Copies the pretraining's pictures to the top, and draws the truth beside both predictions for the first case."""
-    pretraining = output / "pretraining"
-    montages = sorted((pretraining / "reconstructions").glob("*.png"))
-    for source, name in ((pretraining / "progress.png", PROGRESS), *((m, RECONSTRUCTION) for m in montages[-1:])):
-        shutil.copyfile(source, output / name)
+    """Into `pictures`: each method's progress and last reconstructions, and truth and predictions of the first case."""
+    pictures = output / PICTURES
+    pictures.mkdir(exist_ok=True)
+    for method in outcome["pretraining"]:
+        pretraining = output / "pretraining" / method
+        shutil.copyfile(pretraining / "progress.png", pictures / f"{method}_{PROGRESS}.png")
+        for view, montage in last_reconstructions(pretraining).items():
+            shutil.copyfile(montage, pictures / f"{method}_{view}.png")
 
     folders = {run.name: predictions_folder(output, data, run) for run in runs}
     images, truths = ("imagesTs", "labelsTs") if data.held_out else ("imagesTr", "labelsTr")
@@ -41,7 +39,7 @@ def write_pictures(output: Path, data: DemoData, runs: Sequence[Any], outcome: d
         mean = outcome["dice"][name]["mean"]
         masks[f"{name}, Dice {_number(mean)}"] = folder / case
     overlay_picture(
-        output / OVERLAY,
+        pictures / OVERLAY,
         data.finetuning / images / f"{identifier}_0000{data.file_ending}",
         masks,
         _colours(data),
@@ -50,46 +48,58 @@ def write_pictures(output: Path, data: DemoData, runs: Sequence[Any], outcome: d
     )
 
 
+def last_reconstructions(pretraining: Path) -> dict[str, Path]:
+    """Name of the view -> montage of the last epoch that was drawn, in a run folder of pretraining."""
+    epochs: dict[str, dict[str, Path]] = {}
+    for montage in sorted((pretraining / "reconstructions").glob("epoch_*_*.png")):
+        _, epoch, view = montage.stem.split("_", 2)
+        epochs.setdefault(epoch, {})[view] = montage
+    return epochs[max(epochs)]
+
+
 def write_report(output: Path, outcome: dict[str, Any]) -> None:
     """Writes `report.md`."""
-    pretraining, dice = outcome["pretraining"], outcome["dice"]
-    names = list(dice)
-    classes = list(dice[names[0]]["per_class"])
-    rows = [[c, *(_number(dice[n]["per_class"][c]) for n in names)] for c in classes]
-    rows.append(["**mean**", *(f"**{_number(dice[n]['mean'])}**" for n in names)])
-    losses = [["pretraining", _loss(pretraining), str(pretraining["steps"]) + " steps"]]
-    losses += [[f"fine-tuning, {n}", _loss(run), f"{run['epochs']} epochs"] for n, run in outcome["finetuning"].items()]
+    machine, data, settings = outcome["machine"], outcome["data"], outcome["settings"]
     peaks = outcome["peak_gb_of_largest_process"]
     times = [[name, f"{seconds:.0f}", f"{peaks[name]:.1f}"] for name, seconds in outcome["seconds"].items()]
-    machine = outcome["machine"]
-    data = outcome["data"]
-    pictures = [name for name in (OVERLAY, RECONSTRUCTION, PROGRESS) if (output / name).is_file()]
+    methods = ", ".join(f"`{name}`" for name in settings["methods"])
     lines = [
         "# Demo: pretrain, fine-tune, predict",
         "",
-        f"Pretrained with `{outcome['settings']['method']}` on {data['pretraining']} (no labels), fine-tuned twice on "
-        f"{data['finetuning']} by stock nnU-Net, with the same budget and seed: once from the pretrained encoder, "
-        "once from scratch.",
+        f"Pretrained with {methods} on {data['pretraining']} (no labels), fine-tuned on {data['finetuning']} by stock "
+        "nnU-Net: from each pretrained encoder and from scratch, with the same network, budget and seed.",
         "",
         f"## Dice on the {data['dice_on']}",
         "",
-        *_table(["class", *names], rows),
+        *_dice_table(outcome),
         "",
-        "– : the truth holds none of this class; it is left out of the mean.",
+        "– : the truth holds none of this class, it is left out of the mean; or no pretraining.",
         "",
         *_verdict(outcome),
         "",
-        *(f"{CAPTIONS[name]}\n\n![{name}]({name})\n" for name in pictures),
-        "## Losses",
+        "The image, its labels, and the predictions:",
         "",
-        *_table(["", "first → last epoch", "length"], losses),
+        f"![{OVERLAY}]({PICTURES}/{OVERLAY})",
         "",
-        "nnU-Net's loss is cross-entropy minus soft Dice, so it may be negative.",
+        "## Pretraining",
+        "",
+        *_pretraining(outcome),
+        "",
+        *_pretraining_pictures(output / PICTURES, settings["methods"]),
+        "## Fine-tuning",
+        "",
+        *_table(
+            ["run", "loss, first → last epoch", "epochs"],
+            [[name, _loss(run), str(run["epochs"])] for name, run in outcome["finetuning"].items()],
+        ),
+        "",
+        f"{settings['iterations_per_epoch']} batches of {settings['finetune_batch_size']} crops per epoch. nnU-Net's "
+        "loss is cross-entropy minus soft Dice, so it may be negative.",
         "",
         "## Time and memory",
         "",
         f"{outcome['seconds_total'] / 60:.1f} minutes on {machine['cores']} cores ({machine['system']} "
-        f"{machine['architecture']}, device {outcome['settings']['device']}). Memory is that of the largest process.",
+        f"{machine['architecture']}, device {settings['device']}). Memory is that of the largest process.",
         "",
         *_table(["phase", "seconds", "GB"], times),
         "",
@@ -98,30 +108,91 @@ def write_report(output: Path, outcome: dict[str, Any]) -> None:
         "```",
         *outcome["commands"],
         "```",
-        "Settings: `" + json.dumps(outcome["settings"]) + "`",
+        "Settings: `" + json.dumps(settings) + "`",
         "",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in outcome["versions"].items()),
     ]
     write_text(output / "report.md", "\n".join(lines) + "\n")
 
 
+def _dice_table(outcome: dict[str, Any]) -> list[str]:
+    """One row per run."""
+    dice, seconds = outcome["dice"], outcome["seconds"]
+    classes = list(next(iter(dice.values()))["per_class"])
+    rows = [
+        [
+            name,
+            *(_number(run["per_class"][c]) for c in classes),
+            f"**{_number(run['mean'])}**",
+            _minutes(seconds.get(f"pretrain_{name}")),
+            _minutes(seconds[f"train_{name}"]),
+        ]
+        for name, run in dice.items()
+    ]
+    return _table(["run", *classes, "**mean**", "pretraining, min", "fine-tuning, min"], rows)
+
+
+def _pretraining(outcome: dict[str, Any]) -> list[str]:
+    """What each method spent, and how its loss went."""
+    rows = [
+        [
+            method,
+            str(run["steps"]),
+            f"{run['samples_per_step']} × {run['views_per_sample']}",
+            _loss(run),
+            ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "its own",
+        ]
+        for method, run in outcome["pretraining"].items()
+    ]
+    words = [
+        "The budget is a number of optimizer steps and of views per step. A view is one crop that the encoder learns "
+        "from: Hi-End-MAE and MAE3D take one of a volume, MiM and GL-MAE several. Losses of different methods measure "
+        "different things and cannot be compared with each other. Options are those that make a method smaller than in "
+        "its paper, to fit the encoder and the time.",
+    ]
+    if len(rows) > 1:
+        words.append(
+            f"All methods see the same arrays, preprocessed as for `{outcome['settings']['preprocessed_like']}`, "
+            "whatever spacing and window their papers used."
+        )
+    return [
+        *_table(["method", "steps", "samples × views per step", "loss, first → last epoch", "options"], rows),
+        "",
+        *words,
+    ]
+
+
+def _pretraining_pictures(pictures: Path, methods: Sequence[str]) -> list[str]:
+    lines = [
+        "Reconstructions: crops, what the encoder saw of them, and what was predicted. The loss leaves out every "
+        "patch's own mean and spread, so the pictures take these two from the true patch.",
+        "",
+    ]
+    for method in methods:
+        names = [p.stem.removeprefix(f"{method}_") for p in pictures.glob(f"{method}_*.png")]
+        # progress last
+        names.sort(key=lambda name: (name == PROGRESS, name))
+        lines += [f"### {method}", ""]
+        for name in names:
+            said = "Loss, learning rate and speed" if name == PROGRESS else f"Reconstruction, view `{name}`"
+            lines += [f"{said}:", "", f"![{method}, {name}]({PICTURES}/{method}_{name}.png)", ""]
+    return lines
+
+
 def _verdict(outcome: dict[str, Any]) -> list[str]:
-    means = [run["mean"] for run in outcome["dice"].values()]
-    if None in means:
+    means = {name: run["mean"] for name, run in outcome["dice"].items()}
+    if None in means.values():
         said = "The truth holds no foreground, so nothing can be compared."
     else:
-        gain = means[0] - means[1]
-        if abs(gain) < WORTH_MENTIONING:
-            said = f"The two runs differ by {gain:+.3f} in mean Dice, which is no difference at this budget."
-        elif gain > 0:
-            said = f"The pretrained run is ahead by {gain:+.3f} in mean Dice."
-        else:
-            said = f"The pretrained run is behind by {gain:+.3f} in mean Dice: at this budget pretraining did not help."
+        gains = {name: mean - means[SCRATCH] for name, mean in means.items() if name != SCRATCH}
+        told = "; ".join(f"{name} {_gain(gain)}" for name, gain in gains.items())
+        said = f"Mean Dice against the run from scratch: {told}."
     words = [
         "## How to read this",
         "",
         said + " One seed, a few minutes of training and very few volumes show that the road works from end to end; "
-        "they show nothing about how good a method is. Published pretraining runs see thousands of volumes for days.",
+        "they show nothing about how good a method is, nor which is better than another. Published pretraining runs "
+        "see thousands of volumes for days.",
     ]
     if outcome["data"]["embedded"]:
         words.append(
@@ -133,6 +204,14 @@ def _verdict(outcome: dict[str, Any]) -> list[str]:
         "nnU-Net's own training entry point, with loading in the same process."
     )
     return words
+
+
+def _gain(gain: float) -> str:
+    if abs(gain) < WORTH_MENTIONING:
+        return f"{gain:+.3f}, which is no difference at this budget"
+    if gain > 0:
+        return f"{gain:+.3f}, ahead"
+    return f"{gain:+.3f}, behind: at this budget pretraining did not help"
 
 
 def _colours(data: DemoData) -> dict[str, int]:
@@ -154,3 +233,7 @@ def _loss(losses: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _minutes(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{seconds / 60:.1f}"

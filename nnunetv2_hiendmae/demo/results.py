@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from nnunetv2_hiendmae.demo.budget import method_settings
 from nnunetv2_hiendmae.demo.datasets import DemoData
 from nnunetv2_hiendmae.demo.process import Phase, read_jsonl
 
@@ -23,7 +24,7 @@ def collect(
     """Everything that `results.json` holds.
 
     Args:
-        facts: method, seed, device and budget.
+        facts: methods, seed, device and budget.
         runs: the fine-tunings (`name`, `plans`, `trainer`).
     """
     return {
@@ -34,7 +35,7 @@ def collect(
             "embedded": data.embedded,
             "dice_on": "held-out test cases" if data.held_out else "validation cases of fold 0",
         },
-        "pretraining": pretraining_losses(output / "pretraining" / "log.jsonl"),
+        "pretraining": {method: _pretraining(output, method, facts["views_per_step"]) for method in facts["methods"]},
         "finetuning": {run.name: finetuning_losses(fold_folder(output, data, run)) for run in runs},
         "dice": {run.name: dice(summary_file(output, data, run), data) for run in runs},
         "seconds": {phase.name: phase.seconds for phase in phases},
@@ -59,6 +60,16 @@ def predictions_folder(output: Path, data: DemoData, run: Any) -> Path:
 def summary_file(output: Path, data: DemoData, run: Any) -> Path:
     """nnU-Net's `summary.json` for `predictions_folder`."""
     return predictions_folder(output, data, run) / "summary.json"
+
+
+def _pretraining(output: Path, method: str, views_per_step: int) -> dict[str, Any]:
+    settings = method_settings(method)
+    return {
+        **pretraining_losses(output / "pretraining" / method / "log.jsonl"),
+        "samples_per_step": views_per_step // settings.views,
+        "views_per_sample": settings.views,
+        "options": settings.options,
+    }
 
 
 def pretraining_losses(log: Path) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import sys
 import pytest
 from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
+from nnunetv2_hiendmae.cli import main
+from nnunetv2_hiendmae.demo.budget import METHODS
 from nnunetv2_hiendmae.demo.process import Runner, console_script
 from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
 from nnunetv2_hiendmae.errors import UserError
@@ -16,7 +18,7 @@ from nnunetv2_hiendmae.errors import UserError
 SMALLEST = {
     "pretrain_epochs": 2,
     "steps_per_epoch": 2,
-    "pretrain_batch_size": 2,
+    "views_per_step": 4,
     "finetune_epochs": 2,
     "iterations_per_epoch": 1,
     "decoder_width": 4,
@@ -24,14 +26,24 @@ SMALLEST = {
 }
 
 
+# montages that a method draws
+VIEWS = {
+    "hiendmae": ["crop"], "mim": ["level1", "level2", "level3"], "glmae": ["global", "local"], "mae3d": ["crop"]
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_demo_from_end_to_end(tmp_path):
+def test_demo_of_all_methods_from_end_to_end(tmp_path):
     output, said = tmp_path / "demo", []
-    results = run_demo(output, say=said.append, **SMALLEST)
+    results = run_demo(output, methods=METHODS, say=said.append, **SMALLEST)
 
     assert results == json.loads((output / RESULTS_FILE).read_text())
-    assert results["pretraining"]["steps"] == 4
-    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == {"pretrained": 2, "scratch": 2}
+    assert sorted(results["pretraining"]) == sorted(METHODS) == sorted(VIEWS)
+    for method, run in results["pretraining"].items():
+        assert run["steps"] == 4
+        assert run["samples_per_step"] * run["views_per_sample"] == 4
+        assert run["views_per_sample"] == {"mim": 4, "glmae": 4}.get(method, 1)
+    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == dict.fromkeys((*METHODS, "scratch"), 2)
     for run in results["dice"].values():
         assert set(run["per_class"]) == {
             "spleen", "liver", "stomach", "kidney", "aorta", "vertebrae", "back_muscle"
@@ -39,15 +51,19 @@ def test_demo_from_end_to_end(tmp_path):
         assert run["per_class"]["kidney"] is None  # patient B's volume holds none
         assert 0 <= run["mean"] <= 1
     assert results["seconds"].keys() == results["peak_gb_of_largest_process"].keys()
-    assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 12
+    assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 1 + 4 + 5 * 5
 
-    for picture in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
-        assert (output / picture).stat().st_size > 5_000
     report = (output / "report.md").read_text(encoding="utf-8")
+    pictures = {f"{m}_{view}.png" for m, views in VIEWS.items() for view in (*views, "progress")}
+    pictures.add("segmentation.png")
+    assert {p.name for p in (output / "pictures").iterdir()} == pictures
+    for picture in pictures:
+        assert (output / "pictures" / picture).stat().st_size > 5_000
+        assert f"](pictures/{picture})" in report
     for words in ("TotalSegmentator's output, not human truth", "| liver |", "held-out", "One seed"):
         assert words in report
-    for link in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
-        assert f"]({link})" in report
+    for name in (*METHODS, "scratch"):
+        assert f"\n| {name} |" in report
 
     with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
         run_demo(output)
@@ -55,7 +71,7 @@ def test_demo_from_end_to_end(tmp_path):
 
 @pytest.mark.slow
 def test_demo_on_data_of_the_user(tmp_path):
-    """Two channels, regions that overlap, no test images, the other method, and the command line."""
+    """Two channels, regions that overlap, no test images, one method, and the command line."""
     mine = make_folders(tmp_path / "mine")
     channels = ("CT", "MR")
     unlabelled = make_dataset(mine, 11, cases=2, channels=channels, with_labels=False, name="NoLabels")
@@ -77,26 +93,26 @@ def test_demo_on_data_of_the_user(tmp_path):
     assert sorted(mine.raw.rglob("*")) == before
     results = json.loads((output / RESULTS_FILE).read_text())
     assert results["data"]["dice_on"] == "validation cases of fold 0"
-    assert results["pretraining"]["steps"] == 2
-    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == {"pretrained": 1, "scratch": 1}
+    assert results["pretraining"]["mae3d"]["steps"] == 2
+    assert {n: r["epochs"] for n, r in results["finetuning"].items()} == {"mae3d": 1, "scratch": 1}
     for run in results["dice"].values():
         assert set(run["per_class"]) == {"whole", "lesion"}
         assert all(0 <= dice <= 1 for dice in (*run["per_class"].values(), run["mean"]))
     assert not any(phase.startswith(("predict", "evaluate")) for phase in results["seconds"])
     trained = [p.name for p in (output / "nnUNet_results" / labelled).iterdir()]
     assert sorted(trained) == [
-        "nnUNetTrainer_MAE3D__DemoPretrained__3d_fullres", "nnUNetTrainer_ViTUNETR__DemoScratch__3d_fullres"
+        "nnUNetTrainer_MAE3D__Demo_mae3d__3d_fullres", "nnUNetTrainer_ViTUNETR__Demo_scratch__3d_fullres"
     ]  # fmt: skip
-    (log,) = (output / "logs").glob("*_train_pretrained.log")
+    (log,) = (output / "logs").glob("*_train_mae3d.log")
     assert "Encoder weights from" in log.read_text(encoding="utf-8")
 
     report = (output / "report.md").read_text(encoding="utf-8")
     for words in ("Dice on the validation cases of fold 0", "| whole |", "| lesion |", unlabelled, labelled):
         assert words in report
     assert "TotalSegmentator" not in report  # that is said of the embedded labels only
-    for picture in ("segmentation.png", "reconstruction.png", "pretraining_progress.png"):
-        assert (output / picture).stat().st_size > 5_000
-        assert f"]({picture})" in report
+    for picture in ("segmentation.png", "mae3d_crop.png", "mae3d_progress.png"):
+        assert (output / "pictures" / picture).stat().st_size > 5_000
+        assert f"](pictures/{picture})" in report
 
 
 def test_foreign_folder_is_refused(tmp_path):
@@ -130,9 +146,21 @@ def test_impossible_budget(tmp_path):
     assert not (tmp_path / "demo").exists()
 
 
+def test_budget_that_views_do_not_fill(tmp_path):
+    with pytest.raises(UserError, match="views_per_step is 6, mim needs a multiple of 4"):
+        run_demo(tmp_path / "demo", methods=("hiendmae", "mim"), views_per_step=6)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_one_method_or_all(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--all", "--method", "hiendmae", "-o", str(tmp_path / "demo")])
+    assert "not allowed with" in capsys.readouterr().err
+
+
 def test_unknown_method(tmp_path):
     with pytest.raises(UserError, match="unknown method 'simclr'"):
-        run_demo(tmp_path / "demo", method="simclr")
+        run_demo(tmp_path / "demo", methods=("mae3d", "simclr"))
     assert not (tmp_path / "demo").exists()
 
 
