@@ -16,9 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         nargs="+",
         metavar="NAME",
-        help="trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns with * (default: all with results)",
+        help="trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns of one of these with * and ?, in "
+        "quotes: 'FewShot_*' takes all plans of that beginning (default: all with results)",
     )
-    add("--baseline", metavar="NAME", help="compare all others with this run (default: every pair)")
+    add(
+        "--baseline",
+        metavar="NAME",
+        help="compare all others with this run, told in the same way; it must fit one run (default: every pair)",
+    )
     add("--folds", type=int, nargs="+", metavar="FOLD", help="only these folds (default: all)")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("-o", dest="output", type=Path, metavar="DIR", help="also write comparison.md, .json, .png and three CSV files")

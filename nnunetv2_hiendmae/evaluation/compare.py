@@ -19,6 +19,7 @@ from nnunetv2_hiendmae.evaluation.results import (
     foreground_mean,
     matching,
     results_folder,
+    run_names,
 )
 from nnunetv2_hiendmae.evaluation.statistics import holm, mean_ranks, paired_test
 
@@ -37,8 +38,8 @@ def compare(
     their own, and so are other seeds of them.
 
     Args:
-        runs: names, parts of names or patterns; None: all.
-        baseline: a run that all others are compared with; None: every pair.
+        runs: trainers, plans, whole names, or patterns of one of these with * and ?; None: all.
+        baseline: a run that all others are compared with, told in the same way; None: every pair.
         folds: numbers; None: all.
         seed: of the bootstrap.
 
@@ -47,8 +48,8 @@ def compare(
     """
     folder = results_folder(dataset)
     splits = read_splits(nnunet_folder("nnUNet_preprocessed") / folder.name)
+    baseline = None if baseline is None else _baseline(baseline, run_names(folder))
     found = collect_runs(folder, None if runs is None else [*runs, *([baseline] if baseline else [])])
-    baseline = _baseline(baseline, found)
     classes = _common_classes(found)
     _check_folds(found, folds)
     settings = [
@@ -71,12 +72,10 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _baseline(wanted: str | None, runs: Sequence[Run]) -> str | None:
-    if wanted is None:
-        return None
-    fitting = matching(wanted, [run.name for run in runs], "--baseline")
+def _baseline(wanted: str, names: Sequence[str]) -> str:
+    fitting = matching(wanted, names, "--baseline")
     if len(fitting) > 1:
-        raise UserError(f"--baseline {wanted} fits several runs, needed one: {', '.join(fitting)}")
+        raise UserError(f"--baseline {wanted} fits several runs, needed one of: {', '.join(fitting)}")
     return fitting[0]
 
 

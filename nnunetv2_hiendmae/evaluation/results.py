@@ -86,35 +86,49 @@ def results_folder(dataset: str | int) -> Path:
     raise UserError(f"no results of dataset '{text}' in {root}; train a fold first: nnUNetv2_train")
 
 
+def run_names(folder: Path) -> list[str]:
+    """Names of the run folders of a dataset, sorted; whether there are results in them is not looked at."""
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and len(p.name.split("__")) == 3)
+
+
 def collect_runs(folder: Path, wanted: Sequence[str] | None = None) -> list[Run]:
     """Runs of a dataset with at least one finished or started fold, in the order of `wanted`, else by name.
 
     Args:
         folder: `$nnUNet_results/<dataset>`.
-        wanted: names, parts of names between "__", or patterns with * and ?; None: all.
+        wanted: trainers, plans, whole names, or patterns of one of these with * and ?; None: all.
 
     Raises:
         UserError: no results, a name that fits nothing, a damaged file, or runs with different classes.
     """
-    folders = {p.name: p for p in sorted(folder.iterdir()) if p.is_dir() and len(p.name.split("__")) == 3}
-    chosen = folders if wanted is None else (name for w in wanted for name in matching(w, list(folders)))
-    names = list(dict.fromkeys(chosen))
-    runs = [run for name in names if (run := _read_run(folders[name]))]
+    there = run_names(folder)
+    chosen = there if wanted is None else (name for w in wanted for name in matching(w, there))
+    runs = [run for name in dict.fromkeys(chosen) if (run := _read_run(folder / name))]
     if not any(run.folds for run in runs):
         raise UserError(f"no finished fold in {folder}, needed */fold_*/{SUMMARY}; train one first: nnUNetv2_train")
     return runs
 
 
 def matching(wanted: str, names: Sequence[str], option: str = "--runs") -> list[str]:
-    """Names that equal `wanted`, hold it between "__", or fit it as a pattern.
+    """Names that `wanted` means: the whole name or one of its parts (trainer, plans, configuration), else a pattern.
+
+    What fits literally comes before what fits as a pattern, and the whole name before a part.
 
     Raises:
-        UserError: none does.
+        UserError: none fits.
     """
-    found = [n for n in names if n == wanted] or [n for n in names if wanted in n.split("__") or fnmatchcase(n, wanted)]
-    if not found:
-        raise UserError(f"{option} {wanted} fits none of the runs; there are: {', '.join(names) or 'none'}")
-    return found
+    tests = (
+        lambda name: name == wanted,
+        lambda name: wanted in name.split("__"),
+        lambda name: any(fnmatchcase(text, wanted) for text in (name, *name.split("__"))),
+    )
+    for fits in tests:
+        if found := [name for name in names if fits(name)]:
+            return found
+    raise UserError(
+        f"{option} {wanted} fits no run, needed a trainer, plans, a whole name, or a pattern of one of these; "
+        f"there are: {', '.join(names) or 'none'}"
+    )
 
 
 def _read_run(folder: Path) -> Run | None:

@@ -16,7 +16,7 @@ from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
 from nnunetv2_hiendmae.evaluation.folds import SHOTS, Subset
-from nnunetv2_hiendmae.evaluation.results import collect_runs, foreground_mean
+from nnunetv2_hiendmae.evaluation.results import collect_runs, foreground_mean, matching
 from nnunetv2_hiendmae.evaluation.splits import append_folds
 
 NAN = math.nan
@@ -144,6 +144,49 @@ def test_baseline(tree):
     assert len(compare(7, runs=["Ours"], baseline="Stock").settings[0].runs) == 2
     with pytest.raises(UserError, match="fits several runs"):
         compare(7, baseline="TrB")
+
+
+FEW = ["TrA__Few_a__3d_fullres", "TrB__Few_b__3d_fullres", "TrB__Few_b2__3d_lowres", "TrB__Other__Few_b"]
+
+
+@pytest.mark.parametrize(
+    "wanted, expected",
+    [
+        ("Few_*", FEW),  # plans, and the last run's configuration
+        ("Few_?", [FEW[0], FEW[1], FEW[3]]),
+        ("Few_b", [FEW[1], FEW[3]]),
+        ("Few_b2", [FEW[2]]),
+        ("TrB__Few_*", FEW[1:3]),
+        ("*_lowres", [FEW[2]]),
+        (FEW[1], [FEW[1]]),
+    ],
+)
+def test_runs_are_told_by_whole_names_parts_and_patterns_of_either(wanted, expected):
+    assert matching(wanted, FEW) == expected
+
+
+def test_a_literal_name_comes_before_a_pattern():
+    names = ["T__p[1]__c", "T__p1__c"]
+    assert matching("p[1]", names) == names[:1]
+    assert matching("p[1]", names[1:]) == names[1:]
+
+
+@pytest.mark.parametrize("wanted", ["Few", "few_*", "", "Few_c*"])
+def test_a_name_that_fits_no_run_lists_all_of_them(wanted):
+    with pytest.raises(UserError, match=r"--runs .*fits no run, needed .* TrA__Few_a__3d_fullres, TrB__Few_b__3d_f"):
+        matching(wanted, FEW)
+
+
+def test_patterns_of_plans_with_a_baseline(nnunet, capsys):
+    """The last line of examples/few_shot.sh."""
+    names = [f"nnUNetTrainer_{tr}__Few_{plans}__3d_fullres" for tr, plans in (("A", "a"), ("B", "b"), ("C", "scratch"))]
+    for seed, name in enumerate([*names, STOCK]):
+        write_fold(nnunet, name, 0, random_dice(seed, CASES))
+    _, out, _ = run_command(capsys, "--runs", "Few_*", "--baseline", "Few_scratch")
+    assert "| Few_a − Few_scratch | 0 | 10 |" in out and "| Few_b − Few_scratch | 0 | 10 |" in out
+    assert "Stock" not in out
+    code, _, err = run_command(capsys, "--runs", "Few_*", "--baseline", "Few_?")
+    assert code == 2 and f"--baseline Few_? fits several runs, needed one of: {names[0]}, {names[1]}" in err
 
 
 def test_fold_with_other_meanings_are_never_mixed(tree):
@@ -301,8 +344,9 @@ def test_short_names():
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--runs", "Nothing"], "--runs Nothing fits none of the runs; there are: TrA__Ours__3d_fullres,"),
-        (["--baseline", "Nothing"], "--baseline Nothing fits none of the runs"),
+        (["--runs", "Nothing"], "there are: TrA__Ours__3d_fullres, TrB__Stock__3d_fullres"),
+        (["--baseline", "Nothing"], "--baseline Nothing fits no run"),
+        (["--runs", "Ours", "--baseline", "Nothing"], "--baseline Nothing fits no run"),
         (["--folds", 9], "--folds 9"),
     ],
 )
