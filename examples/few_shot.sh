@@ -7,7 +7,7 @@
 #
 # nnUNet_raw, nnUNet_preprocessed and nnUNet_results must be set. Without PRETRAINING_ID the images of the labelled
 # dataset are used, without their labels; those of validation cases are among them, test images are not. The defaults
-# are for two CPU cores and half an hour or so; every number can be set from outside.
+# are for two CPU cores and an hour or so; every number can be set from outside.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
