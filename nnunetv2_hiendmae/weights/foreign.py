@@ -21,6 +21,7 @@ _NOTHING_RUN = "nothing in it was executed"
 _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
+_ZIP_START = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -77,8 +78,10 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _can_be_mapped(path: Path) -> bool:
     """Torch's zip format, uncompressed: mapped, a compressed record would be read as if it were the numbers."""
-    if not zipfile.is_zipfile(path):
-        return False
+    # at the start as well: anything may end like a zip file
+    with path.open("rb") as f:
+        if f.read(len(_ZIP_START)) != _ZIP_START or not zipfile.is_zipfile(path):
+            return False
     try:
         with zipfile.ZipFile(path) as archive:
             return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
