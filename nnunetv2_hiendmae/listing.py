@@ -13,8 +13,8 @@ from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint, read_settings
 from nnunetv2_hiendmae.weights import LoadReport, is_encoder_file, load_report, read_metadata, translate_checkpoint
+from nnunetv2_hiendmae.weights.finding import find
 from nnunetv2_hiendmae.weights.foreign import read_checkpoint
-from nnunetv2_hiendmae.weights.formats import find
 
 
 def list_methods(as_json: bool = False) -> str:

@@ -17,7 +17,9 @@ def expected_tensors(spec: EncoderSpec) -> dict[str, Tensor]:
         return build_encoder(spec).state_dict()
 
 
-def mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str] | None = None) -> str | None:
+def mismatch(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str] | None = None
+) -> str | None:
     """What is missing, left over, of another shape or no floating-point number, up to three of it in words; None: all
     as expected.
 

@@ -9,14 +9,16 @@ from typing import Any
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.citations import CITATIONS
-from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY, EncoderMetadata, read_metadata
+from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY, read_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY
 from nnunetv2_hiendmae.weights.finding import is_weight
+from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
+from nnunetv2_hiendmae.weights.provenance import TEACHER_NOTE
 
 # files of a run folder, and the keys of its checkpoint
 SETTINGS = "run.json"
 ENCODER = "encoder.safetensors"
-STATE = "method"
+STATE, STEP = "method", "step"
 # a method's encoder is under the first, with the names of encoder files; its momentum teacher under the second
 STUDENT_PREFIX, TEACHER_PREFIX = "encoder.", "teacher_encoder."
 _DROPPED = {
@@ -28,7 +30,11 @@ _DROPPED = {
 def is_run_checkpoint(content: Mapping[str, Any]) -> bool:
     """Whether a file is `checkpoint_latest.pth` of `hiendmae pretrain`, whatever its name."""
     state = content.get(STATE)
-    return "step" in content and isinstance(state, Mapping) and any(is_weight(k, v) for k, v in state.items())
+    return (
+        isinstance(content.get(STEP), int)
+        and isinstance(state, Mapping)
+        and any(is_weight(k, v) for k, v in state.items())
+    )
 
 
 def run_prefix(state: Mapping[str, Any], use_teacher: bool) -> str:
@@ -74,6 +80,13 @@ def run_metadata(path: Path) -> EncoderMetadata:
         if seen.method == method and seen.spec == spec:
             return seen
     return replace(plain, citations=CITATIONS.get(method, ()))
+
+
+def at_step(metadata: EncoderMetadata, step: int, teacher: bool) -> EncoderMetadata:
+    """Metadata of the student or the teacher in a checkpoint of `step`, from those that `run_metadata` found."""
+    notes = tuple(n for n in metadata.notes if n != TEACHER_NOTE) + (TEACHER_NOTE,) * teacher
+    training = metadata.training and {**metadata.training, "step": step}
+    return replace(metadata, notes=notes, training=training)
 
 
 def header_metadata(header: Mapping[str, str], path: Path) -> EncoderMetadata | None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.axes import REVERSED, permute_axes
-from nnunetv2_hiendmae.weights.foreign import check_finite, check_plain, tensors_in
 from nnunetv2_hiendmae.weights.finding import Found, is_weight
+from nnunetv2_hiendmae.weights.foreign import check_finite, check_plain, tensors_in
 from nnunetv2_hiendmae.weights.layouts import Hints, size_notes
 from nnunetv2_hiendmae.weights.matching import expected_tensors, mismatch, named
 from nnunetv2_hiendmae.weights.positions import check_decoder_table, is_sincos, position_notes
@@ -87,9 +87,7 @@ def translate_found(found: Found, hints: Hints) -> EncoderDraft:
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")
     state, spec = finish(draft, spec, hints.reverse_axes)
-    notes = position_notes(
-        spec, given=hints.img_size is not None, formula=formula, fixed=found.format.fixed_positions
-    )
+    notes = position_notes(spec, given=hints.img_size is not None, formula=formula, fixed=found.format.fixed_positions)
     notes += size_notes(found.format.name, spec, hints.sizes)
     return EncoderDraft(state, spec, [*draft.records(), *dropped], notes)
 

@@ -410,20 +410,31 @@ def test_what_would_change_the_output_is_never_dropped(tmp_path, kind, name, nee
 
 
 def test_what_is_outside_the_encoder_is_named(tmp_path):
-    state = authors_state("timm", random_state(VIT))
-    state["projector.0.weight"] = torch.ones(12)
-    torch.save(state, tmp_path / "c.pth")
-    report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
-    record = next(r for r in report.records if r.source == "projector.0.weight")
-    assert record.status == "dropped" and "unknown" in record.detail
-    assert "dropped: projector.0.weight (unknown" in report.text()
+    """A known head is dropped wherever it is; anything else only beside an encoder with a prefix of its own."""
+    for kind, name, reason in (("timm", "projector.0.weight", "a head of"), ("glmae", "module.ema.x", "a prefix of")):
+        state = authors_state(kind, random_state(VIT))
+        state[name] = torch.ones(12)
+        torch.save(container(kind, state), tmp_path / "c.pth")
+        report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
+        record = next(r for r in report.records if r.source == name)
+        assert record.status == "dropped" and reason in record.detail
+        assert reason in report.text()
+
+
+@pytest.mark.parametrize("kind", ["mim", "mae3d", "timm", "monai"])
+def test_unknown_tensors_are_errors_where_the_encoder_has_no_prefix(tmp_path, kind):
+    state = authors_state(kind, random_state(SPECS[kind]))
+    state["adapter.down.weight"] = torch.ones(12)
+    torch.save(container(kind, state), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"adapter\.down\.weight would be lost.*take it out of the file"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"conv.weight": torch.zeros(3), "conv.bias": torch.zeros(3)}, r"unknown kind.*conv\.weight, conv\.bias"),
-        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: the entries weights"),
+        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: tensors are 'weights' with a;"),
         ({"model": {f"layers.{i}": torch.zeros(1) for i in range(9)}}, r"'model' with layers\.0.* and 4 more"),
     ],
 )
