@@ -45,7 +45,9 @@ def run_prefix(state: Mapping[str, Any], use_teacher: bool) -> str:
     """
     prefix = TEACHER_PREFIX if use_teacher else STUDENT_PREFIX
     if use_teacher and not any(k.startswith(prefix) for k in state if isinstance(k, str)):
-        raise UserError("--use-teacher: this run has no momentum teacher; run the same command without it")
+        raise UserError(
+            "--use-teacher: the method of this run has no momentum teacher (glmae has); run the same command without it"
+        )
     return prefix
 
 
