@@ -199,9 +199,11 @@ def _translate_foreign(
     if exported is None:
         metadata = foreign_metadata(found, draft.spec, axes, options.method, draft.notes)
     else:
-        told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps")}
+        told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
         metadata = replace(exported, spec=draft.spec.with_(**told))
-    metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
+    if metadata.source is None:
+        # an export of ours goes on naming the file that its encoder was converted from
+        metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
     return Translated(found.format.name, draft.state, metadata, report)
 
 

@@ -1,6 +1,7 @@
 """Encoder files: what comes back, what is refused, and how they fit networks that differ from them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 import nnunetv2_hiendmae
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights import EncoderMetadata, LoadReport, load_into, read_metadata, save_encoder
+from nnunetv2_hiendmae.weights import (
+    EncoderMetadata,
+    LoadReport,
+    load_into,
+    read_metadata,
+    save_encoder,
+    translate_checkpoint,
+)
 from nnunetv2_hiendmae.weights.report import TensorRecord
 from nnunetv2_hiendmae.weights.stream import write_safetensors
 
@@ -69,6 +77,38 @@ def test_what_is_no_encoder_file(file, make, message):
     make(file)
     with pytest.raises(UserError, match=message):
         nnunetv2_hiendmae.load_encoder(file)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"method": 3},
+        {"spacing_mm": [1.5, 1.5]},
+        {"spacing_mm": [1.5, 1.5, -1]},
+        {"spacing_mm": ["1", "1", "1"]},
+        {"window_hu": [250, -175]},
+        {"window_hu": [float("nan"), 1]},
+        {"normalization_schemes": "CTNormalization"},
+        {"channel_names": [1]},
+        {"image_reader_writer": 7},
+        {"citations": [None]},
+        {"intensity_offset": True},
+        {"notes": {"a": 1}},
+        {"training": 5},
+        {"spec": {**SPEC.to_dict(), "depth": None}},
+        {"unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_fields_of_the_wrong_kind(file, field):
+    header = {**json.loads(METADATA.to_json()), **field}
+    save_file(load_file(file), file, metadata={"hiendmae": json.dumps(header)})
+    for read in (read_metadata, nnunetv2_hiendmae.load_encoder, translate_checkpoint):
+        with pytest.raises(UserError, match="not a readable encoder file"):
+            read(file)
+    if "spec" not in field and "unheard_of" not in field:
+        with pytest.raises(ValueError, match=next(iter(field))):
+            replace(METADATA, **field)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

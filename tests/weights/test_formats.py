@@ -8,6 +8,7 @@ from monai.networks.nets import ViT
 from safetensors.torch import load_file, save_file
 
 from nnunetv2_hiendmae.architectures import ConvViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.weights import (
@@ -345,11 +346,17 @@ def test_export_to_monai_loads_strictly(tmp_path, cls_token):
         torch.testing.assert_close(vit(x)[0], encoder(x)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
 @pytest.mark.parametrize("to", ["timm", "monai"])
-def test_export_and_back_is_the_same_encoder(tmp_path, to):
+def test_export_and_back_is_the_same_encoder(tmp_path, to, positions):
     """What names cannot tell (heads, an oblong grid, what it saw) travels in the header."""
     spec = VIT.with_(img_size=(8, 12, 4))
-    source = write_checkpoint(tmp_path / "h.pth", "hiendmae", spec)
+    state = random_state(spec)
+    if positions == "sincos":
+        # of the source's axes: turned round it is no longer the formula, and is fixed all the same
+        state["pos_embed"] = sincos_positions(spec.grid, spec.embed_dim)
+    source = tmp_path / "h.pth"
+    torch.save(container("hiendmae", authors_state("hiendmae", state)), source)
     options = ConvertOptions(num_heads=2, img_size=spec.img_size[::-1])
     first = convert_checkpoint(source, tmp_path / "a.safetensors", options)
     exported = convert_checkpoint(first.path, tmp_path / "b.safetensors", to=to)
@@ -358,12 +365,10 @@ def test_export_and_back_is_the_same_encoder(tmp_path, to):
     assert back.format == to
     before, after = load_file(first.path), load_file(back.path)
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
-    assert vars(back.metadata) == {
-        **vars(first.metadata),
-        "version": back.metadata.version,
-        "source": "b.safetensors",
-        "source_sha256": sha256(exported.path),
-    }
+    # also what was converted first of all, and that its positions are fixed
+    assert first.metadata.source == "h.pth" and first.metadata.source_sha256 == sha256(source)
+    assert first.metadata.spec.pos_embed == positions
+    assert vars(back.metadata) == {**vars(first.metadata), "version": back.metadata.version}
 
 
 def test_timm_names_have_a_row_for_cls(tmp_path):
