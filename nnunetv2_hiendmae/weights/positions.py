@@ -77,11 +77,12 @@ def sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
     """
     if rows.shape[0] != 1 or rows.shape[2] < 6:
         return None
-    # the fastest channel of each sine and cosine is the table of width 6: enough to tell grids apart
+    # the last row holds sine and cosine of the last index of each axis: few grids of so many tokens share it
     step = rows.shape[2] // 6
-    thin = rows[:, :, : 6 * step : step]
+    last = rows[0, -1, : 6 * step : step]
     for grid in (*((first,) if first else ()), *_grids(rows.shape[1])):
-        if _close(thin[:, -1:], sincos_positions(grid, 6)[:, -1:]) and is_sincos(rows, grid):
+        corner = torch.tensor([wave(g - 1) for g in grid for wave in (math.sin, math.cos)])
+        if _close(last, corner) and is_sincos(rows, grid):
             return grid
     return None
 
