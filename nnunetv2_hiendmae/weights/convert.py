@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -13,14 +14,14 @@ from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.weights import own
 from nnunetv2_hiendmae.weights.axes import AXES
 from nnunetv2_hiendmae.weights.encoder_file import save_encoder
-from nnunetv2_hiendmae.weights.export import export_names, exported_report, write_exported
+from nnunetv2_hiendmae.weights.export import export_names, export_notes, exported_report, write_exported
 from nnunetv2_hiendmae.weights.finding import find, is_weight
 from nnunetv2_hiendmae.weights.foreign import check_plain, read_checkpoint
 from nnunetv2_hiendmae.weights.formats import METHOD_NAMES
 from nnunetv2_hiendmae.weights.layouts import Hints
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.provenance import foreign_metadata
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
 from nnunetv2_hiendmae.weights.translate import Draft, account_for_rest, check_state, finish, translate_found
 
 ENCODER_FILE = "encoder"
@@ -60,6 +61,29 @@ class ConvertOptions:
         if self.img_size is not None and (len(self.img_size) != 3 or min(self.img_size) < 1):
             raise UserError(f"--img-size is {self.img_size}, needed three positive numbers D H W")
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "ConvertOptions":
+        """From what a command line said, other arguments left aside.
+
+        Raises:
+            UserError: a value is unknown.
+        """
+        said = {f.name: arguments[f.name] for f in fields(cls)}
+        return cls(**{**said, "img_size": said["img_size"] and tuple(said["img_size"])})
+
+    def said(self) -> dict[str, Any]:
+        """What was said, by the option of the command line."""
+        values = {f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in fields(self)}
+        return {option: value for option, value in values.items() if value not in (None, False)}
+
+    def arguments(self) -> list[str]:
+        """`said` as on a command line."""
+        words = []
+        for option, value in self.said().items():
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [option, *map(str, values)]
+        return words
+
 
 @dataclass(frozen=True)
 class Translated:
@@ -79,12 +103,17 @@ class Translated:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` wrote."""
+    """What `convert_checkpoint` wrote.
+
+    Args:
+        notes: those of the metadata, and what a reader of an exported file must know.
+    """
 
     path: Path
     format: str
     metadata: EncoderMetadata
     report: LoadReport
+    notes: tuple[str, ...]
 
 
 def convert_checkpoint(
@@ -107,15 +136,17 @@ def convert_checkpoint(
     _check_output(source, output, force)
     translated = translate_checkpoint(source, options)
     metadata, report = translated.metadata, translated.report
+    notes = metadata.notes
     if to is not None:
         tensors, records = export_names(to, translated.state, metadata)
         report = exported_report(report, records)
         write_exported(output, tensors, metadata)
+        notes += export_notes(to, metadata)
     elif translated.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
     else:
         save_encoder(output, translated.state, metadata)
-    return Conversion(output, translated.format, metadata, report)
+    return Conversion(output, translated.format, metadata, report, notes)
 
 
 def translate_checkpoint(source: Path, options: ConvertOptions | None = None) -> Translated:
@@ -136,7 +167,8 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
-        raise UserError(f"{source}: its tensors make no encoder: {e}; see --num-heads and --img-size") from e
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
 
 
 def _translate_encoder_file(content: Mapping[str, Any], stored: EncoderMetadata, options: ConvertOptions) -> Translated:
@@ -146,7 +178,7 @@ def _translate_encoder_file(content: Mapping[str, Any], stored: EncoderMetadata,
 
 
 def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Translated:
-    _refuse_hints(options, "use_teacher")
+    _refuse_hints(replace(options, use_teacher=False))
     stored, teacher = own.run_metadata(source), options.use_teacher
     prefix = own.run_prefix(content[own.STATE], teacher)
     state, report = _translate_own(content, (own.STATE,), prefix, stored.spec)
@@ -169,20 +201,18 @@ def _translate_own(
         check_plain(name, tensor)
         ours = name.removeprefix(prefix)
         draft.tensors[ours], draft.sources[ours] = tensor, name
-    check_state(draft, spec)
+    check_state(draft, spec, "write it again with hiendmae pretrain or hiendmae convert")
     state, _ = finish(draft, spec)
     return state, LoadReport((*draft.records(), *dropped)).then(account_for_rest(content, path))
 
 
-def _refuse_hints(options: ConvertOptions, *allowed: str) -> None:
+def _refuse_hints(options: ConvertOptions) -> None:
     """
     Raises:
         UserError: something is said about a file that says it itself.
     """
-    given = [f.name for f in fields(options) if f.name not in allowed and getattr(options, f.name) not in (None, False)]
-    if given:
-        told = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise UserError(f"{told}: it is a file of ours, which says itself what it is; leave that out")
+    if said := options.said():
+        raise UserError(f"{', '.join(said)}: it is a file of ours, which says itself what it is; leave that out")
 
 
 def _translate_foreign(
@@ -197,7 +227,9 @@ def _translate_foreign(
     draft = translate_found(found, Hints(options.num_heads, options.img_size, axes == "xyz", found.format.sizes))
     report = LoadReport(tuple(draft.records)).then(account_for_rest(content, found.path))
     if exported is None:
-        metadata = foreign_metadata(found, draft.spec, axes, options.method, draft.notes)
+        metadata = foreign_metadata(
+            found, draft.spec, axes, named=options.format is not None, method=options.method, notes=draft.notes
+        )
     else:
         told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
         metadata = replace(exported, spec=draft.spec.with_(**told))
@@ -211,7 +243,7 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
     if not source.is_file():
         raise UserError(f"no file {source}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
     if output.is_dir():
-        raise UserError(f"{output} is a folder; give a file, e.g. -o {output / 'encoder.safetensors'}")
+        raise UserError(f"{output} is a folder; give a file, e.g. -o {quote(str(output / 'encoder.safetensors'))}")
     if output.exists() and source.samefile(output):
         raise UserError(f"the output {output} is the input; give another -o")
     if output.exists() and not force:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -13,7 +14,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.adapt import adapt_state
 from nnunetv2_hiendmae.weights.matching import expected_tensors, mismatch
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
 from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 METADATA_KEY = "hiendmae"
@@ -55,8 +56,10 @@ def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
         UserError: no such file, not an encoder file of ours, or tensors missing.
     """
     metadata, state = _open(path, tensors=True)
+    # before the encoder is built: what a header says may be of any size
+    _check(state, expected_tensors(metadata.spec), path)
     encoder = build_encoder(metadata.spec)
-    load_state(encoder, state, path)
+    encoder.load_state_dict(state)
     return encoder.eval(), metadata
 
 
@@ -113,4 +116,7 @@ def _open(path: Path, tensors: bool = False) -> tuple[EncoderMetadata, dict[str,
             state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}  # noqa: SIM118
         return EncoderMetadata.from_json(header), state
     except (SafetensorError, ValueError, OSError) as e:
-        raise UserError(f"{path} is not a readable encoder file ({e}); see: hiendmae inspect {path}") from e
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(
+            f"{path} is not a readable encoder file ({told}); see: hiendmae inspect {quote(str(path))}"
+        ) from e

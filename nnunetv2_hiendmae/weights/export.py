@@ -42,8 +42,8 @@ _MONAI_NAMES = (
 def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     """For `monai.networks.nets.ViT(..., proj_type="conv", qkv_bias=True)`, with `classification=True` for CLS.
 
-    MONAI's LayerNorms have eps 1e-5; set 1e-6 for the same output. Its blocks hold a norm for cross-attention that is
-    never used and that a strict load asks for; the head of `classification=True` is not an encoder's and not written.
+    Its blocks hold a norm for cross-attention that is never used and that a strict load asks for; the head of
+    `classification=True` is not an encoder's and not written. About its LayerNorms see `export_notes`.
     """
     tensors, records = {}, []
     for name, tensor in state.items():
@@ -60,6 +60,8 @@ def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     return tensors, records
 
 
+# of the ViT that the other program builds
+NORM_EPS = {"timm": 1e-6, "monai": 1e-5}
 TARGETS: dict[str, Callable[[Mapping[str, Tensor], EncoderSpec], Exported]] = {"timm": to_timm, "monai": to_monai}
 
 
@@ -74,6 +76,17 @@ def export_names(target: str, state: Mapping[str, Tensor], metadata: EncoderMeta
     if metadata.spec.kind != "vit":
         raise UserError(f"--to {target}: it has no encoder of kind '{metadata.spec.kind}'; convert without --to")
     return TARGETS[target](state, metadata.spec)
+
+
+def export_notes(target: str, metadata: EncoderMetadata) -> tuple[str, ...]:
+    """What a program that reads the exported names must know."""
+    eps = metadata.spec.norm_eps
+    if eps == NORM_EPS[target]:
+        return ()
+    return (
+        f"{target}'s LayerNorms have eps {NORM_EPS[target]:g}, this encoder's {eps:g}: set it in each of them for the "
+        "same output",
+    )
 
 
 def exported_report(report: LoadReport, records: list[TensorRecord]) -> LoadReport:

@@ -65,7 +65,7 @@ def find(content: Mapping[str, Any], wanted: str | None = None, teacher: bool = 
     if len(nested) == 1:
         return nested.popitem()[1]
     if nested:
-        raise UserError(f"encoders in {', '.join(map(printable, nested))}: which is meant? save that one alone")
+        raise UserError(f"encoders in {_some(list(nested))}: which is meant? save that one alone")
     if teacher and not any("teacher" in level for level in (content, *inner.values())):
         raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
     raise UserError(f"unknown kind of weights: {_contents(content)}; {_known()}")

@@ -19,6 +19,7 @@ from nnunetv2_hiendmae.weights.mim_layout import mim_name, mim_spec, mim_value
 
 APACHE = "Apache-2.0"
 NONE_STATED = "none stated by the authors"
+UNKNOWN = "unknown"
 REORIENTING_READER = "NibabelIOWithReorient"
 # the usual ViTs by width, tiny to huge
 USUAL_SIZES = {192: Size(3, 12), 384: Size(6, 12), 768: Size(12, 12), 1024: Size(16, 24), 1280: Size(16, 32)}
@@ -48,7 +49,7 @@ class Seen:
     spacing_mm: tuple[float, float, float] | None = None
     window_hu: tuple[float, float] | None = None
     image_reader_writer: str | None = None
-    orientation: str = "unknown"
+    orientation: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class WeightFormat:
         fixed_positions: the program never trains its sin-cos table.
         zero_qkv_bias: the program has an option without qkv bias; zeros are the same.
         head_on_cls: pattern of names that only come with a CLS token.
+        lookalikes: what else has the same names, in words; "" for nothing.
     """
 
     name: str
@@ -85,6 +87,7 @@ class WeightFormat:
     fixed_positions: bool = False
     zero_qkv_bias: bool = False
     head_on_cls: str | None = None
+    lookalikes: str = ""
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why a tensor that is not the encoder's is left out; None: no rule explains it."""
@@ -181,6 +184,8 @@ FORMATS: tuple[WeightFormat, ...] = (
         dropped=(*_MAE_DROPPED, (_HEADS, _HEAD)),
         licence=NONE_STATED,
         fixed_positions=True,
+        lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
+        "names: if it is one, give --format glmae",
     ),
     WeightFormat(
         "timm",
@@ -192,6 +197,8 @@ FORMATS: tuple[WeightFormat, ...] = (
         USUAL_SIZES,
         dropped=((_HEADS, _HEAD), *_MAE_DROPPED),
         zero_qkv_bias=True,
+        lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
+        "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
     ),
 )
 FORMAT_NAMES = tuple(f.name for f in FORMATS)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import build_encoder
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.weights.report import printable
 
 _MOST_NAMED = 3
 
@@ -18,15 +19,15 @@ def expected_tensors(spec: EncoderSpec) -> dict[str, Tensor]:
 
 
 def mismatch(
-    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str] | None = None
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str | None] | None = None
 ) -> str | None:
     """What is missing, left over, of another shape or no floating-point number, up to three of it in words; None: all
     as expected.
 
     Args:
-        sources: what a tensor is called in messages, if not as in `state`.
+        sources: what a tensor is called in messages, None or missing: as in `state`.
     """
-    called = {**{k: k for k in state}, **(sources or {})}
+    called = {k: printable((sources or {}).get(k) or k) for k in state}
     wrong = [f"{k} is missing" for k in expected if k not in state]
     wrong += [f"{called[k]} is unexpected" for k in state if k not in expected]
     wrong += [

@@ -14,6 +14,7 @@ from nnunetv2_hiendmae.weights.export import EXPORT_KEY
 from nnunetv2_hiendmae.weights.finding import is_weight
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.provenance import TEACHER_NOTE
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, printable
 
 # files of a run folder, and the keys of its checkpoint
 SETTINGS = "run.json"
@@ -75,7 +76,9 @@ def run_metadata(path: Path) -> EncoderMetadata:
             "keep the two in one folder"
         ) from e
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise UserError(f"{settings_file} is damaged ({e}); restore it or use the run's {ENCODER}") from e
+        raise UserError(
+            f"{settings_file} is damaged ({printable(e, LONGEST_ERROR)}); restore it or use the run's {ENCODER}"
+        ) from e
     exported = path.parent / ENCODER
     if exported.is_file():
         seen = read_metadata(exported)
@@ -115,4 +118,5 @@ def _parsed(header: Mapping[str, str], key: str, path: Path) -> EncoderMetadata 
     try:
         return EncoderMetadata.from_json(header[key])
     except (ValueError, TypeError) as e:
-        raise UserError(f"{path} is not a readable encoder file ({e}); download or write it again") from e
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(f"{path} is not a readable encoder file ({told}); download or write it again") from e

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights.report import printable
 
 Triple = tuple[int, int, int]
 # a table this close to ours was never trained
@@ -119,8 +120,8 @@ def check_decoder_table(names: Mapping[str, str], state: Mapping[str, Tensor], t
         other = tuple(state[source].shape)
         if _DECODER_TABLE.fullmatch(name) and other[1:-1] != tuple(table.shape[1:-1]):
             raise UserError(
-                f"{table_name} has shape {tuple(table.shape)}, but {source} {other}: needed the same number of "
-                "positions; download the file again"
+                f"{printable(table_name)} has shape {tuple(table.shape)}, but {printable(source)} {other}: needed the "
+                "same number of positions; download the file again"
             )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 STATUSES = ("loaded", "adapted", "dropped", "fresh")
 _LONGEST = 120
+# for what Python says of a damaged file, which may quote all of it
+LONGEST_ERROR = 300
 # more records than this with one reason become one line of `LoadReport.text`
 _MAX_LINES = 3
 

@@ -82,7 +82,7 @@ def translate_found(found: Found, hints: Hints) -> EncoderDraft:
     _split_cls_row(draft, spec)
     if found.format.zero_qkv_bias:
         _fill_qkv_bias(draft, spec)
-    check_state(draft, spec)
+    check_state(draft, spec, "download the file again, or say what it is with --format")
     formula = is_sincos(draft.tensors["pos_embed"], spec.grid)
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")
@@ -107,14 +107,16 @@ def finish(draft: Draft, spec: EncoderSpec, reverse_axes: bool = False) -> tuple
     return permuted, moved
 
 
-def check_state(draft: Draft, spec: EncoderSpec) -> None:
+def check_state(draft: Draft, spec: EncoderSpec, mend: str) -> None:
     """
+    Args:
+        mend: what the user can do.
+
     Raises:
         UserError: the tensors are not exactly those of the spec's encoder, or not finite; names up to three.
     """
-    sources = {k: printable(source) for k, source in draft.sources.items() if source}
-    if wrong := mismatch(draft.tensors, expected_tensors(spec), sources):
-        raise UserError(f"{wrong}; download the file again, or say what it is with --format")
+    if wrong := mismatch(draft.tensors, expected_tensors(spec), draft.sources):
+        raise UserError(f"{wrong}; {mend}")
     for name, tensor in draft.tensors.items():
         check_finite(draft.sources[name] or name, tensor)
 
@@ -131,7 +133,8 @@ def _renamed(found: Found) -> tuple[Draft, list[TensorRecord]]:
             dropped.append(TensorRecord(source, None, "dropped", reason or _OUTSIDE))
             continue
         if ours in draft.tensors:
-            raise UserError(f"{source} and {draft.sources[ours]} are both {ours}; which one is meant?")
+            both = f"{printable(source)} and {printable(draft.sources[ours])}"
+            raise UserError(f"{both} are both {ours}; which one is meant? take the other out of the file")
         check_plain(source, found.state[source])
         draft.tensors[ours], draft.sources[ours] = found.state[source], source
     if unknown:
