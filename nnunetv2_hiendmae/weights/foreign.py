@@ -22,6 +22,7 @@ _NOTHING_RUN = "nothing in it was executed"
 _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
+SAFETENSORS = ".safetensors"
 _PICKLE_START = b"\x80"
 _ZIP_START = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -48,7 +49,7 @@ def _is_safetensors(path: Path) -> bool:
     """By content: an 8-byte length, then JSON; by name only what is damaged and neither a zip file nor a pickle."""
     with path.open("rb") as f:
         start = f.read(9)
-    return start[8:] == b"{" or (path.suffix == ".safetensors" and not start.startswith((_ZIP_START, _PICKLE_START)))
+    return start[8:] == b"{" or (path.suffix == SAFETENSORS and not start.startswith((_ZIP_START, _PICKLE_START)))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -61,8 +62,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)), path.open("rb") as f:
+            # torch decides by the name of a path, and maps nothing but paths
+            named_otherwise = path.suffix == SAFETENSORS
+            mapped = not named_otherwise and _can_be_mapped(path)
+            source = f if named_otherwise else path
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         raise _refused(path, e) from e
     except Exception as e:  # torch and its zip reader raise many kinds for a damaged file

@@ -243,3 +243,28 @@ def test_two_channels_do_not_fit_three(tmp_path):
     save_encoder(path, build_encoder(spec).state_dict(), EncoderMetadata(spec, "mae3d", None, None, (), ()))
     with pytest.raises(UserError, match="2 input channels, the dataset 3"):
         load_into(build_encoder(SPEC.with_(in_channels=3)), path)
+
+
+def test_the_report_builds_no_encoder(file, monkeypatch):
+    monkeypatch.setattr("nnunetv2_hiendmae.weights.encoder_file.build_encoder", None)
+    assert nnunetv2_hiendmae.load_report(file).summary().startswith(f"{len(load_file(file))} loaded")
+    # a tensor that is not what the header says is told in the same words by the report and by loading
+    monkeypatch.undo()
+    state = load_file(file)
+    state["norm.bias"] = torch.zeros(5)
+    save_encoder(file, state, METADATA)
+    told = []
+    for read in (nnunetv2_hiendmae.load_report, nnunetv2_hiendmae.load_encoder):
+        with pytest.raises(UserError, match=r"norm\.bias has shape \(5,\), needed \(24,\)") as caught:
+            read(file)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_a_header_of_any_size_takes_no_memory(file):
+    """A hundred terabytes, said in one line."""
+    huge = replace(METADATA, spec=SPEC.with_(embed_dim=24 * 10**5, mlp_ratio=1000.0))
+    save_encoder(file, load_file(file), huge)
+    for read in (nnunetv2_hiendmae.load_report, nnunetv2_hiendmae.load_encoder):
+        with pytest.raises(UserError, match="does not hold the encoder its header describes"):
+            read(file)

@@ -189,6 +189,11 @@ def states():
         ),
         "compiled and parallel": ({"model": {f"module._orig_mod.{k}": v for k, v in mae3d.items()}}, "mae3d"),
         "mae3d bare": (mae3d, "mae3d"),
+        "model_state_dict": ({"model_state_dict": mae3d, "epoch": 3}, "mae3d"),
+        "net": ({"net": mae3d, "lr": 0.1}, "mae3d"),
+        "network": ({"network": mae3d, "optimizer": {"state": {0: torch.zeros(3)}}}, "mae3d"),
+        "one level more": ({"checkpoint": {"model": mae3d, "epoch": 3}, "ema": {"n": 1}}, "mae3d"),
+        "under a name of its own": ({"my encoder": mae3d, "args": {"lr": 1}}, "mae3d"),
         "mim without heads": ({"model": {k: v for k, v in mim.items() if "aggregate" not in k}}, "mim"),
         "timm": (authors_state("timm", random_state(VIT)), "timm"),
         "monai in unetr": (
@@ -214,6 +219,22 @@ def test_variants_of_names_and_containers(tmp_path, case):
     assert translated.state.keys() == expected.keys()
     assert all(torch.equal(v, expected[k]) for k, v in translated.state.items())
     assert not [r for r in translated.report.records if "unknown" in r.detail]
+
+
+def test_two_encoders_a_level_deeper_are_not_chosen_from(tmp_path):
+    mae3d = authors_state("mae3d", random_state(VIT))
+    torch.save({"first": {"model": mae3d}, "second": {"net": mae3d}}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="encoders in first, second: which is meant"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+def test_what_lies_beside_a_nested_container_is_accounted_for(tmp_path):
+    mae3d = authors_state("mae3d", random_state(VIT))
+    content = {"checkpoint": {"model": mae3d, "epoch": 3, "ema": {"n": torch.zeros(1)}}, "lr": 0.1}
+    torch.save(content, tmp_path / "c.pth")
+    report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
+    assert dict(report.entries) == {"checkpoint.epoch": "3", "lr": "0.1"}
+    assert "checkpoint.ema.n" in {r.source for r in report.with_status("dropped")}
 
 
 def test_the_format_can_be_said(tmp_path):
