@@ -175,6 +175,7 @@ def states():
     glmae = authors_state("glmae", random_state(VIT))
     bare = {k.removeprefix("module."): v for k, v in glmae.items()}
     mae3d = authors_state("mae3d", random_state(VIT))
+    other = authors_state("mae3d", random_state(VIT, seed=1))
     mim = authors_state("mim", random_state(SPECS["mim"]))
     return {
         "glmae in state_dict": ({"state_dict": glmae}, "glmae"),
@@ -189,9 +190,9 @@ def states():
         ),
         "compiled and parallel": ({"model": {f"module._orig_mod.{k}": v for k, v in mae3d.items()}}, "mae3d"),
         "mae3d bare": (mae3d, "mae3d"),
-        "model_state_dict": ({"model_state_dict": mae3d, "epoch": 3}, "mae3d"),
-        "net": ({"net": mae3d, "lr": 0.1}, "mae3d"),
-        "network": ({"network": mae3d, "optimizer": {"state": {0: torch.zeros(3)}}}, "mae3d"),
+        "model_state_dict": ({"model_state_dict": mae3d, "ema": other}, "mae3d"),
+        "net": ({"net": mae3d, "averaged": other}, "mae3d"),
+        "network": ({"network": mae3d, "best": other}, "mae3d"),
         "one level more": ({"checkpoint": {"model": mae3d, "epoch": 3}, "ema": {"n": 1}}, "mae3d"),
         "under a name of its own": ({"my encoder": mae3d, "args": {"lr": 1}}, "mae3d"),
         "mim without heads": ({"model": {k: v for k, v in mim.items() if "aggregate" not in k}}, "mim"),

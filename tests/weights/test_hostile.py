@@ -229,3 +229,8 @@ def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
     said = printed(capsys, "inspect", file)
     assert "not a readable encoder file" in said and "y" * 400 not in said
     assert all(c.isprintable() or c in HARMLESS for c in said)
+    metadata = EncoderMetadata(VIT, "mae3d", None, None, (), ())
+    for dtype, message in ((torch.int64, "is a tensor of int64"), (torch.float32, "is unexpected")):
+        save_encoder(file, {**random_state(VIT), EVIL: torch.zeros(1, dtype=dtype)}, metadata)
+        said = printed(capsys, "inspect", file)
+        assert message in said and "y" * 200 not in said and all(c.isprintable() or c in HARMLESS for c in said)

@@ -46,9 +46,9 @@ def test_an_oblong_grid_is_read_off_the_formula(tmp_path, kind, dtype):
 
 
 @pytest.mark.parametrize("width", [12, 13, 48])
-@pytest.mark.parametrize("grid", [(2, 2, 2), (6, 6, 6), (8, 8, 8), (3, 4, 18), (1, 1, 27), (45, 1, 2), (2, 45, 1)])
+@pytest.mark.parametrize("grid", [(2, 2, 2), (6, 6, 6), (8, 8, 8), (3, 4, 18), (1, 1, 27), (711, 1, 1)])
 def test_every_grid_of_a_formula(tmp_path, grid, width):
-    """45 is near a period of the sine: the last row alone does not tell."""
+    """710 is nearly a multiple of the sine's period: the last row alone does not tell."""
     heads = 1
     write_file(tmp_path / "c.pth", "timm", grid, embed_dim=width, num_heads=heads)
     assert translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=heads)).metadata.spec.grid == grid
