@@ -1,6 +1,7 @@
 """What `hiendmae methods`, `presets` and `inspect` print."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, load_checkpoint, read_settings
-from nnunetv2_hiendmae.weights import LoadReport, is_encoder_file, load_report, read_metadata, translate_checkpoint
+from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, read_settings
+from nnunetv2_hiendmae.weights import ConvertOptions, is_encoder_file, own, translate_checkpoint
+from nnunetv2_hiendmae.weights.finding import find
 from nnunetv2_hiendmae.weights.foreign import read_checkpoint
-from nnunetv2_hiendmae.weights.formats import find
+from nnunetv2_hiendmae.weights.report import LoadReport, printable
 
 
 def list_methods(as_json: bool = False) -> str:
@@ -72,59 +74,77 @@ def _parameters(spec) -> int:
         return sum(p.numel() for p in build_encoder(spec).parameters())
 
 
-def describe_file(path: Path, as_json: bool = False) -> str:
+def describe_file(path: Path, options: ConvertOptions | None = None, *, as_json: bool = False) -> str:
     """What an encoder file, a run's checkpoint, a run folder or a checkpoint of another program is, and whether it
-    would load. Nothing in a file is executed.
+    would load; its content decides, not its name. Nothing in a file is executed.
+
+    Args:
+        options: what the user says about the file, as for `hiendmae convert`.
 
     Raises:
         UserError: no such file, damaged or refused, or of no known kind.
     """
-    about = _describe(Path(path))
+    about = _describe(Path(path), options or ConvertOptions())
     if as_json:
         return json.dumps({k: v.to_dict() if isinstance(v, LoadReport) else v for k, v in about.items()}, indent=2)
-    about = {k: v.text() if isinstance(v, LoadReport) else v for k, v in about.items()}
-    return "\n".join(f"{k}: {json.dumps(v) if isinstance(v, dict | list) else v}" for k, v in about.items())
+    return "\n".join(f"{k}: {_text(v)}" for k, v in about.items())
 
 
-def _describe(path: Path) -> dict[str, Any]:
+def _text(value: Any) -> str:
+    if isinstance(value, LoadReport):
+        return value.text()
+    return json.dumps(value) if isinstance(value, dict | list) else printable(value, None)
+
+
+def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     if path.is_dir():
-        if not (path / SETTINGS).is_file():
-            raise UserError(
-                f"{path} is not a run folder (no {SETTINGS}); give an encoder file, a checkpoint or a run folder"
-            )
-        about = {"kind": "run folder", "settings": read_settings(path)}
-        if (path / CHECKPOINT).exists():
-            about["checkpoint"] = _describe(path / CHECKPOINT)
-        if (path / ENCODER).exists():
-            about["encoder"] = _describe(path / ENCODER)
-        return about
-    if not path.is_file():
-        raise UserError(f"no file {path}; give an encoder file, a checkpoint or a run folder")
-    if path.name == CHECKPOINT:
-        state = load_checkpoint(path.parent)
-        tensors = state["method"]
-        return {
-            "kind": "pretraining checkpoint",
-            "step": state["step"],
-            "tensors": len(tensors),
-            "parameters": sum(t.numel() for t in tensors.values()),
-            "next": f"continue the run with --c; its encoder is {path.parent / ENCODER}",
-        }
-    if not is_encoder_file(path):
-        return _describe_foreign(path)
-    metadata = read_metadata(path)
+        return _describe_folder(path, options)
+    if is_encoder_file(path):
+        translated = translate_checkpoint(path, options)
+        about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
+        return {**about, **json.loads(translated.metadata.to_json())}
+    content, _ = read_checkpoint(path)
+    if own.is_run_checkpoint(content):
+        return _describe_run(path, content, options)
+    return _describe_foreign(path, content, options)
+
+
+def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
+    if not (path / SETTINGS).is_file():
+        raise UserError(
+            f"{path} is not a run folder (no {SETTINGS}); give an encoder file, a checkpoint or a run folder"
+        )
+    about = {"kind": "run folder", "settings": read_settings(path)}
+    if (path / CHECKPOINT).exists():
+        about["checkpoint"] = _describe(path / CHECKPOINT, options)
+    if (path / ENCODER).exists():
+        about["encoder"] = _describe(path / ENCODER, ConvertOptions())
+    return about
+
+
+def _describe_run(path: Path, content: dict[str, Any], options: ConvertOptions) -> dict[str, Any]:
+    tensors = [t for t in content[own.STATE].values() if isinstance(t, torch.Tensor)]
+    about = {
+        "kind": "pretraining checkpoint",
+        "step": content[own.STEP],
+        "tensors": len(tensors),
+        "parameters": sum(t.numel() for t in tensors),
+    }
+    try:
+        translated = translate_checkpoint(path, options)
+    except UserError as e:
+        return {**about, "loads": "no", "needed": str(e)}
     return {
-        "kind": "encoder file",
-        "loads": load_report(path).summary(),
-        "sha256": sha256(path),
-        **json.loads(metadata.to_json()),
+        **about,
+        "loads": translated.report.summary(),
+        **json.loads(translated.metadata.to_json()),
+        "next": f"continue the run with --c; its encoder is {path.parent / ENCODER}",
     }
 
 
-def _describe_foreign(path: Path) -> dict[str, Any]:
-    content, _ = read_checkpoint(path)
+def _describe_foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> dict[str, Any]:
     try:
-        found = find(content)
+        found = find(content, options.format, options.use_teacher)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     about = {
@@ -133,10 +153,10 @@ def _describe_foreign(path: Path) -> dict[str, Any]:
         "title": found.format.title,
         "container": found.container or "none",
         "tensors": len(found.state),
-        "axes": found.format.axes,
+        "axes": options.axes or found.format.axes,
     }
     try:
-        translated = translate_checkpoint(path)
+        translated = translate_checkpoint(path, options)
     except UserError as e:
         return {**about, "loads": "no", "needed": str(e)}
     return {
@@ -144,5 +164,5 @@ def _describe_foreign(path: Path) -> dict[str, Any]:
         "loads": translated.report.summary(),
         "report": translated.report,
         **json.loads(translated.metadata.to_json()),
-        "next": f"hiendmae convert {path} -o encoder.safetensors",
+        "next": shlex.join(["hiendmae", "convert", str(path), *options.arguments(), "-o", ENCODER]),
     }

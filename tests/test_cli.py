@@ -80,7 +80,7 @@ def test_inspect(capsys, tmp_path):
     stock.mkdir()
     torch.save({"network_weights": {}}, stock / "checkpoint_latest.pth")
     code, _, err = run(capsys, "inspect", str(stock / "checkpoint_latest.pth"))
-    assert code == 2 and "no pretraining checkpoint of ours" in err
+    assert code == 2 and "holds no tensor, only network_weights" in err
     _, out, _ = run(capsys, "inspect", str(tmp_path), "--json")
     assert json.loads(out)["encoder"]["kind"] == "encoder file"
 

@@ -31,7 +31,8 @@ class EncoderSpec:
         taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)` of a
             vit; a convvit has none.
         cls_token: prepend a CLS token (its position is zero); None: only a vit has one.
-        pos_embed: "sincos" is a fixed table, "learned" starts as that table and is trained.
+        pos_embed: "sincos" is a fixed table, "learned" starts as that table and is trained. Fixed is what counts:
+            weights with other axes than those they were trained with hold the same table in another order.
         norm_eps: epsilon of every LayerNorm.
         drop_path_rate: stochastic depth, rising linearly from 0 to this over the blocks.
         stem_dims: widths of a convvit's convolutional stages, fine to coarse.

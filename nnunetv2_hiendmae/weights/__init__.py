@@ -3,7 +3,6 @@
 from nnunetv2_hiendmae.weights.axes import permute_axes
 from nnunetv2_hiendmae.weights.convert import ConvertOptions, convert_checkpoint, translate_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import (
-    EncoderMetadata,
     is_encoder_file,
     load_encoder,
     load_into,
@@ -11,6 +10,7 @@ from nnunetv2_hiendmae.weights.encoder_file import (
     read_metadata,
     save_encoder,
 )
+from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.report import LoadReport
 
 __all__ = [

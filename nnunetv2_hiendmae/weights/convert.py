@@ -1,8 +1,9 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +13,15 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.weights import own
 from nnunetv2_hiendmae.weights.axes import AXES
-from nnunetv2_hiendmae.weights.citations import CITATIONS
-from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, save_encoder
-from nnunetv2_hiendmae.weights.export import export_names, write_exported
+from nnunetv2_hiendmae.weights.encoder_file import save_encoder
+from nnunetv2_hiendmae.weights.export import export_names, export_notes, exported_report, write_exported
+from nnunetv2_hiendmae.weights.finding import find, is_weight
 from nnunetv2_hiendmae.weights.foreign import check_plain, read_checkpoint
-from nnunetv2_hiendmae.weights.formats import DEFAULT_METHOD, METHOD_NAMES, Found, WeightFormat, find, is_weight
-from nnunetv2_hiendmae.weights.layouts import Hints, run_name
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
+from nnunetv2_hiendmae.weights.formats import METHOD_NAMES
+from nnunetv2_hiendmae.weights.layouts import Hints
+from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
+from nnunetv2_hiendmae.weights.provenance import foreign_metadata
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
 from nnunetv2_hiendmae.weights.translate import Draft, account_for_rest, check_state, finish, translate_found
 
 ENCODER_FILE = "encoder"
@@ -58,6 +61,29 @@ class ConvertOptions:
         if self.img_size is not None and (len(self.img_size) != 3 or min(self.img_size) < 1):
             raise UserError(f"--img-size is {self.img_size}, needed three positive numbers D H W")
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "ConvertOptions":
+        """From what a command line said, other arguments left aside.
+
+        Raises:
+            UserError: a value is unknown.
+        """
+        said = {f.name: arguments[f.name] for f in fields(cls)}
+        return cls(**{**said, "img_size": said["img_size"] and tuple(said["img_size"])})
+
+    def said(self) -> dict[str, Any]:
+        """What was said, by the option of the command line."""
+        values = {f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in fields(self)}
+        return {option: value for option, value in values.items() if value not in (None, False)}
+
+    def arguments(self) -> list[str]:
+        """`said` as on a command line."""
+        words = []
+        for option, value in self.said().items():
+            values = () if value is True else value if isinstance(value, tuple) else (value,)
+            words += [option, *map(str, values)]
+        return words
+
 
 @dataclass(frozen=True)
 class Translated:
@@ -77,12 +103,17 @@ class Translated:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` wrote."""
+    """What `convert_checkpoint` wrote.
+
+    Args:
+        notes: those of the metadata, and what a reader of an exported file must know.
+    """
 
     path: Path
     format: str
     metadata: EncoderMetadata
     report: LoadReport
+    notes: tuple[str, ...]
 
 
 def convert_checkpoint(
@@ -105,15 +136,17 @@ def convert_checkpoint(
     _check_output(source, output, force)
     translated = translate_checkpoint(source, options)
     metadata, report = translated.metadata, translated.report
+    notes = metadata.notes
     if to is not None:
         tensors, records = export_names(to, translated.state, metadata)
-        report = _exported_report(report, records)
+        report = exported_report(report, records)
         write_exported(output, tensors, metadata)
+        notes += export_notes(to, metadata)
     elif translated.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
     else:
         save_encoder(output, translated.state, metadata)
-    return Conversion(output, translated.format, metadata, report)
+    return Conversion(output, translated.format, metadata, report, notes)
 
 
 def translate_checkpoint(source: Path, options: ConvertOptions | None = None) -> Translated:
@@ -127,126 +160,90 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     try:
         stored = own.header_metadata(header, source)
         if stored is not None:
-            return _translate_own(content, "", stored, ENCODER_FILE, source, options)
+            return _translate_encoder_file(content, stored, options)
         if own.is_run_checkpoint(content):
-            return _translate_own(content, own.STATE, own.run_metadata(source), RUN_CHECKPOINT, source, options)
+            return _translate_run(content, source, options)
         return _translate_foreign(content, own.export_metadata(header, source), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
-        raise UserError(f"{source}: its tensors make no encoder: {e}; see --num-heads and --img-size") from e
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
+
+
+def _translate_encoder_file(content: Mapping[str, Any], stored: EncoderMetadata, options: ConvertOptions) -> Translated:
+    _refuse_hints(options)
+    state, report = _translate_own(content, (), "", stored.spec)
+    return Translated(ENCODER_FILE, state, stored, report)
+
+
+def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Translated:
+    _refuse_hints(replace(options, use_teacher=False))
+    stored, teacher = own.run_metadata(source), options.use_teacher
+    prefix = own.run_prefix(content[own.STATE], teacher)
+    state, report = _translate_own(content, (own.STATE,), prefix, stored.spec)
+    metadata = own.at_step(stored, content[own.STEP], teacher)
+    metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
+    return Translated(RUN_CHECKPOINT, state, metadata, report)
 
 
 def _translate_own(
-    content: Mapping[str, Any],
-    container: str,
-    stored: EncoderMetadata,
-    kind: str,
-    source: Path,
-    options: ConvertOptions,
-) -> Translated:
-    if options.format or options.num_heads or options.img_size or options.use_teacher or options.method:
-        raise UserError(
-            "it is a file of ours, which says itself what it is; leave out --format, --num-heads, --img-size, "
-            "--use-teacher and --method"
-        )
+    content: Mapping[str, Any], path: tuple[str, ...], prefix: str, spec: EncoderSpec
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """Tensors with a prefix in the state_dict that the keys of `path` lead to; they have our names already."""
     draft, dropped = Draft(), []
-    for name, tensor in (content[container] if container else content).items():
+    for name, tensor in (content[path[0]] if path else content).items():
         if not is_weight(name, tensor):
             continue
-        ours = run_name(name) if container else name
-        if ours is None:
-            dropped.append(TensorRecord(name, None, "dropped", "a part of pretraining that fine-tuning does not use"))
+        if not name.startswith(prefix):
+            dropped.append(TensorRecord(name, None, "dropped", own.reason_to_drop(name)))
             continue
         check_plain(name, tensor)
+        ours = name.removeprefix(prefix)
         draft.tensors[ours], draft.sources[ours] = tensor, name
-    check_state(draft, stored.spec)
-    state, spec = finish(draft, stored.spec, options.axes == "xyz")
-    metadata = replace(stored, spec=spec)
-    if kind == RUN_CHECKPOINT:
-        metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
-    report = LoadReport((*draft.records(), *dropped))
-    return Translated(kind, state, metadata, report.then(account_for_rest(content, container)))
+    check_state(draft, spec, "write it again with hiendmae pretrain or hiendmae convert")
+    state, _ = finish(draft, spec)
+    return state, LoadReport((*draft.records(), *dropped)).then(account_for_rest(content, path))
+
+
+def _refuse_hints(options: ConvertOptions) -> None:
+    """
+    Raises:
+        UserError: something is said about a file that says it itself.
+    """
+    if said := options.said():
+        raise UserError(f"{', '.join(said)}: it is a file of ours, which says itself what it is; leave that out")
 
 
 def _translate_foreign(
     content: Mapping[str, Any], exported: EncoderMetadata | None, source: Path, options: ConvertOptions
 ) -> Translated:
-    found = find(content, options.format, options.use_teacher)
-    axes = options.axes or found.format.axes
-    img_size, heads = options.img_size, options.num_heads
     if exported is not None:
         # our own export says what its names cannot
-        img_size, heads = img_size or exported.spec.img_size, heads or exported.spec.num_heads
-    if img_size is not None and axes == "xyz":
-        img_size = img_size[::-1]
-    hints = Hints(heads, img_size, found.format.known_heads)
-    state, spec, records = translate_found(found, hints, axes == "xyz")
-    report = LoadReport(tuple(records)).then(account_for_rest(content, found.container))
-    metadata = _metadata(found, spec, axes, options.method)
-    if exported is not None:
-        spec = spec.with_(norm_eps=exported.spec.norm_eps, taps=exported.spec.taps)
-        metadata = replace(exported, spec=spec, method=options.method or exported.method)
-    digest = sha256(source)
-    return Translated(found.format.name, state, replace(metadata, source=source.name, source_sha256=digest), report)
-
-
-def _metadata(found: Found, spec: EncoderSpec, axes: str, method: str | None) -> EncoderMetadata:
-    entry, seen, notes = found.format, found.format.seen, [_axes_note(found.format, axes)]
-    if entry.method is None and method is None:
-        notes.append(
-            f"{entry.name} weights do not say how they were pretrained: they are fine-tuned as {DEFAULT_METHOD}, "
-            "another --method chooses another recipe"
+        _refuse_hints(options)
+        options = replace(options, num_heads=exported.spec.num_heads, img_size=exported.spec.img_size)
+    found = find(content, options.format, options.use_teacher)
+    axes = options.axes or found.format.axes
+    draft = translate_found(found, Hints(options.num_heads, options.img_size, axes == "xyz", found.format.sizes))
+    report = LoadReport(tuple(draft.records)).then(account_for_rest(content, found.path))
+    if exported is None:
+        metadata = foreign_metadata(
+            found, draft.spec, axes, named=options.format is not None, method=options.method, notes=draft.notes
         )
-    if method and entry.method and method != entry.method:
-        raise UserError(f"--method {method}: a {entry.name} file is of method {entry.method}; leave it out")
-    if found.container == "teacher":
-        notes.append("weights of the momentum teacher")
-    window = seen.window_hu
-    return EncoderMetadata(
-        spec,
-        entry.method or method or DEFAULT_METHOD,
-        seen.spacing_mm,
-        window,
-        ("CTNormalization",) * spec.in_channels if window else (),
-        ("CT",) * spec.in_channels if window else (),
-        image_reader_writer=seen.image_reader_writer,
-        orientation=seen.orientation,
-        citations=CITATIONS[entry.method] if entry.method else (),
-        intensity_offset=window[0] if window else None,
-        intensity_scale=window[1] - window[0] if window else None,
-        licence=entry.licence,
-        notes=tuple(notes),
-    )
-
-
-def _axes_note(entry: WeightFormat, axes: str) -> str:
-    if axes == "xyz":
-        return "arrays were (x, y, z) in the source, weights are permuted to (z, y, x) = D, H, W"
-    theirs = ", although those of its authors are (x, y, z)" if entry.axes == "xyz" else ""
-    return f"the order of axes is that of the source{theirs}"
-
-
-def _exported_report(report: LoadReport, records: list[TensorRecord]) -> LoadReport:
-    """What became of the source's tensors under the exported names."""
-    by_ours = {r.source: r for r in records if r.source}
-    joined = []
-    for record in report.records:
-        later = by_ours.get(record.target)
-        if later is None:
-            joined.append(record)
-            continue
-        detail = "; ".join(d for d in (record.detail, later.detail) if d)
-        status = record.status if later.status == "loaded" else later.status
-        joined.append(TensorRecord(record.source, later.target, status, detail))
-    return replace(report, records=(*joined, *(r for r in records if r.source is None)))
+    else:
+        told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
+        metadata = replace(exported, spec=draft.spec.with_(**told))
+    if metadata.source is None:
+        # an export of ours goes on naming the file that its encoder was converted from
+        metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
+    return Translated(found.format.name, draft.state, metadata, report)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
     if not source.is_file():
         raise UserError(f"no file {source}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
     if output.is_dir():
-        raise UserError(f"{output} is a folder; give a file, e.g. -o {output / 'encoder.safetensors'}")
+        raise UserError(f"{output} is a folder; give a file, e.g. -o {quote(str(output / 'encoder.safetensors'))}")
     if output.exists() and source.samefile(output):
         raise UserError(f"the output {output} is the input; give another -o")
     if output.exists() and not force:

@@ -1,79 +1,24 @@
 """`encoder.safetensors`: the only weights that fine-tuning reads."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from shlex import quote
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import ConvViTEncoder, ViTEncoder, build_encoder
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.adapt import adapt_state
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
+from nnunetv2_hiendmae.weights.matching import expected_tensors, mismatch
+from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
 from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 METADATA_KEY = "hiendmae"
 Encoder = ViTEncoder | ConvViTEncoder
-
-
-@dataclass(frozen=True)
-class EncoderMetadata:
-    """What an encoder is, how it was trained, and what it saw.
-
-    Args:
-        spacing_mm: voxel spacing (D, H, W) of the volumes it saw, None when it varied.
-        window_hu: CT window that intensities were clipped to, None where the images were not CT.
-        intensity_offset, intensity_scale: what CT normalisation then subtracted and divided by, in HU; with those
-            of `hiendmae preprocess` the window becomes [0, 1], stock nnU-Net plans have the dataset's own.
-        normalization_schemes: nnU-Net's scheme of every input channel.
-        image_reader_writer: nnU-Net reader of the training images (it decides the orientation).
-        orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
-        citations: BibTeX entries.
-        source, source_sha256: name and digest of the foreign file it was converted from.
-        training: steps, number of cases and settings of the run, for the record.
-        notes: what else a reader should know, e.g. about the order of axes; a sentence each.
-    """
-
-    spec: EncoderSpec
-    method: str
-    spacing_mm: tuple[float, float, float] | None
-    window_hu: tuple[float, float] | None
-    normalization_schemes: tuple[str, ...]
-    channel_names: tuple[str, ...]
-    image_reader_writer: str | None = None
-    orientation: str = "as stored"
-    citations: tuple[str, ...] = ()
-    intensity_offset: float | None = None
-    intensity_scale: float | None = None
-    licence: str = "not stated"
-    source: str | None = None
-    source_sha256: str | None = None
-    training: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    version: str = ""
-
-    def to_json(self) -> str:
-        """As stored in the file's header."""
-        return json.dumps({**asdict(self), "spec": self.spec.to_dict()})
-
-    @classmethod
-    def from_json(cls, text: str) -> "EncoderMetadata":
-        """Inverse of `to_json`.
-
-        Raises:
-            ValueError: not the JSON of encoder metadata.
-        """
-        data = json.loads(text)
-        unknown = set(data) - {f.name for f in fields(cls)}
-        if unknown or "spec" not in data:
-            raise ValueError(f"unknown or missing metadata fields {sorted(unknown)}")
-        data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**{**data, "spec": EncoderSpec.from_dict(data["spec"])})
 
 
 def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
@@ -111,19 +56,21 @@ def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
         UserError: no such file, not an encoder file of ours, or tensors missing.
     """
     metadata, state = _open(path, tensors=True)
+    # before the encoder is built: what a header says may be of any size
+    _check(state, expected_tensors(metadata.spec), path)
     encoder = build_encoder(metadata.spec)
-    load_state(encoder, state, path)
+    encoder.load_state_dict(state)
     return encoder.eval(), metadata
 
 
 def load_report(path: Path) -> LoadReport:
-    """What loading the file would do to each of its tensors, without building anything twice.
+    """What loading the file would do to each of its tensors; builds no encoder.
 
     Raises:
         UserError: as `load_encoder`.
     """
     metadata, state = _open(path, tensors=True)
-    load_state(build_encoder(metadata.spec), state, path)
+    _check(state, expected_tensors(metadata.spec), path)
     return LoadReport(tuple(TensorRecord(k, k, "loaded") for k in state))
 
 
@@ -146,23 +93,13 @@ def load_state(encoder: Encoder, state: Mapping[str, Tensor], path: Path) -> Non
     Raises:
         UserError: anything does not match.
     """
-    expected = encoder.state_dict()
-    wrong = [f"missing {k}" for k in expected if k not in state]
-    wrong += [f"unexpected {k}" for k in state if k not in expected]
-    wrong += [
-        f"{k} has shape {tuple(state[k].shape)}, needed {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    wrong += [
-        f"{k} holds {str(v.dtype).removeprefix('torch.')}, needed floating-point numbers"
-        for k, v in state.items()
-        if not v.is_floating_point()
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{path} does not hold the encoder its header describes: {'; '.join(wrong[:3])}{more}")
+    _check(state, encoder.state_dict(), path)
     encoder.load_state_dict(dict(state))
+
+
+def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    if wrong := mismatch(state, expected):
+        raise UserError(f"{path} does not hold the encoder its header describes: {wrong}")
 
 
 def _open(path: Path, tensors: bool = False) -> tuple[EncoderMetadata, dict[str, Tensor]]:
@@ -178,5 +115,8 @@ def _open(path: Path, tensors: bool = False) -> tuple[EncoderMetadata, dict[str,
                 )
             state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}  # noqa: SIM118
         return EncoderMetadata.from_json(header), state
-    except (SafetensorError, ValueError, TypeError, OSError) as e:
-        raise UserError(f"{path} is not a readable encoder file ({e}); see: hiendmae inspect {path}") from e
+    except (SafetensorError, ValueError, OSError) as e:
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(
+            f"{path} is not a readable encoder file ({told}); see: hiendmae inspect {quote(str(path))}"
+        ) from e

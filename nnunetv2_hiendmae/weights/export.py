@@ -1,6 +1,7 @@
 """An encoder under the names of timm or MONAI, for programs that read those."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata
-from nnunetv2_hiendmae.weights.report import TensorRecord
+from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 # where the encoder's metadata stand in the header of an exported file
@@ -41,8 +42,8 @@ _MONAI_NAMES = (
 def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     """For `monai.networks.nets.ViT(..., proj_type="conv", qkv_bias=True)`, with `classification=True` for CLS.
 
-    MONAI's LayerNorms have eps 1e-5; set 1e-6 for the same output. Its blocks hold a norm for cross-attention that is
-    never used and that a strict load asks for; the head of `classification=True` is not an encoder's and not written.
+    Its blocks hold a norm for cross-attention that is never used and that a strict load asks for; the head of
+    `classification=True` is not an encoder's and not written. About its LayerNorms see `export_notes`.
     """
     tensors, records = {}, []
     for name, tensor in state.items():
@@ -59,6 +60,8 @@ def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     return tensors, records
 
 
+# of the ViT that the other program builds
+NORM_EPS = {"timm": 1e-6, "monai": 1e-5}
 TARGETS: dict[str, Callable[[Mapping[str, Tensor], EncoderSpec], Exported]] = {"timm": to_timm, "monai": to_monai}
 
 
@@ -73,6 +76,37 @@ def export_names(target: str, state: Mapping[str, Tensor], metadata: EncoderMeta
     if metadata.spec.kind != "vit":
         raise UserError(f"--to {target}: it has no encoder of kind '{metadata.spec.kind}'; convert without --to")
     return TARGETS[target](state, metadata.spec)
+
+
+def export_notes(target: str, metadata: EncoderMetadata) -> tuple[str, ...]:
+    """What a program that reads the exported names must know."""
+    eps = metadata.spec.norm_eps
+    if eps == NORM_EPS[target]:
+        return ()
+    return (
+        f"{target}'s LayerNorms have eps {NORM_EPS[target]:g}, this encoder's {eps:g}: set it in each of them for the "
+        "same output",
+    )
+
+
+def exported_report(report: LoadReport, records: list[TensorRecord]) -> LoadReport:
+    """What became of a source's tensors under the exported names.
+
+    Args:
+        report: source → encoder.
+        records: encoder → exported names.
+    """
+    by_ours = {r.source: r for r in records if r.source}
+    joined = []
+    for record in report.records:
+        later = by_ours.get(record.target)
+        if later is None:
+            joined.append(record)
+            continue
+        detail = "; ".join(d for d in (record.detail, later.detail) if d)
+        status = record.status if later.status == "loaded" else later.status
+        joined.append(TensorRecord(record.source, later.target, status, detail))
+    return replace(report, records=(*joined, *(r for r in records if r.source is None)))
 
 
 def write_exported(path: Path, tensors: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:

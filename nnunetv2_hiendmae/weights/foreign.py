@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights.report import printable
 
 # the authors' training arguments; a plain record, which runs nothing of its own
 ALLOWED_GLOBALS = (argparse.Namespace,)
@@ -21,6 +22,9 @@ _NOTHING_RUN = "nothing in it was executed"
 _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
+SAFETENSORS = ".safetensors"
+_PICKLE_START = b"\x80"
+_ZIP_START = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,10 +46,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _is_safetensors(path: Path) -> bool:
-    """By content: an 8-byte length, then JSON."""
+    """By content: an 8-byte length, then JSON; by name only what is damaged and neither a zip file nor a pickle."""
     with path.open("rb") as f:
         start = f.read(9)
-    return path.suffix == ".safetensors" or start[8:] == b"{"
+    return start[8:] == b"{" or (path.suffix == SAFETENSORS and not start.startswith((_ZIP_START, _PICKLE_START)))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -58,8 +62,12 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)), path.open("rb") as f:
+            # torch decides by the name of a path, and maps nothing but paths
+            named_otherwise = path.suffix == SAFETENSORS
+            mapped = not named_otherwise and _can_be_mapped(path)
+            source = f if named_otherwise else path
+            content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
         raise _refused(path, e) from e
     except Exception as e:  # torch and its zip reader raise many kinds for a damaged file
@@ -70,15 +78,17 @@ def _read_pickle(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds a {type(content).__name__}, needed a dictionary of tensors; see its authors")
     if not any(True for _ in tensors_in(content)):
         raise UserError(
-            f"{path} holds no tensor, only {', '.join(map(str, list(content)[:8])) or 'an empty dictionary'}"
+            f"{path} holds no tensor, only {', '.join(map(printable, list(content)[:8])) or 'an empty dictionary'}"
         )
     return dict(content)
 
 
 def _can_be_mapped(path: Path) -> bool:
     """Torch's zip format, uncompressed: mapped, a compressed record would be read as if it were the numbers."""
-    if not zipfile.is_zipfile(path):
-        return False
+    # at the start as well: anything may end like a zip file
+    with path.open("rb") as f:
+        if f.read(len(_ZIP_START)) != _ZIP_START or not zipfile.is_zipfile(path):
+            return False
     try:
         with zipfile.ZipFile(path) as archive:
             return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
@@ -99,7 +109,7 @@ def _one_line(error: Exception) -> str:
     """What torch says, without its advice to load unsafely."""
     lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
     told = next((line for line in lines if line), type(error).__name__)
-    return told.removeprefix("WeightsUnpickler error: ").partition(". ")[0][:200]
+    return printable(told.removeprefix("WeightsUnpickler error: ").partition(". ")[0], 200)
 
 
 def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -139,7 +149,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
     elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         kind = f"a tensor of shape {tuple(tensor.shape)} over fewer numbers"
     if kind:
-        raise UserError(f"{name} is {kind}, needed plain float16, bfloat16, float32 or float64")
+        raise UserError(f"{printable(name)} is {kind}, needed plain float16, bfloat16, float32 or float64")
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -148,4 +158,4 @@ def check_finite(name: str, tensor: Tensor) -> None:
         UserError: NaN or infinity, also where a float64 is too large for float32.
     """
     if not torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all():
-        raise UserError(f"{name} holds NaN or infinity; the file is damaged or its training diverged")
+        raise UserError(f"{printable(name)} holds NaN or infinity; the file is damaged or its training diverged")

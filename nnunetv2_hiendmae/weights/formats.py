@@ -3,13 +3,10 @@
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import Tensor
-
-from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.layouts import (
     Layout,
+    Size,
     backbone_name,
     hiendmae_name,
     monai_name,
@@ -22,13 +19,19 @@ from nnunetv2_hiendmae.weights.mim_layout import mim_name, mim_spec, mim_value
 
 APACHE = "Apache-2.0"
 NONE_STATED = "none stated by the authors"
+UNKNOWN = "unknown"
 REORIENTING_READER = "NibabelIOWithReorient"
-# attention heads of the usual ViT sizes, tiny to huge
-USUAL_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+# the usual ViTs by width, tiny to huge
+USUAL_SIZES = {192: Size(3, 12), 384: Size(6, 12), 768: Size(12, 12), 1024: Size(16, 24), 1280: Size(16, 32)}
 
 _DECODER = "the decoder is not used for fine-tuning"
 _HEAD = "a head of pretraining or classification is not used for fine-tuning"
 _MASK = "nothing is masked in fine-tuning"
+# what programs call the layers behind an encoder's output
+_HEADS = (
+    r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|linear_head|proj(ection)?_head|projector"
+    r"|predictor)\..*"
+)
 # pattern of a name without wrappers, and why such tensors are not read
 _MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
 
@@ -46,7 +49,7 @@ class Seen:
     spacing_mm: tuple[float, float, float] | None = None
     window_hu: tuple[float, float] | None = None
     image_reader_writer: str | None = None
-    orientation: str = "unknown"
+    orientation: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,14 @@ class WeightFormat:
             without the wrappers of data-parallel training.
         method: pretraining method, None where only the user knows.
         axes: what the arrays were, see `axes.AXES`.
-        known_heads: attention heads of the released sizes, by width.
+        sizes: what was released, by width.
         dropped: patterns of names that are rightly left out, with the reason.
+        inside: pattern of the names that are the encoder's, where its program keeps them apart; in a file without
+            such names, and where this is None, every name is.
+        fixed_positions: the program never trains its sin-cos table.
         zero_qkv_bias: the program has an option without qkv bias; zeros are the same.
         head_on_cls: pattern of names that only come with a CLS token.
+        lookalikes: what else has the same names, in words; "" for nothing.
     """
 
     name: str
@@ -72,16 +79,25 @@ class WeightFormat:
     layout: Layout
     method: str | None
     axes: str
-    known_heads: Mapping[int, int]
+    sizes: Mapping[int, Size]
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
     seen: Seen = field(default_factory=Seen)
     licence: str = "not known"
+    inside: str | None = None
+    fixed_positions: bool = False
     zero_qkv_bias: bool = False
     head_on_cls: str | None = None
+    lookalikes: str = ""
 
     def reason_to_drop(self, name: str) -> str | None:
         """Why a tensor that is not the encoder's is left out; None: no rule explains it."""
         return next((reason for pattern, reason in self.dropped if re.fullmatch(pattern, name)), None)
+
+    def is_outside(self, name: str, names: Collection[str]) -> bool:
+        """Whether a name lies beside an encoder that `names` keep under a prefix of its own."""
+        if self.inside is None or re.match(self.inside, name):
+            return False
+        return _any(names, self.inside)
 
 
 def _any(names: Collection[str], pattern: str) -> bool:
@@ -91,7 +107,7 @@ def _any(names: Collection[str], pattern: str) -> bool:
 _BLOCK = r"blocks\.\d+\.(norm|attn|mlp)"
 _GLMAE_CONTAINERS = ("student", "teacher")
 
-# in the order in which they are tried; a bare MAE3D and a bare GL-MAE have the same names, see the docstring of `find`
+# in the order in which they are tried; a bare MAE3D and a bare GL-MAE have the same names, see `finding.find`
 FORMATS: tuple[WeightFormat, ...] = (
     WeightFormat(
         "hiendmae",
@@ -100,13 +116,15 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(hiendmae_name, vit_spec(cls_token=True, cls_row=False), unchanged),
         "hiendmae",
         "xyz",
-        {1536: 16, 768: 12},
+        {1536: Size(16, 12), 768: Size(12, 12)},
         dropped=(
             (r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER),
             (r"mask_token", _MASK),
         ),
         seen=Seen((1.5, 1.5, 1.5), (-175.0, 250.0), REORIENTING_READER, "RAS"),
         licence=APACHE,
+        inside=r"encoder[._]",
+        fixed_positions=True,
     ),
     WeightFormat(
         "mim",
@@ -115,10 +133,11 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(mim_name, mim_spec, mim_value),
         "mim",
         "xyz",
-        {384: 12, 96: 3},
+        {384: Size(12, 11), 96: Size(3, 11)},
         dropped=(*_MAE_DROPPED, (r"aggregate_.*", _HEAD)),
         seen=Seen(None, (-1000.0, 1000.0), REORIENTING_READER, "RAS"),
         licence=NONE_STATED,
+        fixed_positions=True,
     ),
     WeightFormat(
         "monai",
@@ -127,7 +146,7 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(monai_name, vit_spec(cls_token=None, cls_row=False, norm_eps=1e-5), monai_value),
         None,
         "dhw",
-        {768: 12},
+        {768: Size(12, 12)},
         dropped=(
             (
                 r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*",
@@ -136,6 +155,7 @@ FORMATS: tuple[WeightFormat, ...] = (
             (r"(vit\.)?classification_head\..*", _HEAD),
             (r"(encoder\d+|decoder\d+|out|conv3d_transpose(_1)?)\..*", _DECODER),
         ),
+        inside=r"vit\.",
         zero_qkv_bias=True,
         head_on_cls=r"(vit\.)?classification_head\..*",
     ),
@@ -146,10 +166,12 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(backbone_name, vit_spec(cls_token=True, cls_row=True), unchanged),
         "glmae",
         "xyz",
-        {768: 12, 192: 3},
-        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (r"head\..*", _HEAD)),
+        {768: Size(12, 12), 192: Size(3, 12)},
+        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (_HEADS, _HEAD)),
         seen=Seen(None, (-1000.0, 1000.0), REORIENTING_READER, "RAS"),
         licence=NONE_STATED,
+        inside=r"backbone\.",
+        fixed_positions=True,
     ),
     WeightFormat(
         "mae3d",
@@ -158,8 +180,12 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(same_name, vit_spec(cls_token=True, cls_row=True), unchanged),
         "mae3d",
         "xyz",
-        USUAL_HEADS,
+        USUAL_SIZES,
+        dropped=(*_MAE_DROPPED, (_HEADS, _HEAD)),
         licence=NONE_STATED,
+        fixed_positions=True,
+        lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
+        "names: if it is one, give --format glmae",
     ),
     WeightFormat(
         "timm",
@@ -168,93 +194,14 @@ FORMATS: tuple[WeightFormat, ...] = (
         Layout(same_name, vit_spec(cls_token=None, cls_row=None), unchanged),
         None,
         "dhw",
-        USUAL_HEADS,
-        dropped=((r"(head|head_dist|fc_norm|head_drop)\..*", _HEAD), *_MAE_DROPPED),
+        USUAL_SIZES,
+        dropped=((_HEADS, _HEAD), *_MAE_DROPPED),
         zero_qkv_bias=True,
+        lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
+        "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
     ),
 )
 FORMAT_NAMES = tuple(f.name for f in FORMATS)
 # methods that a released or converted encoder may belong to
 METHOD_NAMES = tuple(f.method for f in FORMATS if f.method)
 DEFAULT_METHOD = "mae3d"
-
-# keys under which programs keep the state_dict, the first that fits is taken; "" is a bare one
-_CONTAINERS = ("student", "state_dict", "model", "teacher", "")
-# how data-parallel training and compilation rename every tensor
-_WRAPPERS = ("module.", "_orig_mod.")
-
-
-@dataclass(frozen=True)
-class Found:
-    """A state_dict in a file, and what it is.
-
-    Args:
-        container: its key in the file, "" if the file is the state_dict.
-        names: name without wrappers → name in the state_dict.
-        state: the tensors, by their names in the state_dict.
-    """
-
-    format: WeightFormat
-    container: str
-    names: dict[str, str]
-    state: dict[str, Tensor]
-
-
-def find(content: Mapping[str, Any], wanted: str | None = None, teacher: bool = False) -> Found:
-    """The encoder's state_dict in a file, recognised by its names.
-
-    MAE3D and a GL-MAE encoder saved without its container and `backbone.` have the same names. Such a file is taken
-    as MAE3D, of which the names are the original ones; `wanted="glmae"` says otherwise.
-
-    Args:
-        wanted: name of a format, instead of recognising it.
-        teacher: take the momentum teacher.
-
-    Raises:
-        UserError: unknown names, an unknown format, or no teacher.
-    """
-    if wanted is not None and wanted not in FORMAT_NAMES:
-        raise UserError(f"--format {wanted} is unknown, needed one of {', '.join(FORMAT_NAMES)}")
-    states = {key: _tensors(content.get(key) if key else content) for key in _CONTAINERS}
-    if teacher:
-        if not states["teacher"]:
-            raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
-        states = {"teacher": states["teacher"]}
-    for container, state in states.items():
-        if not state:
-            continue
-        names = _unwrapped(state)
-        for entry in FORMATS:
-            if entry.name == wanted or (wanted is None and entry.matches(container, names)):
-                return Found(entry, container, names, state)
-    raise UserError(f"unknown kind of weights: {_contents(states, content)}; {_known()}")
-
-
-def _tensors(value: Any) -> dict[str, Tensor]:
-    if not isinstance(value, Mapping):
-        return {}
-    return {k: v.detach() for k, v in value.items() if is_weight(k, v)}
-
-
-def is_weight(key: Any, value: Any) -> bool:
-    """Whether an entry of a dictionary is one of a state_dict."""
-    return isinstance(key, str) and isinstance(value, Tensor)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
-    names = {name: name for name in state}
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None):
-        names = {n.removeprefix(wrapper): source for n, source in names.items()}
-    return names
-
-
-def _contents(states: Mapping[str, Mapping[str, Tensor]], content: Mapping[str, Any]) -> str:
-    for container, state in states.items():
-        if state:
-            more = f" and {len(state) - 5} more" if len(state) > 5 else ""
-            return f"{f'{container!r} with ' if container else ''}{', '.join(list(state)[:5])}{more}"
-    return f"the entries {', '.join(map(str, list(content)[:8]))}"
-
-
-def _known() -> str:
-    return f"known formats are {', '.join(FORMAT_NAMES)} (choose with --format), and our own checkpoints and encoders"

@@ -3,14 +3,23 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights.positions import choose_grid
 
 State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Size:
+    """Attention heads and transformer blocks of an encoder that was released."""
+
+    heads: int
+    depth: int
 
 
 @dataclass(frozen=True)
@@ -18,14 +27,21 @@ class Hints:
     """What shapes cannot tell.
 
     Args:
-        heads: attention heads, None: `known_heads` of the width, if it is there.
-        img_size: crop that the positions belong to, in the file's axis order; None: a cube.
-        known_heads: width to heads of the sizes that were released.
+        heads: attention heads, None: those of `sizes`, if the width is there.
+        img_size: crop (D, H, W) that the positions belong to, None: not said.
+        reverse_axes: the file's axes are the other way round.
+        sizes: what was released, by width.
     """
 
-    heads: int | None
-    img_size: tuple[int, int, int] | None
-    known_heads: Mapping[int, int]
+    heads: int | None = None
+    img_size: tuple[int, int, int] | None = None
+    reverse_axes: bool = False
+    sizes: Mapping[int, Size] = field(default_factory=dict)
+
+    @property
+    def file_size(self) -> tuple[int, int, int] | None:
+        """`img_size` in the file's axis order."""
+        return self.img_size[::-1] if self.img_size and self.reverse_axes else self.img_size
 
 
 @dataclass(frozen=True)
@@ -74,9 +90,9 @@ def choose_heads(width: int, hints: Hints) -> int:
     Raises:
         UserError: neither given nor known for this width, or no divisor of it.
     """
-    heads = hints.heads or hints.known_heads.get(width)
+    heads = hints.heads or (hints.sizes[width].heads if width in hints.sizes else None)
     if heads is None:
-        known = ", ".join(f"{h} at width {w}" for w, h in hints.known_heads.items()) or "none"
+        known = ", ".join(f"{s.heads} at width {w}" for w, s in hints.sizes.items()) or "none"
         raise UserError(
             f"the number of attention heads is not in the file and not known for width {width} (known: {known}); "
             "give it with --num-heads H"
@@ -86,30 +102,25 @@ def choose_heads(width: int, hints: Hints) -> int:
     return heads
 
 
-def choose_grid(
-    counts: Sequence[int], patch: Sequence[int], img_size: tuple[int, int, int] | None
-) -> tuple[int, int, int]:
-    """Token grid (in the file's axis order) of a position table whose patch rows number one of `counts`.
+def size_notes(name: str, spec: EncoderSpec, sizes: Mapping[int, Size]) -> list[str]:
+    """Where an encoder of a released width differs from what was released.
 
-    Raises:
-        UserError: no cube and no crop size given, or one that does not fit.
+    Args:
+        name: of the format.
     """
-    if img_size is not None:
-        grid = tuple(s // p for s, p in zip(img_size, patch, strict=True))
-        if any(s % p for s, p in zip(img_size, patch, strict=True)) or math.prod(grid) not in counts:
-            raise UserError(
-                f"--img-size does not fit: patches of {tuple(patch)} voxels give a grid of {grid}, "
-                f"the file has positions for {' or '.join(map(str, counts))} tokens"
-            )
-        return grid
-    for count in counts:
-        edge = round(count ** (1 / 3))
-        if count > 0 and edge**3 == count:
-            return (edge, edge, edge)
-    raise UserError(
-        f"pos_embed has positions for {' or '.join(map(str, counts))} tokens, which is no cube; give the crop in "
-        "voxels that the encoder was trained on with --img-size D H W"
-    )
+    usual, notes = sizes.get(spec.embed_dim), []
+    if usual is None:
+        return notes
+    if spec.depth != usual.depth:
+        notes.append(
+            f"{spec.depth} blocks: {name} encoders of width {spec.embed_dim} that were released have {usual.depth}; "
+            "was one lost?"
+        )
+    if spec.num_heads != usual.heads:
+        notes.append(
+            f"{spec.num_heads} heads: {name} encoders of width {spec.embed_dim} that were released have {usual.heads}"
+        )
+    return notes
 
 
 def same_name(name: str) -> str | None:
@@ -164,13 +175,14 @@ def vit_spec(
 
 def _kernel_and_grid(state: State, counts: Sequence[int], hints: Hints) -> tuple[tuple[int, ...], tuple[int, int, int]]:
     """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
-    name = "patch_embed.proj.weight"
+    name, size = "patch_embed.proj.weight", hints.file_size
+    table = state["pos_embed"]
     if name not in state or state[name].ndim != 2:
         kernel = tuple(needed(state, name, 5).shape)
-        return kernel, choose_grid(counts, kernel[2:], hints.img_size)
+        return kernel, choose_grid(table, counts, kernel[2:], size, reverse_axes=hints.reverse_axes)
     width, values = state[name].shape
     # the matrix hides patch and channels: one channel and a cube, or what the crop says
-    voxels = values if hints.img_size is None else math.prod(hints.img_size) // counts[-1]
+    voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
     edge = round(voxels ** (1 / 3))
     if voxels < 1 or edge**3 != voxels or values % voxels:
         raise UserError(
@@ -178,7 +190,8 @@ def _kernel_and_grid(state: State, counts: Sequence[int], hints: Hints) -> tuple
             "voxels that the encoder was trained on with --img-size D H W"
         )
     patch = (edge, edge, edge)
-    return (width, values // voxels, *patch), choose_grid(counts, patch, hints.img_size)
+    grid = choose_grid(table, counts, patch, size, reverse_axes=hints.reverse_axes)
+    return (width, values // voxels, *patch), grid
 
 
 _HIENDMAE_POSITIONS = "encoder_pos_embed"
@@ -223,8 +236,3 @@ def monai_value(name: str, tensor: Tensor, spec: EncoderSpec) -> tuple[Tensor, s
         return tensor, ""
     kernel = tensor.unflatten(1, (*spec.patch_size, spec.in_channels)).permute(0, 4, 1, 2, 3)
     return kernel, f"matrix over patches as a kernel of {spec.patch_size} voxels, {spec.in_channels} channel(s)"
-
-
-def run_name(name: str) -> str | None:
-    """A pretraining method of ours keeps its encoder under `encoder.`, with the names of encoder files."""
-    return name.removeprefix("encoder.") if name.startswith("encoder.") else None

@@ -8,11 +8,11 @@ from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.weights.layouts import (
     Hints,
     State,
-    choose_grid,
     choose_heads,
     count_blocks,
     needed,
 )
+from nnunetv2_hiendmae.weights.positions import choose_grid
 
 # voxels of a token: four stages that halve
 PATCH = (16, 16, 16)
@@ -60,9 +60,10 @@ def mim_spec(state: State, hints: Hints) -> EncoderSpec:
     Raises:
         UserError: a tensor is missing, or shapes do not tell the grid or the heads.
     """
-    rows, width = needed(state, "pos_embed", 3).shape[1:]
+    table = needed(state, "pos_embed", 3)
+    rows, width = table.shape[1:]
     kernels = [needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(STEM_STAGES)]
-    grid = choose_grid([rows], PATCH, hints.img_size)
+    grid = choose_grid(table, [rows], PATCH, hints.file_size, reverse_axes=hints.reverse_axes)
     return EncoderSpec(
         tuple(g * p for g, p in zip(grid, PATCH, strict=True)),
         PATCH,

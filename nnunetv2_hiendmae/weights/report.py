@@ -6,8 +6,17 @@ from itertools import takewhile
 from typing import Any
 
 STATUSES = ("loaded", "adapted", "dropped", "fresh")
+_LONGEST = 120
+# for what Python says of a damaged file, which may quote all of it
+LONGEST_ERROR = 300
 # more records than this with one reason become one line of `LoadReport.text`
 _MAX_LINES = 3
+
+
+def printable(text: object, longest: int | None = _LONGEST) -> str:
+    """Text of a file that nobody vouches for, safe for a terminal: control characters escaped, long text cut."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return safe if longest is None or len(safe) <= longest else f"{safe[:longest]}…"
 
 
 @dataclass(frozen=True)
@@ -22,10 +31,10 @@ class TensorRecord:
 
     @property
     def label(self) -> str:
-        """`source → target`, or the one name that there is."""
+        """`source → target`, or the one name that there is; safe to print."""
         if self.source and self.target and self.source != self.target:
-            return f"{self.source} → {self.target}"
-        return self.source or self.target or ""
+            return f"{printable(self.source)} → {printable(self.target)}"
+        return printable(self.source or self.target or "")
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,8 @@ class LoadReport:
                 groups.setdefault((record.status, record.detail), []).append(record)
         lines = [self.summary()]
         for (status, detail), records in groups.items():
-            lines += [f"  {status}: {label} ({detail})" for label in _labels(records)]
-        return "\n".join([*lines, *(f"  not read: {name} ({what})" for name, what in self.entries)])
+            lines += [f"  {status}: {label} ({printable(detail)})" for label in _labels(records)]
+        return "\n".join([*lines, *(f"  not read: {printable(k)} ({printable(what)})" for k, what in self.entries)])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, with every tensor."""
@@ -78,7 +87,10 @@ def _labels(records: list[TensorRecord]) -> list[str]:
         by_root.setdefault(_root(record), []).append(record.source or record.target or "")
     if len(by_root) > _MAX_LINES:
         return [f"{len(records)} tensors, {records[0].label} … {records[-1].label}"]
-    return [names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}" for names in by_root.values()]
+    return [
+        printable(names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}")
+        for names in by_root.values()
+    ]
 
 
 def _root(record: TensorRecord) -> str:

@@ -2,31 +2,22 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures import build_encoder
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.axes import REVERSED, permute_axes
+from nnunetv2_hiendmae.weights.finding import Found, is_weight
 from nnunetv2_hiendmae.weights.foreign import check_finite, check_plain, tensors_in
-from nnunetv2_hiendmae.weights.formats import Found, is_weight
-from nnunetv2_hiendmae.weights.layouts import Hints
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
-
-# a table this close to ours was never trained
-_SINCOS_TOLERANCE = 1e-4
-# what a name looks like whose loss would change the encoder's output, if no rule says that it may be left out
-_ENCODER_LIKE = re.compile(
-    r"(encoder|backbone|vit)\..*"
-    r"|(blocks?\d*|layers?\d*|stages?\d*\w*|\w*patch_embed\w*|embed\w*|norm\w*|fusions?|\w*pos_embed\w*|rel_pos\w*"
-    r"|\w*token\w*|gamma\w*|ls\d?|rope\w*|attn\w*|mlp\w*)(\..*)?"
-)
+from nnunetv2_hiendmae.weights.layouts import Hints, size_notes
+from nnunetv2_hiendmae.weights.matching import expected_tensors, mismatch, named
+from nnunetv2_hiendmae.weights.positions import check_decoder_table, is_sincos, position_notes
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
 
 
 @dataclass
@@ -59,17 +50,24 @@ class Draft:
         return TensorRecord(source, name, "adapted" if details else "loaded", details)
 
 
-def translate_found(
-    found: Found, hints: Hints, reverse_axes: bool
-) -> tuple[dict[str, Tensor], EncoderSpec, list[TensorRecord]]:
+@dataclass(frozen=True)
+class EncoderDraft:
     """A foreign state_dict as an encoder of ours.
 
     Args:
-        reverse_axes: from (x, y, z) to (z, y, x).
+        state: tensors, views of the file's where they did not change.
+        records: of every tensor of the state_dict and of the encoder.
+        notes: what a user should look at.
+    """
 
-    Returns:
-        Tensors (views of the file's where they did not change), their spec, and a record of every tensor of the
-        state_dict and of the encoder.
+    state: dict[str, Tensor]
+    spec: EncoderSpec
+    records: list[TensorRecord]
+    notes: list[str]
+
+
+def translate_found(found: Found, hints: Hints) -> EncoderDraft:
+    """Names, shapes, axes (see `Hints.reverse_axes`: from (x, y, z) to (z, y, x)) and numbers of a foreign state_dict.
 
     Raises:
         UserError: a tensor is missing, has the wrong shape or no finite numbers, nothing explains what one is for, or
@@ -84,13 +82,17 @@ def translate_found(
     _split_cls_row(draft, spec)
     if found.format.zero_qkv_bias:
         _fill_qkv_bias(draft, spec)
-    check_state(draft, spec)
-    if not _is_sincos(draft.tensors["pos_embed"], spec):
-        spec = spec.with_(pos_embed="learned")
-    return *finish(draft, spec, reverse_axes), [*draft.records(), *dropped]
+    check_state(draft, spec, "download the file again, or say what it is with --format")
+    formula = is_sincos(draft.tensors["pos_embed"], spec.grid)
+    # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
+    spec = spec.with_(pos_embed="sincos" if formula else "learned")
+    state, spec = finish(draft, spec, hints.reverse_axes)
+    notes = position_notes(spec, given=hints.img_size is not None, formula=formula, fixed=found.format.fixed_positions)
+    notes += size_notes(found.format.name, spec, hints.sizes)
+    return EncoderDraft(state, spec, [*draft.records(), *dropped], notes)
 
 
-def finish(draft: Draft, spec: EncoderSpec, reverse_axes: bool) -> tuple[dict[str, Tensor], EncoderSpec]:
+def finish(draft: Draft, spec: EncoderSpec, reverse_axes: bool = False) -> tuple[dict[str, Tensor], EncoderSpec]:
     """Axes and number types; the draft is checked already."""
     for name, tensor in draft.tensors.items():
         if tensor.dtype == torch.float64:
@@ -105,25 +107,17 @@ def finish(draft: Draft, spec: EncoderSpec, reverse_axes: bool) -> tuple[dict[st
     return permuted, moved
 
 
-def check_state(draft: Draft, spec: EncoderSpec) -> None:
+def check_state(draft: Draft, spec: EncoderSpec, mend: str) -> None:
     """
+    Args:
+        mend: what the user can do.
+
     Raises:
         UserError: the tensors are not exactly those of the spec's encoder, or not finite; names up to three.
     """
-    with torch.device("meta"):
-        expected = build_encoder(spec).state_dict()
-    state = draft.tensors
-    wrong = [f"{k} is missing" for k in expected if k not in state]
-    wrong += [f"{draft.sources[k]} is unexpected" for k in state if k not in expected]
-    wrong += [
-        f"{draft.sources[k]} has shape {tuple(state[k].shape)}, needed {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{'; '.join(wrong[:3])}{more}; download the file again, or say what it is with --format")
-    for name, tensor in state.items():
+    if wrong := mismatch(draft.tensors, expected_tensors(spec), draft.sources):
+        raise UserError(f"{wrong}; {mend}")
+    for name, tensor in draft.tensors.items():
         check_finite(draft.sources[name] or name, tensor)
 
 
@@ -134,24 +128,29 @@ def _renamed(found: Found) -> tuple[Draft, list[TensorRecord]]:
         ours = found.format.layout.rename(name)
         if ours is None:
             reason = found.format.reason_to_drop(name)
-            if reason is None and _ENCODER_LIKE.fullmatch(name):
-                unknown.append(source)
-            dropped.append(TensorRecord(source, None, "dropped", reason or "unknown, and outside the encoder"))
+            if reason is None and not found.format.is_outside(name, found.names):
+                unknown.append(printable(source))
+            dropped.append(TensorRecord(source, None, "dropped", reason or _OUTSIDE))
             continue
         if ours in draft.tensors:
-            raise UserError(f"{source} and {draft.sources[ours]} are both {ours}; which one is meant?")
+            both = f"{printable(source)} and {printable(draft.sources[ours])}"
+            raise UserError(f"{both} are both {ours}; which one is meant? take the other out of the file")
         check_plain(source, found.state[source])
         draft.tensors[ours], draft.sources[ours] = found.state[source], source
     if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise UserError(
-            f"{', '.join(unknown[:3])}{more} would be lost, and the encoder's output would change: a "
-            f"{found.format.name} encoder has no such tensor; see --format"
+            f"{named(unknown)} would be lost, and the encoder's output might change: a {found.format.name} encoder has "
+            "no such tensor; see --format, or take it out of the file if it is no part of the encoder"
         )
     head = found.format.head_on_cls
     if head and "cls_token" not in draft.tensors and any(re.fullmatch(head, name) for name in found.names):
         raise UserError("cls_token is missing, although there is a head that reads it; download the file again")
+    if "pos_embed" in draft.tensors:
+        check_decoder_table(found.names, found.state, draft.sources["pos_embed"], draft.tensors["pos_embed"])
     return draft, dropped
+
+
+_OUTSIDE = "outside the encoder, whose tensors have a prefix of their own"
 
 
 def _split_cls_row(draft: Draft, spec: EncoderSpec) -> None:
@@ -177,13 +176,6 @@ def _fill_qkv_bias(draft: Draft, spec: EncoderSpec) -> None:
         draft.put(name, torch.zeros(3 * spec.embed_dim), "the file's encoder has no qkv bias: zeros are the same")
 
 
-def _is_sincos(table: Tensor, spec: EncoderSpec) -> bool:
-    if spec.embed_dim < 6:
-        return False
-    tolerance = max(_SINCOS_TOLERANCE, torch.finfo(table.dtype).eps)
-    return (table.float() - sincos_positions(spec.grid, spec.embed_dim)).abs().max().item() <= tolerance
-
-
 _OTHER_CONTAINERS = {
     "teacher": "the momentum teacher; --use-teacher takes it",
     "student": "the student; the teacher was asked for",
@@ -191,14 +183,16 @@ _OTHER_CONTAINERS = {
 }
 
 
-def account_for_rest(content: Mapping[str, Any], container: str) -> LoadReport:
-    """Everything in a file beside the tensors of the state_dict under `container` ("": the file itself)."""
-    rest = [(str(k), v) for k, v in content.items() if container and k != container]
-    state = content[container] if container else content
-    rest += [(f"{container}.{k}".lstrip("."), v) for k, v in state.items() if not is_weight(k, v)]
+def account_for_rest(content: Mapping[str, Any], path: Sequence[str]) -> LoadReport:
+    """Everything in a file beside the tensors of the state_dict that the keys of `path` lead to."""
+    rest, level, prefix = [], content, ""
+    for key in path:
+        rest += [(k, f"{prefix}{k}", v) for k, v in level.items() if k != key]
+        level, prefix = level[key], f"{prefix}{key}."
+    rest += [(k, f"{prefix}{k}", v) for k, v in level.items() if not is_weight(k, v)]
     records, entries = [], []
-    for name, value in rest:
-        reason = _OTHER_CONTAINERS.get(name, f"'{name}' is not the encoder's state_dict")
+    for key, name, value in rest:
+        reason = _OTHER_CONTAINERS.get(str(key), f"'{name}' is not the encoder's state_dict")
         inner = [TensorRecord(inside, None, "dropped", reason) for inside, _ in tensors_in(value, name)]
         records += inner
         if not inner:

@@ -14,10 +14,7 @@ from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights import (
     ConvertOptions,
-    EncoderMetadata,
-    convert_checkpoint,
     read_metadata,
-    save_encoder,
     translate_checkpoint,
 )
 
@@ -117,50 +114,6 @@ def test_inspect_of_foreign_files(capsys, tmp_path):
     torch.save({"state_dict": {"fc.weight": torch.zeros(1)}}, tmp_path / "e.pth")
     code, _, err = run(capsys, "inspect", tmp_path / "e.pth")
     assert code == 2 and "'state_dict' with fc.weight" in err
-
-
-# ---- our own files ------------------------------------------------------------------------------------------------
-
-
-def own_run(folder, spec):
-    """checkpoint_latest.pth and run.json, as `hiendmae pretrain` leaves them."""
-    state = {f"encoder.{k}": v for k, v in random_state(spec).items()}
-    state["head.weight"] = torch.zeros(3, 3)
-    folder.mkdir()
-    torch.save(
-        {"step": 3, "method": state, "optimizer": {"state": {0: torch.zeros(2)}}}, folder / "checkpoint_latest.pth"
-    )
-    (folder / "run.json").write_text(json.dumps({"method": "mae3d", "spec": spec.to_dict(), "epochs": 3}))
-    return folder / "checkpoint_latest.pth"
-
-
-@pytest.mark.parametrize("kind", ["mae3d", "mim"])
-def test_checkpoint_of_a_run_of_ours(tmp_path, kind):
-    spec = SPECS[kind]
-    source = own_run(tmp_path / "run", spec)
-    done = convert_checkpoint(source, tmp_path / "e.safetensors")
-    stored = load_file(done.path)
-    assert done.format == "run" and all(torch.equal(v, stored[k]) for k, v in random_state(spec).items())
-    assert {r.source for r in done.report.with_status("dropped")} == {"head.weight", "optimizer.state.0"}
-    assert done.metadata.spec == spec and done.metadata.spacing_mm is None
-    # with the run's encoder file beside it, what it saw is known
-    seen = EncoderMetadata(spec, "mae3d", (2.0, 1.0, 1.0), None, ("ZScoreNormalization",), ("MR",))
-    save_encoder(source.with_name("encoder.safetensors"), random_state(spec), seen)
-    assert translate_checkpoint(source).metadata.spacing_mm == (2.0, 1.0, 1.0)
-    with pytest.raises(UserError, match="a file of ours"):
-        translate_checkpoint(source, OPTIONS)
-    source.with_name("run.json").unlink()
-    with pytest.raises(UserError, match=r"no .*run\.json beside it"):
-        translate_checkpoint(source)
-
-
-def test_an_encoder_file_needs_no_conversion(capsys, tmp_path):
-    file = tmp_path / "e.safetensors"
-    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
-    code, _, err = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors")
-    assert code == 2 and "is an encoder file already" in err
-    code, out, _ = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors", "--to", "timm")
-    assert code == 0 and "hiendmae plan" not in out
 
 
 # ---- damaged tensors ----------------------------------------------------------------------------------------------

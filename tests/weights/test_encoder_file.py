@@ -1,6 +1,7 @@
 """Encoder files: what comes back, what is refused, and how they fit networks that differ from them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from safetensors.torch import load_file, save_file
 import nnunetv2_hiendmae
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights import EncoderMetadata, LoadReport, load_into, read_metadata, save_encoder
+from nnunetv2_hiendmae.weights import (
+    EncoderMetadata,
+    LoadReport,
+    load_into,
+    read_metadata,
+    save_encoder,
+    translate_checkpoint,
+)
 from nnunetv2_hiendmae.weights.report import TensorRecord
 from nnunetv2_hiendmae.weights.stream import write_safetensors
 
@@ -69,6 +77,38 @@ def test_what_is_no_encoder_file(file, make, message):
     make(file)
     with pytest.raises(UserError, match=message):
         nnunetv2_hiendmae.load_encoder(file)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"method": 3},
+        {"spacing_mm": [1.5, 1.5]},
+        {"spacing_mm": [1.5, 1.5, -1]},
+        {"spacing_mm": ["1", "1", "1"]},
+        {"window_hu": [250, -175]},
+        {"window_hu": [float("nan"), 1]},
+        {"normalization_schemes": "CTNormalization"},
+        {"channel_names": [1]},
+        {"image_reader_writer": 7},
+        {"citations": [None]},
+        {"intensity_offset": True},
+        {"notes": {"a": 1}},
+        {"training": 5},
+        {"spec": {**SPEC.to_dict(), "depth": None}},
+        {"unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_fields_of_the_wrong_kind(file, field):
+    header = {**json.loads(METADATA.to_json()), **field}
+    save_file(load_file(file), file, metadata={"hiendmae": json.dumps(header)})
+    for read in (read_metadata, nnunetv2_hiendmae.load_encoder, translate_checkpoint):
+        with pytest.raises(UserError, match="not a readable encoder file"):
+            read(file)
+    if "spec" not in field and "unheard_of" not in field:
+        with pytest.raises(ValueError, match=next(iter(field))):
+            replace(METADATA, **field)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -203,3 +243,28 @@ def test_two_channels_do_not_fit_three(tmp_path):
     save_encoder(path, build_encoder(spec).state_dict(), EncoderMetadata(spec, "mae3d", None, None, (), ()))
     with pytest.raises(UserError, match="2 input channels, the dataset 3"):
         load_into(build_encoder(SPEC.with_(in_channels=3)), path)
+
+
+def test_the_report_builds_no_encoder(file, monkeypatch):
+    monkeypatch.setattr("nnunetv2_hiendmae.weights.encoder_file.build_encoder", None)
+    assert nnunetv2_hiendmae.load_report(file).summary().startswith(f"{len(load_file(file))} loaded")
+    # a tensor that is not what the header says is told in the same words by the report and by loading
+    monkeypatch.undo()
+    state = load_file(file)
+    state["norm.bias"] = torch.zeros(5)
+    save_encoder(file, state, METADATA)
+    told = []
+    for read in (nnunetv2_hiendmae.load_report, nnunetv2_hiendmae.load_encoder):
+        with pytest.raises(UserError, match=r"norm\.bias has shape \(5,\), needed \(24,\)") as caught:
+            read(file)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
+def test_a_header_of_any_size_takes_no_memory(file):
+    """A hundred terabytes, said in one line."""
+    huge = replace(METADATA, spec=SPEC.with_(embed_dim=24 * 10**5, mlp_ratio=1000.0))
+    save_encoder(file, load_file(file), huge)
+    for read in (nnunetv2_hiendmae.load_report, nnunetv2_hiendmae.load_encoder):
+        with pytest.raises(UserError, match="does not hold the encoder its header describes"):
+            read(file)

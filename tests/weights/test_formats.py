@@ -8,6 +8,7 @@ from monai.networks.nets import ViT
 from safetensors.torch import load_file, save_file
 
 from nnunetv2_hiendmae.architectures import ConvViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.weights import (
@@ -174,6 +175,7 @@ def states():
     glmae = authors_state("glmae", random_state(VIT))
     bare = {k.removeprefix("module."): v for k, v in glmae.items()}
     mae3d = authors_state("mae3d", random_state(VIT))
+    other = authors_state("mae3d", random_state(VIT, seed=1))
     mim = authors_state("mim", random_state(SPECS["mim"]))
     return {
         "glmae in state_dict": ({"state_dict": glmae}, "glmae"),
@@ -188,6 +190,11 @@ def states():
         ),
         "compiled and parallel": ({"model": {f"module._orig_mod.{k}": v for k, v in mae3d.items()}}, "mae3d"),
         "mae3d bare": (mae3d, "mae3d"),
+        "model_state_dict": ({"model_state_dict": mae3d, "ema": other}, "mae3d"),
+        "net": ({"net": mae3d, "averaged": other}, "mae3d"),
+        "network": ({"network": mae3d, "best": other}, "mae3d"),
+        "one level more": ({"checkpoint": {"model": mae3d, "epoch": 3}, "ema": {"n": 1}}, "mae3d"),
+        "under a name of its own": ({"my encoder": mae3d, "args": {"lr": 1}}, "mae3d"),
         "mim without heads": ({"model": {k: v for k, v in mim.items() if "aggregate" not in k}}, "mim"),
         "timm": (authors_state("timm", random_state(VIT)), "timm"),
         "monai in unetr": (
@@ -213,6 +220,22 @@ def test_variants_of_names_and_containers(tmp_path, case):
     assert translated.state.keys() == expected.keys()
     assert all(torch.equal(v, expected[k]) for k, v in translated.state.items())
     assert not [r for r in translated.report.records if "unknown" in r.detail]
+
+
+def test_two_encoders_a_level_deeper_are_not_chosen_from(tmp_path):
+    mae3d = authors_state("mae3d", random_state(VIT))
+    torch.save({"first": {"model": mae3d}, "second": {"net": mae3d}}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="encoders in first, second: which is meant"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+def test_what_lies_beside_a_nested_container_is_accounted_for(tmp_path):
+    mae3d = authors_state("mae3d", random_state(VIT))
+    content = {"checkpoint": {"model": mae3d, "epoch": 3, "ema": {"n": torch.zeros(1)}}, "lr": 0.1}
+    torch.save(content, tmp_path / "c.pth")
+    report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
+    assert dict(report.entries) == {"checkpoint.epoch": "3", "lr": "0.1"}
+    assert "checkpoint.ema.n" in {r.source for r in report.with_status("dropped")}
 
 
 def test_the_format_can_be_said(tmp_path):
@@ -345,11 +368,17 @@ def test_export_to_monai_loads_strictly(tmp_path, cls_token):
         torch.testing.assert_close(vit(x)[0], encoder(x)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
 @pytest.mark.parametrize("to", ["timm", "monai"])
-def test_export_and_back_is_the_same_encoder(tmp_path, to):
+def test_export_and_back_is_the_same_encoder(tmp_path, to, positions):
     """What names cannot tell (heads, an oblong grid, what it saw) travels in the header."""
     spec = VIT.with_(img_size=(8, 12, 4))
-    source = write_checkpoint(tmp_path / "h.pth", "hiendmae", spec)
+    state = random_state(spec)
+    if positions == "sincos":
+        # of the source's axes: turned round it is no longer the formula, and is fixed all the same
+        state["pos_embed"] = sincos_positions(spec.grid, spec.embed_dim)
+    source = tmp_path / "h.pth"
+    torch.save(container("hiendmae", authors_state("hiendmae", state)), source)
     options = ConvertOptions(num_heads=2, img_size=spec.img_size[::-1])
     first = convert_checkpoint(source, tmp_path / "a.safetensors", options)
     exported = convert_checkpoint(first.path, tmp_path / "b.safetensors", to=to)
@@ -358,12 +387,10 @@ def test_export_and_back_is_the_same_encoder(tmp_path, to):
     assert back.format == to
     before, after = load_file(first.path), load_file(back.path)
     assert before.keys() == after.keys() and all(torch.equal(v, after[k]) for k, v in before.items())
-    assert vars(back.metadata) == {
-        **vars(first.metadata),
-        "version": back.metadata.version,
-        "source": "b.safetensors",
-        "source_sha256": sha256(exported.path),
-    }
+    # also what was converted first of all, and that its positions are fixed
+    assert first.metadata.source == "h.pth" and first.metadata.source_sha256 == sha256(source)
+    assert first.metadata.spec.pos_embed == positions
+    assert vars(back.metadata) == {**vars(first.metadata), "version": back.metadata.version}
 
 
 def test_timm_names_have_a_row_for_cls(tmp_path):
@@ -410,20 +437,31 @@ def test_what_would_change_the_output_is_never_dropped(tmp_path, kind, name, nee
 
 
 def test_what_is_outside_the_encoder_is_named(tmp_path):
-    state = authors_state("timm", random_state(VIT))
-    state["projector.0.weight"] = torch.ones(12)
-    torch.save(state, tmp_path / "c.pth")
-    report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
-    record = next(r for r in report.records if r.source == "projector.0.weight")
-    assert record.status == "dropped" and "unknown" in record.detail
-    assert "dropped: projector.0.weight (unknown" in report.text()
+    """A known head is dropped wherever it is; anything else only beside an encoder with a prefix of its own."""
+    for kind, name, reason in (("timm", "projector.0.weight", "a head of"), ("glmae", "module.ema.x", "a prefix of")):
+        state = authors_state(kind, random_state(VIT))
+        state[name] = torch.ones(12)
+        torch.save(container(kind, state), tmp_path / "c.pth")
+        report = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).report
+        record = next(r for r in report.records if r.source == name)
+        assert record.status == "dropped" and reason in record.detail
+        assert reason in report.text()
+
+
+@pytest.mark.parametrize("kind", ["mim", "mae3d", "timm", "monai"])
+def test_unknown_tensors_are_errors_where_the_encoder_has_no_prefix(tmp_path, kind):
+    state = authors_state(kind, random_state(SPECS[kind]))
+    state["adapter.down.weight"] = torch.ones(12)
+    torch.save(container(kind, state), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"adapter\.down\.weight would be lost.*take it out of the file"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"conv.weight": torch.zeros(3), "conv.bias": torch.zeros(3)}, r"unknown kind.*conv\.weight, conv\.bias"),
-        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: the entries weights"),
+        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: tensors are 'weights' with a;"),
         ({"model": {f"layers.{i}": torch.zeros(1) for i in range(9)}}, r"'model' with layers\.0.* and 4 more"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -9,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from foreign_files import VIT, authors_state, container, random_state, write_checkpoint
+from safetensors.torch import save_file
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights import ConvertOptions, translate_checkpoint
+from nnunetv2_hiendmae.weights import (
+    ConvertOptions,
+    EncoderMetadata,
+    read_metadata,
+    save_encoder,
+    translate_checkpoint,
+)
 from nnunetv2_hiendmae.weights.foreign import read_checkpoint
 
 OPTIONS = ConvertOptions(num_heads=2)
@@ -176,3 +184,53 @@ def test_legacy_files_are_read(tmp_path):
     old = write_checkpoint(tmp_path / "old.pth", "glmae", _use_new_zipfile_serialization=False)
     expected = translate_checkpoint(new, OPTIONS).state
     assert all(torch.equal(v, expected[k]) for k, v in translate_checkpoint(old, OPTIONS).state.items())
+
+
+EVIL = "x\x1b[2J\r\n\u202e" + "y" * 5000
+# what may stand in a terminal: nothing that moves the cursor or turns text round
+HARMLESS = {"\n"}
+
+
+def printed(capsys, *command) -> str:
+    cli.main([str(c) for c in command])
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: {"state_dict": {**state, f"module.{EVIL}": torch.zeros(2)}},
+        lambda state: {"state_dict": {**state, f"module.encoder.{EVIL}": torch.zeros(2)}},
+        lambda state: {"state_dict": {**state, f"module.decoder.{EVIL}": torch.zeros(2)}},
+        lambda state: {"state_dict": state, EVIL: {"a": torch.zeros(2)}, "note": EVIL},
+        lambda state: {EVIL: {"a": torch.zeros(2)}},
+        lambda state: {EVIL: 1, "epoch": 2},
+        lambda state: {f"{EVIL}{i}": {"x": state} for i in range(3)},
+        lambda state: {f"{EVIL}{i}": state for i in range(3)},
+        lambda state: {"state_dict": {**state, f"module.encoder.{EVIL}": torch.zeros(2, dtype=torch.int64)}},
+    ],
+)
+def test_names_out_of_files_are_escaped_and_cut(tmp_path, capsys, change):
+    torch.save(change(authors_state("hiendmae", random_state(VIT))), tmp_path / "c.pth")
+    for command in (["inspect", tmp_path / "c.pth"], ["convert", tmp_path / "c.pth", "-o", tmp_path / "e", "--force"]):
+        said = printed(capsys, *command, "--num-heads", 2)
+        assert said and all(c.isprintable() or c in HARMLESS for c in said)
+        assert "y" * 200 not in said and "\\x1b" in said
+
+
+def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
+    file = tmp_path / "e.safetensors"
+    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, EVIL, None, None, (), (), licence=EVIL, notes=(EVIL,)))
+    said = printed(capsys, "inspect", file)
+    assert "kind: encoder file" in said and all(c.isprintable() or c in HARMLESS for c in said)
+    header = json.dumps({**json.loads(read_metadata(file).to_json()), "window_hu": EVIL})
+    save_file({**random_state(VIT), EVIL: torch.zeros(1)}, file, metadata={"hiendmae": header})
+    said = printed(capsys, "inspect", file)
+    assert "not a readable encoder file" in said and "y" * 400 not in said
+    assert all(c.isprintable() or c in HARMLESS for c in said)
+    metadata = EncoderMetadata(VIT, "mae3d", None, None, (), ())
+    for dtype, message in ((torch.int64, "is a tensor of int64"), (torch.float32, "is unexpected")):
+        save_encoder(file, {**random_state(VIT), EVIL: torch.zeros(1, dtype=dtype)}, metadata)
+        said = printed(capsys, "inspect", file)
+        assert message in said and "y" * 200 not in said and all(c.isprintable() or c in HARMLESS for c in said)

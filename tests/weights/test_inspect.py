@@ -1,0 +1,100 @@
+"""`hiendmae inspect`: by content, whatever the name, and with what a user may say."""
+
+import json
+import shlex
+
+import pytest
+import torch
+from foreign_files import VIT, authors_state, container, random_state, write_checkpoint
+
+from nnunetv2_hiendmae import cli
+from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
+
+
+def inspect(capsys, *arguments) -> dict:
+    assert cli.main(["inspect", *map(str, arguments), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def write_run(folder, *, teacher: bool):
+    """Checkpoint and settings of a run."""
+    state = {f"encoder.{k}": v for k, v in random_state(VIT).items()}
+    if teacher:
+        state |= {f"teacher_encoder.{k}": v for k, v in random_state(VIT, seed=1).items()}
+    folder.mkdir()
+    torch.save({"step": 5, "method": state, "optimizer": {}}, folder / "checkpoint_latest.pth")
+    (folder / "run.json").write_text(json.dumps({"method": "glmae", "spec": VIT.to_dict()}))
+    return folder / "checkpoint_latest.pth"
+
+
+def test_a_checkpoint_of_ours_under_any_name(capsys, tmp_path):
+    source = write_run(tmp_path / "run", teacher=True)
+    other = source.rename(source.with_name("kept.bin"))
+    about = inspect(capsys, other)
+    assert (about["kind"], about["step"], about["method"]) == ("pretraining checkpoint", 5, "glmae")
+    assert about["loads"].startswith(f"{len(random_state(VIT))} loaded")
+    assert inspect(capsys, other, "--use-teacher")["notes"] == ["weights of the momentum teacher"]
+    assert "a file of ours" in inspect(capsys, other, "--num-heads", 2)["needed"]
+
+
+def test_a_foreign_checkpoint_under_our_name(capsys, tmp_path):
+    source = write_checkpoint(tmp_path / "checkpoint_latest.pth", "glmae")
+    assert inspect(capsys, source)["kind"] == "foreign checkpoint"
+
+
+@pytest.mark.parametrize("name", ["e.safetensors", "e.pth", "checkpoint_latest.pth"])
+def test_formats_of_files_are_told_by_content(capsys, tmp_path, name):
+    save_encoder(tmp_path / name, random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    assert inspect(capsys, tmp_path / name)["kind"] == "encoder file"
+    write_checkpoint(tmp_path / name, "mim")
+    assert inspect(capsys, tmp_path / name)["format"] == "mim"
+    write_checkpoint(tmp_path / name, "mim", _use_new_zipfile_serialization=False)
+    assert inspect(capsys, tmp_path / name)["format"] == "mim"
+
+
+def test_a_run_folder(capsys, tmp_path):
+    source = write_run(tmp_path / "run", teacher=False)
+    about = inspect(capsys, source.parent)
+    assert about["kind"] == "run folder" and about["checkpoint"]["step"] == 5
+    assert cli.main(["inspect", str(source.parent)]) == 0
+    assert "pretraining checkpoint" in capsys.readouterr().out
+
+
+def test_with_what_the_user_says(capsys, tmp_path):
+    spec = VIT.with_(img_size=(4, 12, 8))
+    state = authors_state("mae3d", random_state(spec))
+    source = tmp_path / "my weights.pth"
+    torch.save({"teacher": state, "model": state}, source)
+    assert "--img-size" in inspect(capsys, source)["needed"]
+    assert "--num-heads" in inspect(capsys, source, "--img-size", 8, 12, 4)["needed"]
+    said = ["--format", "glmae", "--num-heads", "2", "--img-size", "4", "12", "8", "--axes", "dhw", "--use-teacher"]
+    about = inspect(capsys, source, *said)
+    assert (about["format"], about["container"], about["axes"]) == ("glmae", "teacher", "dhw")
+    assert about["spec"]["img_size"] == [4, 12, 8] and about["method"] == "glmae"
+    # what it says next can be run as it stands
+    words = shlex.split(about["next"])
+    assert words[:3] == ["hiendmae", "convert", str(source)] and set(said) <= set(words)
+    assert cli.main([*words[1:-1], str(tmp_path / "e.safetensors")]) == 0
+    capsys.readouterr()
+    assert inspect(capsys, tmp_path / "e.safetensors")["spec"] == about["spec"]
+
+
+@pytest.mark.parametrize("option", [["--axes", "dhw"], ["--num-heads", "2"], ["--use-teacher"]])
+def test_an_encoder_file_says_itself_what_it_is(capsys, tmp_path, option):
+    save_encoder(tmp_path / "e", random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    assert cli.main(["inspect", str(tmp_path / "e"), *option]) == 2
+    err = capsys.readouterr().err
+    assert option[0] in err and "a file of ours" in err and len(err.strip().splitlines()) == 1
+
+
+def test_next_steps_can_be_pasted(capsys, tmp_path):
+    folder = tmp_path / "a b; c"
+    folder.mkdir()
+    source = folder / "c.pth"
+    torch.save(container("timm", authors_state("timm", random_state(VIT))), source)
+    output = folder / "e.safetensors"
+    assert cli.main(["convert", str(source), "-o", str(output), "--num-heads", "2"]) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1].removeprefix("next: ")
+    assert shlex.split(last)[-1] == str(output)
+    assert cli.main(["convert", str(source), "-o", str(folder)]) == 2
+    assert shlex.split(capsys.readouterr().err.strip())[-1] == str(folder / "encoder.safetensors")
