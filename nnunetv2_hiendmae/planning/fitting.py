@@ -80,9 +80,8 @@ def check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
         )
     others = [n for n in names if get_normalization_scheme(n).__name__ not in metadata.normalization_schemes]
     if others and metadata.normalization_schemes:
-        logger.warning(
-            "%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), ", ".join(seen)
-        )
+        known = ", ".join(seen or sorted(set(metadata.normalization_schemes)))
+        logger.warning("%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), known)
 
 
 def fit_volume(
