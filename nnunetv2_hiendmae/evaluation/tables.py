@@ -26,8 +26,9 @@ CONVENTIONS = (
     "the common cases, 1 is the highest Dice, ties share."
 )
 TESTS = (
-    "Mean difference over the pairs, with the 95% percentile interval of {resamples} bootstrap samples of "
-    "cases (seed {seed}); two-sided Wilcoxon signed-rank test; Holm's correction over the {count} tests of this table."
+    "Mean difference over the pairs, one per case, with the 95% percentile interval of {resamples} bootstrap samples "
+    "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test; Holm's "
+    "correction over the {count} tests of this table."
 )
 
 
