@@ -27,8 +27,7 @@ CONVENTIONS = (
 )
 TESTS = (
     "Mean difference over the pairs, one per case, with the 95% percentile interval of {resamples} bootstrap samples "
-    "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test; Holm's "
-    "correction over the {count} tests of this table."
+    "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test, {holm}."
 )
 
 
@@ -111,8 +110,9 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
     if result.comparisons:
         count = sum(not math.isnan(c.test.p) for c in result.comparisons)
         tests = [_comparison_row(c, report) for c in result.comparisons]
+        holm = f"Holm's correction over the {count} tests of this table" if count else "not possible here"
         blocks += [
-            TESTS.format(resamples=RESAMPLES, seed=report.seed, count=count),
+            TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm),
             _table(["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"], tests),
         ]
     return [*blocks, _list(result.notes)]

@@ -230,6 +230,7 @@ def test_no_case_in_common(tree, tmp_path, capsys):
     write_fold(tree, "X__Y__Z", 0, random_dice(1, ["p", "q"]))
     _, out, _ = run_command(capsys, "--runs", "Ours", "Y", "--folds", 0, "-o", tmp_path)
     assert "n/a (no case in common)" in out and "over the 0 common" in out
+    assert "signed-rank test, not possible here." in out and "Holm's" not in out
 
 
 def test_without_splits(nnunet):
