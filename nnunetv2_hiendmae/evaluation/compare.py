@@ -41,11 +41,13 @@ def compare(
         runs: trainers, plans, whole names, or patterns of one of these with * and ?; None: all.
         baseline: a run that all others are compared with, told in the same way; None: every pair.
         folds: numbers; None: all.
-        seed: of the bootstrap.
+        seed: of the bootstrap, 0 or above.
 
     Raises:
-        UserError: no results, unknown runs or folds, or damaged files.
+        UserError: no results, unknown runs or folds, a negative seed, or damaged files.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, needed 0 or more")
     folder = results_folder(dataset)
     splits = read_splits(nnunet_folder("nnUNet_preprocessed") / folder.name)
     baseline = None if baseline is None else _baseline(baseline, run_names(folder))

@@ -387,6 +387,7 @@ def test_short_names():
         (["--baseline", "Nothing"], "--baseline Nothing fits no run"),
         (["--runs", "Ours", "--baseline", "Nothing"], "--baseline Nothing fits no run"),
         (["--folds", 9], "--folds 9"),
+        (["--seed", -1], "--seed is -1"),
     ],
 )
 def test_bad_input(tree, capsys, arguments, told):
