@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Four pretraining methods and training from scratch, with one labelled case and with all of them, on every fold of a
 # dataset; prints the table of `hiendmae compare`. Stopped for any reason? Run the same line again: what is finished is
-# skipped, what was interrupted continues.
+# skipped, what was interrupted continues from its last checkpoint, if there is one. Other numbers need another
+# OUTPUT_DIR and another PLANS, so that nothing is taken for what it is not.
 #
 #   examples/few_shot.sh LABELLED_ID OUTPUT_DIR [PRETRAINING_ID ...]
 #
@@ -11,7 +12,7 @@
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
-  sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 LABELLED=$1 OUTPUT=$2
@@ -33,7 +34,7 @@ LR=${LR:-1e-3}
 WIDTH=${WIDTH:-16}                     # of the decoder
 DEVICE=${DEVICE:-cpu}
 PROCESSES=${PROCESSES:-2}
-PLANS=FewShot
+PLANS=${PLANS:-FewShot}                # beginning of the names of all plans
 
 # small heads to go with the small encoder; for a real one: OPTIONS=none, and the methods' own defaults are used
 small_options() {
@@ -48,6 +49,20 @@ small_options() {
 
 eval "$(hiendmae env)"
 mkdir -p "$OUTPUT"
+
+# what is finished counts as done: it must have been done with the same numbers
+settings="$LABELLED ${IMAGES[*]} $PLANS $ENCODER $SPACING $PRETRAIN_EPOCHS $PRETRAIN_STEPS $PRETRAIN_BATCH $PRETRAIN_LR"
+settings+=" $EPOCHS $ITERATIONS $BATCH $LR $WIDTH ${OPTIONS:-small}"
+if [ -f "$OUTPUT/settings" ]; then
+  if [ "$(cat "$OUTPUT/settings")" != "$settings" ]; then
+    echo "$OUTPUT was made with '$(cat "$OUTPUT/settings")', now '$settings'; choose another OUTPUT_DIR and PLANS" >&2
+    exit 2
+  fi
+elif compgen -G "$nnUNet_results/Dataset$(printf %03d "$LABELLED")_*/*__${PLANS}_*__3d_fullres" >/dev/null; then
+  echo "there are results of plans ${PLANS}_… that are not of $OUTPUT; choose another PLANS" >&2
+  exit 2
+fi
+echo "$settings" >"$OUTPUT/settings"
 
 say() { printf '%s  %s\n' "$(date +%H:%M:%S)" "$*"; }
 

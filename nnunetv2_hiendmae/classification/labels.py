@@ -70,8 +70,8 @@ def read_labels(path: Path) -> LabelFile:
     """Reads a CSV with the columns case, label and, if there, fold or split; other columns are ignored.
 
     Raises:
-        UserError: no such file, not comma-separated UTF-8 text, a column is missing, a value is empty, a case is
-            there twice, or no row.
+        UserError: no such file, not comma-separated UTF-8 text, a column is missing, a value is empty or holds
+            invisible characters, a case is there twice, or no row.
     """
     path = Path(path)
     if not path.is_file():
@@ -158,6 +158,9 @@ def _row(path: Path, header: list[str], column: str | None, line: int, fields: l
     for name in filter(None, (CASE, LABEL, column)):
         if not values[name]:
             raise UserError(f"line {line} of {path} has no {name}; fill it in, or leave the row out")
+        if not values[name].isprintable():
+            # two classes that look alike, for instance
+            raise UserError(f"line {line} of {path} has an invisible character in {name} {values[name]!a}; remove it")
     return LabelRow(line, values[CASE], values[LABEL], values[column] if column else None)
 
 

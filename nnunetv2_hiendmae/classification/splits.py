@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +37,8 @@ def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: 
     Args:
         fold: number of the validation fold, or "all": every case trains, none validates; None: 0, or the split
             column.
-        fraction: of the training cases of every class, at least one. Cases are ranked once per class by `split_seed`,
-            so smaller fractions are subsets of larger ones.
+        fraction: of the training cases of every class, halves up, at least one. Cases are ranked once per class by
+            `split_seed`, so smaller fractions are subsets of larger ones.
 
     Raises:
         UserError: no such fold or value, too few cases of a class, or a class missing in training or validation.
@@ -129,5 +131,6 @@ def _fraction(labels: Labels, train: tuple[str, ...], fraction: float, split_see
         # all cases of the class are ranked, not those of the fold: ranks do not depend on the fold
         order = np.random.default_rng([split_seed, index]).permutation(len(cases))
         ranked = [cases[i] for i in order if cases[i] in there]
-        kept |= set(ranked[: max(1, int(fraction * len(ranked) + 0.5))])
+        # str: 0.145 means 145/1000, not the nearest binary number below it
+        kept |= set(ranked[: max(1, floor(Fraction(str(fraction)) * len(ranked) + Fraction(1, 2)))])
     return tuple(case for case in train if case in kept)

@@ -1,6 +1,7 @@
 """`hiendmae classify train` and `hiendmae classify predict`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.options import add_datasets
@@ -29,7 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help="auto: bf16 (old GPUs fp16), fp32 on a CPU",
         )
         sub.add_argument("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device")
-        sub.add_argument("--workers", type=int, default=4, metavar="N", help="loader processes; do not change results")
+        sub.add_argument(
+            "--workers",
+            type=int,
+            # torch warns before every epoch of more workers than cores
+            default=min(4, os.cpu_count() or 1),
+            metavar="N",
+            help="loader processes; do not change results",
+        )
 
 
 def run(args: argparse.Namespace) -> None:

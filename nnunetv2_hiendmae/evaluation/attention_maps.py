@@ -88,8 +88,11 @@ def attention_pictures(
         The PNG files.
 
     Raises:
-        UserError: a file, layer, head or voxel that does not exist, wrong channels, or a method without such layers.
+        UserError: a file, layer, head or voxel that does not exist, wrong channels, a negative seed, or a method
+            without such layers.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, needed 0 or more")
     source = _source(encoder_file, run_dir)
     metadata = read_metadata(source)
     settings = _cross_settings(run_dir) if cross else None

@@ -41,11 +41,13 @@ def compare(
         runs: trainers, plans, whole names, or patterns of one of these with * and ?; None: all.
         baseline: a run that all others are compared with, told in the same way; None: every pair.
         folds: numbers; None: all.
-        seed: of the bootstrap.
+        seed: of the bootstrap, 0 or above.
 
     Raises:
-        UserError: no results, unknown runs or folds, or damaged files.
+        UserError: no results, unknown runs or folds, a negative seed, or damaged files.
     """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}, needed 0 or more")
     folder = results_folder(dataset)
     splits = read_splits(nnunet_folder("nnUNet_preprocessed") / folder.name)
     baseline = None if baseline is None else _baseline(baseline, run_names(folder))
@@ -179,11 +181,19 @@ def _pairs(rows: Sequence[RunResult], baseline: str | None) -> Iterator[tuple[Ru
 
 
 def _compare_pair(first: RunResult, second: RunResult, index: int | None, measure: str, seed: int) -> Comparison:
-    common = sorted(set(first.dice) & set(second.dice))
-    one, two = first.measure(index), second.measure(index)
-    test = paired_test(np.array([one[key] for key in common]), np.array([two[key] for key in common]), seed)
+    test = paired_test(*_paired(first.measure(index), second.measure(index)), seed)
     folds = tuple(fold for fold in first.folds if fold in second.folds)
     return Comparison(first.name, second.name, measure, folds, test)
+
+
+def _paired(first: Mapping[Key, float], second: Mapping[Key, float]) -> np.ndarray:
+    """(2, cases): both on their common cases that have a value. A case counts once, with its mean over the folds that
+    validate on it: its results in several folds are not independent."""
+    both = defaultdict(list)
+    for key in sorted(set(first) & set(second)):
+        if not math.isnan(first[key] - second[key]):
+            both[key[1]].append((first[key], second[key]))
+    return np.array([np.mean(pairs, axis=0) for pairs in both.values()]).reshape(-1, 2).T
 
 
 def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
@@ -251,7 +261,10 @@ def _notes_on_cases(row: RunResult, splits: Splits, classes: Sequence[str]) -> I
         yield f"nothing to segment and nothing found in {_listed(empty)}; left out"
     repeated = len(row.dice) - len({case for _, case in row.dice})
     if repeated:
-        yield f"{repeated} cases are validated in more than one fold, so the pairs are not independent"
+        yield (
+            f"{repeated} results are of cases that an earlier fold validated too: means over cases count them again, "
+            "the paired tests take a case's mean over its folds"
+        )
 
 
 def _listed(items: Sequence[object]) -> str:

@@ -126,7 +126,12 @@ class Splits:
         if len(validation) == 1:
             return "single split"
         disjoint = all(not a & b for a, b in combinations(validation, 2))
-        return f"{len(validation)}-fold cross-validation" if disjoint else f"{len(validation)} overlapping splits"
+        if disjoint:
+            return f"{len(validation)}-fold cross-validation"
+        sizes = sorted({len(self.folds[i]["train"]) for i in self.original})
+        # a copy of the file without our record may hold few-shot folds: the sizes show it
+        span = f"{sizes[0]} to {sizes[-1]}" if sizes[1:] else sizes[0]
+        return f"{len(validation)} overlapping splits, {span} training cases"
 
 
 def read_splits(folder: Path) -> Splits:

@@ -92,20 +92,21 @@ def run_names(folder: Path) -> list[str]:
 
 
 def collect_runs(folder: Path, wanted: Sequence[str] | None = None) -> list[Run]:
-    """Runs of a dataset with at least one finished or started fold, in the order of `wanted`, else by name.
+    """Runs of a dataset, also those without a finished fold, in the order of `wanted`, else by name.
 
     Args:
         folder: `$nnUNet_results/<dataset>`.
         wanted: trainers, plans, whole names, or patterns of one of these with * and ?; None: all.
 
     Raises:
-        UserError: no results, a name that fits nothing, a damaged file, or runs with different classes.
+        UserError: no finished fold at all, a name that fits nothing, or a damaged file.
     """
     there = run_names(folder)
     chosen = there if wanted is None else (name for w in wanted for name in matching(w, there))
-    runs = [run for name in dict.fromkeys(chosen) if (run := _read_run(folder / name))]
+    runs = [_read_run(folder / name) for name in dict.fromkeys(chosen)]
     if not any(run.folds for run in runs):
-        raise UserError(f"no finished fold in {folder}, needed */fold_*/{SUMMARY}; train one first: nnUNetv2_train")
+        of = "" if wanted is None else f" of {', '.join(run.name for run in runs)}"
+        raise UserError(f"no finished fold{of} in {folder}, needed fold_*/{SUMMARY}; train one first: nnUNetv2_train")
     return runs
 
 
@@ -131,7 +132,7 @@ def matching(wanted: str, names: Sequence[str], option: str = "--runs") -> list[
     )
 
 
-def _read_run(folder: Path) -> Run | None:
+def _read_run(folder: Path) -> Run:
     folds, unfinished = {}, []
     description = _description(folder)
     for path in folder.glob("fold_*"):
@@ -141,8 +142,6 @@ def _read_run(folder: Path) -> Run | None:
             folds[int(number[1])] = _read_summary(path / SUMMARY, description.get("file_ending", ""))
         else:
             unfinished.append(int(number[1]))
-    if not folds and not unfinished:
-        return None
     return Run(
         folder.name,
         dict(sorted(folds.items())),

@@ -26,8 +26,8 @@ CONVENTIONS = (
     "the common cases, 1 is the highest Dice, ties share."
 )
 TESTS = (
-    "Mean difference over the pairs, with the 95% percentile interval of {resamples} bootstrap samples of "
-    "cases (seed {seed}); two-sided Wilcoxon signed-rank test; Holm's correction over the {count} tests of this table."
+    "Mean difference over the pairs, one per case, with the 95% percentile interval of {resamples} bootstrap samples "
+    "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test, {holm}."
 )
 
 
@@ -110,8 +110,9 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
     if result.comparisons:
         count = sum(not math.isnan(c.test.p) for c in result.comparisons)
         tests = [_comparison_row(c, report) for c in result.comparisons]
+        holm = f"Holm's correction over the {count} tests of this table" if count else "not possible here"
         blocks += [
-            TESTS.format(resamples=RESAMPLES, seed=report.seed, count=count),
+            TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm),
             _table(["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"], tests),
         ]
     return [*blocks, _list(result.notes)]

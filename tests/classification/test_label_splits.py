@@ -69,6 +69,13 @@ def test_a_fraction_prefers_the_same_cases_in_every_fold(counts, seed):
         assert first <= second or second <= first
 
 
+@pytest.mark.parametrize("fraction, kept", [(0.145, 15), (0.144, 14), (0.29, 29), (0.001, 1)])
+def test_fractions_are_rounded_halves_up_as_written(fraction, kept):
+    """As `hiendmae splits` rounds; in binary 100 times 0.145 is below 14.5."""
+    labels = make([125, 125])
+    assert per_class(labels, choose_split(labels, "0", fraction, 0).train) == {0: kept, 1: kept}
+
+
 def test_folds_are_those_of_scikit_learn():
     labels = make([12, 9])
     cases, targets = list(labels.targets), list(labels.targets.values())

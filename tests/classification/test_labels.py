@@ -58,6 +58,8 @@ def test_the_same_name_in_two_datasets_needs_its_dataset(tmp_path):
     ("content", "message"),
     [
         ("", r"is empty, needed a header"),
+        ("case,label\na,ill\a\nb,ill\n", r"line 2 .* has an invisible character in label 'ill\\x07'"),
+        ("case,label\na,ill\nb,i\u200bll\n", r"line 3 .* has an invisible character in label 'i\\u200bll'"),
         ("case,label\n", r"empty below its header"),
         ("a,0\nb,1\n", r"no column 'case' \(its first line: a, 0\)"),
         ("case;label\na;0\n", r"separated by ';', needed commas"),

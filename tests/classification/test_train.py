@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.classification.device import single_device
 from nnunetv2_hiendmae.classification.model_file import BEST, LAST, load_classifier
-from nnunetv2_hiendmae.classification.network import build_classifier
+from nnunetv2_hiendmae.classification.network import Classifier, build_classifier, weighted_cross_entropy
 from nnunetv2_hiendmae.classification.predict import compute_probabilities, measure
 from nnunetv2_hiendmae.classification.splits import read_split
 from nnunetv2_hiendmae.errors import UserError
@@ -114,6 +114,30 @@ def test_a_visible_class_is_learnt(bench, options):
     last = read_json(run / "metrics.json")["last"]["validation"]
     before = np.mean(untrained_aucs(bench, bench.task(*options), 4))
     assert last["cases"] == 12 and last["auc"] >= 0.9 and last["auc"] >= before + 0.2
+
+
+def test_every_crop_has_the_label_of_its_case(small, nnunet, monkeypatch):
+    """Images of ill cases are ones, all others zeros; a batch holds several cases with three crops each."""
+    write_cases(nnunet.preprocessed, 20, fill=lambda number, shape: np.full(shape, float(number % 2)))
+    seen = []
+
+    def recorded(logits, targets, weights):
+        seen[-1] = seen[-1], targets.tolist()
+        return weighted_cross_entropy(logits, targets, weights)
+
+    def forward(network, images):
+        # the crops' insides: what reaches over the border of a volume is padded
+        seen.append(images[:, 0, 7:9, 7:9, 7:9].amax((1, 2, 3)).round().int().tolist())
+        return original(network, images)
+
+    original = Classifier.forward
+    monkeypatch.setattr(Classifier, "forward", forward)
+    monkeypatch.setattr("nnunetv2_hiendmae.classification.train.weighted_cross_entropy", recorded)
+    options = ("--input", "crops", "--crops", 3, "--no-augmentation", "--epochs", 1)
+    small.train("run", *options)
+    steps = [pair for pair in seen if isinstance(pair, tuple)]
+    assert len(steps) == 2 and all(shown == targets for shown, targets in steps)
+    assert any(len(set(targets)) == 2 for _, targets in steps)
 
 
 def test_what_a_run_leaves_behind(small):

@@ -224,6 +224,7 @@ def test_bad_input(nnunet, tmp_path, capsys):
         ([run, *picture, *middle, "--cross"], "a run of mae3d, whose decoder has no cross-attention"),
         ([*file, *picture, *middle, "--cross"], "an encoder file has none"),
         ([run, *file, *picture, *middle], "not both"),
+        ([*file, *picture, *middle, "--seed", -1], "--seed is -1"),
     ]
     for arguments, told in cases:
         assert attention(*arguments, "-o", tmp_path / "out") == 2, arguments

@@ -230,6 +230,7 @@ def test_no_case_in_common(tree, tmp_path, capsys):
     write_fold(tree, "X__Y__Z", 0, random_dice(1, ["p", "q"]))
     _, out, _ = run_command(capsys, "--runs", "Ours", "Y", "--folds", 0, "-o", tmp_path)
     assert "n/a (no case in common)" in out and "over the 0 common" in out
+    assert "signed-rank test, not possible here." in out and "Holm's" not in out
 
 
 def test_without_splits(nnunet):
@@ -247,8 +248,46 @@ def test_cases_in_two_folds_are_told(nnunet):
     for fold in range(2):
         write_fold(nnunet, OURS, fold, random_dice(fold, CASES[:5]))
     [result] = compare(7).settings
-    assert result.setting.name == "2 overlapping splits"
-    assert "5 cases are validated in more than one fold" in result.notes[0]
+    assert result.setting.name == "2 overlapping splits, 5 training cases"
+    assert "5 results are of cases that an earlier fold validated too" in result.notes[0]
+
+
+def test_a_case_in_two_folds_is_one_pair(nnunet):
+    """Seven cases validated twice are seven pairs of means, not fourteen; where a run has no value, the fold is out."""
+    cases, dice = CASES[:7], {}
+    for seed, run in enumerate((OURS, STOCK)):
+        for fold in range(2):
+            dice[run, fold] = random_dice(10 * seed + fold, cases, 0.6 + 0.1 * seed)
+    dice[OURS, 0][cases[3]] = [NAN, NAN]
+    for (run, fold), values_of in dice.items():
+        write_fold(nnunet, run, fold, values_of)
+    [comparison] = compare(7).settings[0].comparisons
+    difference = np.array([[np.mean(dice[OURS, f][c]) - np.mean(dice[STOCK, f][c]) for f in range(2)] for c in cases])
+    expected = np.nanmean(difference, axis=1)
+    assert expected[3] == difference[3, 1] and comparison.test.pairs == 7
+    assert comparison.test.difference == pytest.approx(expected.mean())
+    assert comparison.test.p == pytest.approx(stats.wilcoxon(expected).pvalue)
+    within = stats.bootstrap((expected,), np.mean, method="percentile", rng=np.random.default_rng(0))
+    assert (comparison.test.low, comparison.test.high) == pytest.approx(within.confidence_interval, abs=0.01)
+
+
+def test_appended_folds_without_their_record_show_by_their_sizes(tree):
+    append_folds(7, [Subset(SHOTS, 1, 0)])
+    (tree.preprocessed / DATASET / "splits_hiendmae.json").unlink()
+    write_fold(tree, OURS, 2, random_dice(2, FOLDS[0]))
+    assert [result.setting.name for result in compare(7).settings] == ["3 overlapping splits, 1 to 5 training cases"]
+
+
+def test_a_run_without_a_finished_fold_is_named(tree):
+    """Trained on all cases only, or not at all: asked for or not, it does not vanish."""
+    for name, folder in (("A__All__c", "fold_all"), ("A__Empty__c", "")):
+        (tree.results / DATASET / name / folder).mkdir(parents=True)
+    report = compare(7, runs=["Ours", "Empty", "All"])
+    assert [run.name for run in report.settings[0].runs] == [OURS]
+    assert "A__Empty__c, A__All__c: no result of fold 0, 1" in report.settings[0].notes
+    assert "A__All__c: fold_all is left out, it validates on its training cases" in report.notes
+    with pytest.raises(UserError, match=r"no finished fold of A__Empty__c, A__All__c in .*needed fold_\*/validation"):
+        compare(7, runs=["Empty", "All"])
 
 
 def test_absent_classes_as_nnunet_treats_them(nnunet, tmp_path, capsys):
@@ -348,6 +387,7 @@ def test_short_names():
         (["--baseline", "Nothing"], "--baseline Nothing fits no run"),
         (["--runs", "Ours", "--baseline", "Nothing"], "--baseline Nothing fits no run"),
         (["--folds", 9], "--folds 9"),
+        (["--seed", -1], "--seed is -1"),
     ],
 )
 def test_bad_input(tree, capsys, arguments, told):
