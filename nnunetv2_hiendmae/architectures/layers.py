@@ -82,10 +82,11 @@ def init_transformer(module: nn.Module) -> None:
 
 def encoder_layers() -> dict[str, Any]:
     """Layers of a network with an `encoder`, from the bottom, as timm's `group_matcher` names them: what comes before
-    the transformer, each of its blocks, and the final norm with all that is not the encoder."""
+    the transformer, each of its blocks, and the final norm with all that is not the encoder. Relative position biases
+    are among the last: they belong to every block at once, and pretraining has none."""
     # sorts after any block; timm's own 99999 would join the rest to the last block
     above = 9999
     return {
-        "stem": r"^encoder\.(?!blocks\.|norm\.)",
+        "stem": r"^encoder\.(?!blocks\.|norm\.|rel_pos_bias)",
         "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r".*", (above,))],
     }

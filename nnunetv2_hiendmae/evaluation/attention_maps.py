@@ -17,7 +17,7 @@ from nnunetv2_hiendmae.evaluation.attention import decoder_cross_attention, enco
 from nnunetv2_hiendmae.evaluation.geometry import Grid, resample, write_nifti
 from nnunetv2_hiendmae.evaluation.planes import Planes, draw_planes
 from nnunetv2_hiendmae.evaluation.runs import load_method, read_run
-from nnunetv2_hiendmae.evaluation.volumes import RawImage, preprocess, read_image, turn_to_stored
+from nnunetv2_hiendmae.evaluation.volumes import RawImage, preprocess, read_image, turn_to_stored, with_channels
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import ENCODER, PretrainSettings
@@ -94,7 +94,7 @@ def attention_pictures(
     if seed < 0:
         raise UserError(f"--seed is {seed}, needed 0 or more")
     source = _source(encoder_file, run_dir)
-    metadata = read_metadata(source)
+    metadata = with_channels(read_metadata(source))
     settings = _cross_settings(run_dir) if cross else None
     blocks = _check_layers(metadata.spec, layers, cross)
     _check_heads(_num_heads(metadata.spec, settings), heads)

@@ -1,9 +1,10 @@
 """Volumes as nnU-Net reads and preprocesses them, and where their voxels lie in the world."""
 
+import logging
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,15 @@ from nnunetv2_hiendmae.pretraining.cases import BrokenCaseError, check_files, ch
 from nnunetv2_hiendmae.pretraining.data import Case
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
+logger = logging.getLogger(__name__)
+
 # LPS, as ITK counts, to NIfTI's RAS
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # what nnU-Net's SimpleITKIOWithReorient turns images to, first file axis first
 SITK_READER_AXES = "RAS"
 UNTURNED = np.array([[0, 1], [1, 1], [2, 1]])
+# nnU-Net's for everything that is not CT
+USUAL_NORMALIZATION = "ZScoreNormalization"
 # as in every plans file of nnU-Net's planner
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
@@ -111,6 +116,18 @@ def case_grid(case: Case) -> Grid:
             f"{record} does not say where case {case.name} lies ({type(e).__name__}: {e}); delete the case's files and "
             "preprocess again"
         ) from e
+
+
+def with_channels(metadata: EncoderMetadata) -> EncoderMetadata:
+    """The metadata with a name and a normalisation for every channel: converted encoders may know neither."""
+    channels = metadata.spec.in_channels
+    schemes, names = metadata.normalization_schemes, metadata.channel_names
+    if len(schemes) != channels:
+        schemes = (USUAL_NORMALIZATION,) * channels
+        logger.warning("the encoder file does not say how images were normalised: nnU-Net's z-score is used")
+    if len(names) != channels:
+        names = tuple(f"channel {c}" for c in range(channels))
+    return replace(metadata, normalization_schemes=schemes, channel_names=names)
 
 
 def read_image(files: Sequence[Path], metadata: EncoderMetadata) -> RawImage:

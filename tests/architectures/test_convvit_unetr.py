@@ -9,6 +9,7 @@ from fixtures_util import Fixture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_hiendmae.architectures import PRESETS, ConvViTUNETR
+from nnunetv2_hiendmae.optim import parameter_groups
 
 CLASS_NAME = "nnunetv2_hiendmae.architectures.convvit_unetr.ConvViTUNETR"
 TINY = {
@@ -203,6 +204,24 @@ def test_bfloat16_autocast_on_cpu():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bfloat16_autocast_on_cuda():
     autocast_agrees("cuda")
+
+
+def test_layer_decay_spares_what_pretraining_has_not():
+    network = tiny()
+    groups = parameter_groups(network, 0.05, layer_decay=0.5)
+    scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    depth = TINY["depth"]
+    for name, parameter in network.named_parameters():
+        if name.startswith("encoder.blocks."):
+            # the last block is one layer below the decoder
+            expected = 0.5 ** (depth - int(name.split(".")[2]))
+        elif name.startswith("encoder.") and name != "encoder.rel_pos_bias":
+            expected = 0.5 ** (depth + 1)
+        else:
+            expected = 1.0
+        assert scales[id(parameter)] == pytest.approx(expected), name
+    assert decays[id(network.encoder.rel_pos_bias)] == decays[id(network.encoder.pos_embed)] == 0
 
 
 @pytest.mark.slow

@@ -202,6 +202,21 @@ def test_cross_attention_of_a_run(nnunet, tmp_path):
     assert (tmp_path / "self" / "layer03_mean.nii.gz").is_file()
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_encoder_of_unknown_images(nnunet, tmp_path, channels, caplog):
+    """A converted encoder may not say how its images were normalised, nor what the channels are."""
+    image = write_dataset(nnunet, "SimpleITKIO", (3.0, 1.1, 0.8))
+    weights = save_tiny_encoder(
+        tmp_path / "e.safetensors", spec=TINY_SPEC.with_(in_channels=channels), spacing_mm=None, window_hu=None,
+        normalization_schemes=(), channel_names=(),
+    )  # fmt: skip
+    query = ["-w", weights, "--voxel", *MARKED, "-o", tmp_path / "out", "--image"]
+    assert attention(*query, *[image] * channels) == 0
+    assert "z-score" in caplog.text
+    assert nibabel.load(tmp_path / "out" / "layer03_mean.nii.gz").get_fdata().max() > 0
+    assert attention(*query, *[image] * (channels + 1)) == 2
+
+
 def test_bad_input(nnunet, tmp_path, capsys):
     image = write_dataset(nnunet, "SimpleITKIO", (3.0, 1.1, 0.8))
     weights = save_seeker(tmp_path / "e.safetensors", spacing_mm=None)
