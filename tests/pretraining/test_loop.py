@@ -175,7 +175,7 @@ def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnune
     assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] < 48
     subprocess.run([*CLI, *cli_arguments(method, killed, *long, "--c")], env=environment(nnunet), check=True)
     assert (killed / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
-    without_speed = [[{**line, "crops_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
+    without_speed = [[{**line, "samples_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
     assert without_speed[0] == without_speed[1]
 
 
@@ -264,7 +264,7 @@ def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_pa
 
 def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
     """400,000 steps are the paper's; a running mean over a window of them must not hold window × steps numbers."""
-    line = '{{"step": {}, "epoch": 0, "loss": {}, "lr": 1e-4, "crops_per_second": 9}}\n'
+    line = '{{"step": {}, "epoch": 0, "loss": {}, "lr": 1e-4, "samples_per_second": 9}}\n'
     with (tmp_path / "log.jsonl").open("w") as f:
         f.writelines(line.format(i, i % 7) for i in range(400_000))
     draw_progress(tmp_path)
@@ -273,7 +273,7 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
 
 def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypatch):
     def labels(**measured) -> list[list[str]]:
-        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "crops_per_second": 9.0}
+        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "samples_per_second": 9.0}
         (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
         drawn = []
         monkeypatch.setattr(
