@@ -292,17 +292,27 @@ def test_global_size(spec, given, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_size": 20}, r"global_size 20, needed multiples of the patch \(8, 8, 8\)"),
-        ({"global_views": 0}, "global_views 0, needed at least 1"),
-        ({"local_views": 0}, "local_views 0"),
-        ({"head_dim": 0}, "head_dim 0"),
+        ({"global_size": 20}, r"global_size is 20, needed one or three positive multiples of the patch \(8, 8, 8\)"),
+        ({"global_size": 0}, "global_size is 0"),
+        ({"global_size": (16, 16)}, "global_size is"),
+        ({"global_views": 0}, "global_views is 0, needed at least 1; change --set global_views"),
+        ({"local_views": 0}, "local_views is 0"),
+        ({"head_hidden": 0}, "head_hidden is 0"),
+        ({"head_dim": 1}, "head_dim is 1, needed at least 2"),
         ({"mask_ratio": 1.0}, "leaves 0 of 27 tokens of a global view visible"),
         ({"mask_ratio": 0.9}, "leaves 0 of 8 tokens of a local view visible"),
-        ({"global_scale_max": 1.2}, "global_scale_min 0.5 and _max 1.2"),
-        ({"local_scale_min": 0.6}, "local_scale_min 0.6 and _max 0.5"),
-        ({"student_temperature": 0.0}, "needed positive ones"),
-        ({"teacher_momentum": 1.5}, "needed 0 to 1"),
-        ({"consistency_weight": -1.0}, "needed 0 or more"),
+        ({"mask_ratio": math.nan}, "mask_ratio is nan, needed a share"),
+        ({"global_scale_max": 1.2}, r"global_scale_max is 1.2, needed 0.5 \(global_scale_min\) to 1"),
+        ({"local_scale_min": 0.6}, r"local_scale_max is 0.5, needed 0.6 \(local_scale_min\)"),
+        ({"local_scale_min": 0.0}, "local_scale_min is 0.0"),
+        ({"student_temperature": 0.0}, "student_temperature is 0.0, needed more than 0"),
+        ({"teacher_temperature": math.nan}, "teacher_temperature is nan"),
+        ({"teacher_temperature_start": math.inf}, "teacher_temperature_start is inf"),
+        ({"temperature_warmup": -0.1}, "temperature_warmup is -0.1, needed 0 to 1"),
+        ({"centre_momentum": 1.5}, "centre_momentum is 1.5, needed 0 to 1"),
+        ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5, needed 0 to 1"),
+        ({"consistency_weight": -1.0}, "consistency_weight is -1.0, needed 0 or more"),
+        ({"consistency_weight": math.inf}, "consistency_weight is inf"),
         ({"embedding": "max"}, "needed one of mean, cls"),
     ],
 )
@@ -312,7 +322,7 @@ def test_bad_options(options, message):
 
 
 def test_cls_embedding_needs_a_cls_token():
-    with pytest.raises(UserError, match="needed an encoder with a CLS token"):
+    with pytest.raises(UserError, match="needed mean, or an encoder with a CLS token"):
         build(TINY_SPEC.with_(cls_token=False), embedding="cls")
 
 
@@ -321,5 +331,10 @@ def test_options_of_the_command_line():
     options = parse_options(GLMAE, texts)
     assert options == {"global_size": 32, "augment": True, "embedding": "cls", "teacher_momentum": 0.99}
     assert build(**options).views().local_crop.augmentation is not None
-    known = {*GLMAE.options(), *vars(GLMAE.recipe)}
-    assert set(GLMAE.notes) <= known
+    sizes = parse_options(GLMAE, ["global_size=16,24,32"])
+    assert sizes == {"global_size": (16, 24, 32)} and build(**sizes).specs["global"].img_size == (16, 24, 32)
+    with pytest.raises(UserError, match="--set global_size=x: needed a value of type int"):
+        parse_options(GLMAE, ["global_size=16,x,32"])
+    # a comma makes nothing else a sequence
+    with pytest.raises(UserError, match="--set head_dim=16,24"):
+        parse_options(GLMAE, ["head_dim=16,24"])

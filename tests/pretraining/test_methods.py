@@ -1,11 +1,13 @@
 """What every method must hold, whatever it does inside."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from run_data import TINY_OPTIONS, TINY_SPEC
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS, Method
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
@@ -127,7 +129,18 @@ def test_options_are_typed(name):
             parse_options(METHODS[name], [wrong])
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])
+@methods
+def test_notes_are_about_options_and_recipe(name):
+    method = METHODS[name]
+    assert set(method.notes) <= {*method.options(), *vars(method.recipe)}
+
+
+def test_hiendmae_needs_layers_to_cross_attend_to():
+    with torch.device("meta"), pytest.raises(UserError, match=r"kind 'convvit'.*--encoder"):
+        METHODS["hiendmae"](PRESETS["convvit_tiny"])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99, math.nan])
 def test_mask_ratio_must_leave_something_on_both_sides(ratio):
     with pytest.raises(UserError, match="mask_ratio"):
         METHODS["mae3d"](TINY_SPEC, mask_ratio=ratio, decoder_dim=12, decoder_depth=1, decoder_heads=2)
