@@ -53,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     crops2, crops3 = args.crops
     method = MiM(spec, crops_level2=crops2, crops_level3=crops3, views_per_part=args.views_per_part).to(args.device)
     views = method.views()
-    sample = views.draw(NoiseVolume(views.read_size), np.random.default_rng(0))
+    sample = views.draw(NoiseVolume(views.padded_below), np.random.default_rng(0))
     batch = {k: torch.stack([v] * args.volumes).to(args.device) for k, v in sample.items()}
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
 

@@ -126,10 +126,7 @@ def free_port() -> str:
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [
-        pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
-        pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
-        pytest.param("mim", [["--nproc-per-node", "2"]], id="mim-one-node"),
-        pytest.param("glmae", [["--nproc-per-node", "2"]], id="glmae-one-node"),
+        *(pytest.param(name, [["--nproc-per-node", "2"]], id=f"{name}-one-node") for name in METHODS),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )
@@ -443,6 +440,30 @@ def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, a
     assert message in error and error.startswith("hiendmae pretrain: ")
     # nothing half-written
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("mim", ["--crop-size", "24", "16", "16"], "odd axis"),
+        ("mim", ["--set", "crops_level3=6"], "crops_level3 is 6, needed 1 to 5"),
+        ("mim", ["--set", "curriculum=easy"], "curriculum is easy, needed one of concurrent"),
+        ("mim", ["--set", "tau=nan"], "tau is nan"),
+        ("glmae", ["--set", "local_views=0"], "local_views is 0, needed at least 1"),
+        ("glmae", ["--set", "global_size=20"], "global_size is 20, needed one or three positive multiples"),
+        ("glmae", ["--set", "teacher_temperature=nan"], "teacher_temperature is nan"),
+        ("glmae", ["--set", "augment=yes"], "needed true or false"),
+        ("hiendmae", ["--encoder", "convvit_tiny", "--crop-size", "32", "32", "32"], "kind 'convvit'"),
+    ],
+)
+def test_options_that_do_not_fit_are_told_before_anything_is_written(
+    preprocessed, tmp_path, capsys, method, arguments, message
+):
+    from nnunetv2_hiendmae.cli import main
+
+    assert main([*cli_arguments(method, tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("hiendmae pretrain: ") and not (tmp_path / "run").exists()
 
 
 def test_output_that_is_a_file(preprocessed, tmp_path, capsys):

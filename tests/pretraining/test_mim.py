@@ -134,7 +134,11 @@ def test_permuting_the_batch_permutes_the_losses_of_views_and_nothing_else():
             torch.testing.assert_close(a[name][order], b[name], rtol=1e-5, atol=1e-6)
 
 
-@specs
+# with several tokens per octant, too
+FINE_SPEC = TINY_SPEC.with_(patch_size=(4, 4, 4))
+
+
+@pytest.mark.parametrize("spec", [FINE_SPEC, CONV_SPEC], ids=["vit", "convvit"])
 def test_the_positive_is_the_region_the_view_came_from(spec):
     """The features that count as a view's origin are those of its octant in level 1, or of its token in the level-2
     view it was cut from, computed here one by one; views of level 3 cross parts and parents."""
