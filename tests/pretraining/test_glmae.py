@@ -202,6 +202,19 @@ def test_centre_moves_once_per_step_by_the_mean_of_the_global_batch():
     assert not still.mean.any()
 
 
+def test_after_a_step_the_centre_has_moved_by_the_teachers_logits():
+    method = build(centre_momentum=0.9)
+    batch = make_batch(method)
+    views = [method.teacher_head(method.embed(method.teacher_encoder(v)[0])) for v in batch["global"].unbind(1)]
+    for half in (slice(0, 2), slice(2, 4)):
+        # two micro-batches: the second teacher's output is centred as the first one's
+        all_parts(method, {k: torch.cat([v, v[:1]])[half] for k, v in batch.items()})
+        assert not method.centre.mean.any()
+    method.after_step(0.1)
+    seen = torch.stack(views)[:, [0, 1, 2, 0]].mean((0, 1))
+    torch.testing.assert_close(method.centre.mean, 0.1 * seen, rtol=1e-5, atol=1e-6)
+
+
 def test_student_sees_no_masked_voxel_and_the_teacher_sees_all():
     method = build()
     batch = make_batch(method)
