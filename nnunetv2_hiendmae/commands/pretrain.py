@@ -50,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="options of the method, several at once or one by one; see: hiendmae methods",
     )
-    add("--seed", type=int, default=0, metavar="N", help="decides initial weights, crops, augmentation and masks")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decides initial weights, crops, augmentation and masks (default: %(default)s)",
+    )
     add("--workers", type=int, default=4, metavar="N", help="loader processes per process; does not change the losses")
     add(
         "--precision",

@@ -215,6 +215,21 @@ def test_after_a_step_the_centre_has_moved_by_the_teachers_logits():
     torch.testing.assert_close(method.centre.mean, 0.1 * seen, rtol=1e-5, atol=1e-6)
 
 
+def test_a_checkpoint_holds_teacher_centre_and_temperature():
+    """Weights in another process give the same losses, in the middle of the warm-up of the temperature."""
+    method, batch = build(), make_batch(build())
+    all_parts(method, batch)
+    for parameter in [*method.encoder.parameters(), *method.head.parameters()]:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    method.after_step(0.05)
+    expected = all_parts(method, batch)
+    resumed = build()
+    before = all_parts(resumed, batch)
+    resumed.load_state_dict(method.state_dict())
+    found = all_parts(resumed, batch)
+    assert all(torch.equal(found[k], expected[k]) and not torch.equal(found[k], before[k]) for k in expected)
+
+
 def test_student_sees_no_masked_voxel_and_the_teacher_sees_all():
     method = build()
     batch = make_batch(method)
