@@ -182,22 +182,24 @@ def test_momentum_and_temperature_over_the_run():
 
 def test_centre_moves_once_per_step_by_the_mean_of_the_global_batch():
     """However the batch is split over micro-batches and processes; within a step it stays."""
-    logits = torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(3))
+    steps = torch.randn(2, 8, 2, 5, generator=torch.Generator().manual_seed(3))
     whole, processes = Centre(5, 0.9), [Centre(5, 0.9), Centre(5, 0.9)]
-    for step in (1, 2):
+    expected = torch.zeros(5)
+    for logits in steps:
         for micro in logits.split(4):
-            torch.testing.assert_close(whole(micro), micro - whole.mean)
+            torch.testing.assert_close(whole(micro), micro - expected)
         for rank, centre in enumerate(processes):
             for micro in logits[4 * rank :][:4].split(2):
                 centre(micro)
         seen = [torch.stack(centre._seen).mean(0) for centre in processes]
         for centre in processes:
             centre.synchronize(lambda own, seen=seen: sum(seen) / 2)
+        expected = 0.9 * expected + 0.1 * logits.mean((0, 1))
         for centre in (whole, *processes):
             centre.step()
-            torch.testing.assert_close(centre.mean, (1 - 0.9**step) * logits.mean((0, 1)))
+            torch.testing.assert_close(centre.mean, expected)
     still = Centre(5, 1.0)
-    still(logits)
+    still(steps[0])
     still.step()
     assert not still.mean.any()
 
@@ -359,6 +361,9 @@ def test_options_of_the_command_line():
     options = parse_options(GLMAE, texts)
     assert options == {"global_size": 32, "augment": True, "embedding": "cls", "teacher_momentum": 0.99}
     assert build(**options).views().local_crop.augmentation is not None
+    assert parse_options(GLMAE, ["augment=False"]) == {"augment": False}
+    with pytest.raises(UserError, match="--set augment=1: needed true or false"):
+        parse_options(GLMAE, ["augment=1"])
     sizes = parse_options(GLMAE, ["global_size=16,24,32"])
     assert sizes == {"global_size": (16, 24, 32)} and build(**sizes).specs["global"].img_size == (16, 24, 32)
     with pytest.raises(UserError, match="--set global_size=x: needed a value of type int"):
