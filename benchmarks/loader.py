@@ -11,13 +11,13 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import torch
+from machine import CLOCKS, cpu_model
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
 
@@ -29,8 +29,6 @@ SHAPE = (200, 280, 280)
 SPACING_MM = (1.5, 1.5, 1.5)
 CROPS_PER_VOLUME = 8
 Clock = Callable[[], float]
-# elapsed time, or for a machine that is busy with other work the time that the processor gave to this one
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class WholeVolume:
@@ -156,13 +154,6 @@ def main() -> None:
     for name, all_rates in rates.items():
         low, middle, high = statistics.quantiles(all_rates[1:], n=4)
         print(f"| {name} | {middle:.3g} | {low:.3g} – {high:.3g} | {middle / peer:.2g} |")
-
-
-def cpu_model() -> str:
-    """Name of the processor, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else "unknown CPU"
 
 
 if __name__ == "__main__":

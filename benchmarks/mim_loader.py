@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import torch
-from loader import cpu_model, make_volume
+from loader import make_volume
+from machine import cpu_model
 
 from nnunetv2_hiendmae.pretraining.data import PretrainData, SampleDataset, VolumeFormat
 from nnunetv2_hiendmae.pretraining.nested import NestedCrops, cut_blocks, resize

@@ -10,24 +10,21 @@ PyTorch allocated. Prints a markdown table: medians, and in brackets the smalles
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import torch
+from machine import CLOCKS, cpu_model
 
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.pretraining import MiM
 
 GB = 1e9
 SIDES = ("parts", "held")
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class NoiseVolume:
@@ -56,7 +53,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     crops2, crops3 = args.crops
     method = MiM(spec, crops_level2=crops2, crops_level3=crops3, views_per_part=args.views_per_part).to(args.device)
     views = method.views()
-    sample = views.draw(NoiseVolume(views.read_size), np.random.default_rng(0))
+    sample = views.draw(NoiseVolume(views.padded_below), np.random.default_rng(0))
     batch = {k: torch.stack([v] * args.volumes).to(args.device) for k, v in sample.items()}
     autocast = torch.autocast(args.device, torch.bfloat16) if args.precision == "bf16" else nullcontext()
 
@@ -92,14 +89,6 @@ def in_a_process(side: str) -> dict[str, float]:
 def spread(values: list[float], digits: int) -> str:
     middle, low, high = (f"{v:.{digits}f}" for v in (statistics.median(values), min(values), max(values)))
     return f"{middle} [{low}, {high}]"
-
-
-def cpu_model() -> str:
-    """Name of the processor, as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

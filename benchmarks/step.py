@@ -7,15 +7,13 @@ Prints a markdown table: medians, and in brackets the quartiles. Needs the `benc
 
 import argparse
 import math
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import monai
 import torch
+from machine import CLOCKS, cpu_model
 from monai.networks.nets import UNETR, MaskedAutoEncoderViT
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +28,6 @@ HEADS = {192: 3, 768: 12}
 # the papers' decoder is 512 wide; MONAI's sin-cos table needs a multiple of 6, so both sides get 576
 MAE_DECODER = {"width": 576, "depth": 8, "heads": 16}
 UNETR_WIDTH = 16
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WARM_UP = 1
 
 Loss = Callable[[Tensor], Tensor]
@@ -163,11 +160,7 @@ def summary(values: list[float], digits: int = 3) -> str:
 
 def machine(device: torch.device) -> str:
     """CPU or GPU model, cores, versions."""
-    name, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    name = f"{name}, {torch.get_num_threads()} threads"
+    name = f"{cpu_model()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)}; {name}"
     return f"{name}; torch {torch.__version__}, MONAI {monai.__version__}"

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         metavar="B",
-        help="crops per optimizer step over all processes (default: the method's)",
+        help="crops (MiM, GL-MAE: volumes) per optimizer step over all processes (default: the method's)",
     )
     add(
         "--accumulate",
@@ -40,10 +40,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="micro-batches per optimizer step; less memory, same result (default: the method's)",
     )
-    add("--lr", type=float, help="peak learning rate (default: the method's)")
-    add("--weight-decay", type=float, help="AdamW weight decay (default: the method's)")
-    add("--set", dest="options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the method")
-    add("--seed", type=int, default=0, help="decides initial weights, crops, augmentation and masks")
+    add("--lr", type=float, metavar="LR", help="peak learning rate (default: the method's, whatever the batch size)")
+    add("--weight-decay", type=float, metavar="WD", help="AdamW weight decay (default: the method's)")
+    add(
+        "--set",
+        dest="options",
+        action="extend",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="options of the method, several at once or one by one; see: hiendmae methods",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decides initial weights, crops, augmentation and masks (default: %(default)s)",
+    )
     add("--workers", type=int, default=4, metavar="N", help="loader processes per process; does not change the losses")
     add(
         "--precision",

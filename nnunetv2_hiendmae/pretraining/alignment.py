@@ -42,9 +42,9 @@ class RegionAlignment(nn.Module):
         Returns:
             (M,) float32 each.
         """
-        query = F.normalize(self.query(features).float(), dim=-1)
-        keys = F.normalize(self.key(regions).float(), dim=-1)
-        cosines = (keys @ query[:, :, None])[:, :, 0]
+        query, keys = self.query(features).float(), self.key(regions).float()
+        # not a matrix product: autocast would round the cosines to half precision, too coarse for neighbouring tokens
+        cosines = F.cosine_similarity(query[:, None], keys, dim=-1)
         found = (cosines.detach().argmax(dim=1) == origin).float()
         if self.kind == "infonce":
             return F.cross_entropy(cosines / self.tau, origin, reduction="none"), found

@@ -99,16 +99,17 @@ def find_data(datasets: Sequence[str], plans_name: str, configuration: str) -> P
     return PretrainData(tuple(cases), first)
 
 
-def warn_if_padded(cases: Sequence[Case], crop_size: Sequence[int]) -> None:
-    """Says so when crops are larger than volumes: those are padded with zeros, which is right but costs tokens."""
-    small = [c for c in cases if any(s < k for s, k in zip(c.shape, crop_size, strict=True))]
+def warn_if_padded(cases: Sequence[Case], padded_below: Sequence[int]) -> None:
+    """Says so when a sample takes more voxels than volumes have: those are padded with zeros, which is right but costs
+    tokens."""
+    small = [c for c in cases if any(s < k for s, k in zip(c.shape, padded_below, strict=True))]
     if not small:
         return
     largest = tuple(max(c.shape[a] for c in cases) for a in range(3))
     whose = "every volume" if len(small) == len(cases) else f"{len(small)} of {len(cases)} volumes"
     logger.warning(
-        f"the crop {tuple(crop_size)} is larger than {whose} along some axis (largest extent {largest} voxels); "
-        "they are padded with zeros. A smaller --crop-size or a finer spacing avoids that"
+        f"a sample takes {tuple(padded_below)} voxels, larger than {whose} along some axis (largest extent {largest} "
+        "voxels); they are padded with zeros. A smaller --crop-size or a finer spacing avoids that"
     )
 
 

@@ -1,6 +1,7 @@
 """GL-MAE: global and local masked views, and a momentum teacher they should agree with (METHODS §4)."""
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -9,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import normalize_patches, num_visible
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.checks import require, visible_of
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
-from nnunetv2_hiendmae.pretraining.masked import assemble_pictures, denormalize_patches, masked_patches
+from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.teacher import Centre, ProjectionHead, cosine_momentum, follow
@@ -61,8 +61,8 @@ class GLMAE(Method):
     name = "glmae"
     title = "GL-MAE"
     source = (
-        "Zhuang et al. 2023; batch_size counts volumes, an epoch is one pass over the paper's 746 volumes. lr is ours, "
-        "1.5e-4 · batch/256: the published 1e-2 is unstable. Published epochs: 400 (ViT-T), 1000 (ViT-B)"
+        "Zhuang et al. 2023; an epoch is one pass over the paper's 746 volumes. lr is ours, 1.5e-4 · batch/256: the "
+        "published 1e-2 is unstable. Published epochs: 400 (ViT-T), 1000 (ViT-B)"
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["glmae"]
     recipe = PretrainRecipe(
@@ -77,7 +77,7 @@ class GLMAE(Method):
     notes: ClassVar[dict[str, str]] = {
         "global_views": "per volume, ours",
         "local_views": "per volume, ours",
-        "global_size": "edge in voxels; None: crop x 160/96, rounded to the patch",
+        "global_size": "edge in voxels, or D,H,W; None: crop x 160/96, rounded to the patch",
         "global_scale_min": "share of the volume's edges",
         "global_scale_max": "share of the volume's edges",
         "local_scale_min": "share of the volume's edges",
@@ -91,6 +91,10 @@ class GLMAE(Method):
         "centre_momentum": "per step, ours",
         "teacher_momentum": "per step, at the start, ours",
         "normalize_target": "ours",
+        "augment": "true or false",
+        "steps_per_epoch": "746 volumes, ours",
+        "batch_size": "volumes",
+        "accumulate": "micro-batches, ours",
         "lr": "ours",
         "warmup_epochs": "ours",
         "betas": "ours",
@@ -126,22 +130,38 @@ class GLMAE(Method):
     ):
         super().__init__(spec)
         self.specs = {"global": spec.with_(img_size=_global_size(spec, global_size)), "local": spec}
-        self.visible = {kind: _visible(kind, view.num_tokens, mask_ratio) for kind, view in self.specs.items()}
+        self.visible = {
+            kind: visible_of(view.num_tokens, "mask_ratio", mask_ratio, f"tokens of a {kind} view")
+            for kind, view in self.specs.items()
+        }
         self.scales = {"global": (global_scale_min, global_scale_max), "local": (local_scale_min, local_scale_max)}
         for kind, (low, high) in self.scales.items():
-            _require(0 < low <= high <= 1, f"{kind}_scale_min {low} and _max {high}", "0 < min <= max <= 1")
-        for option, value in (("global_views", global_views), ("local_views", local_views)):
-            _require(value >= 1, f"{option} {value}", "at least 1")
-        for option, value in (("head_hidden", head_hidden), ("head_dim", head_dim)):
-            _require(value >= 1, f"{option} {value}", "at least 1")
-        temperatures = (student_temperature, teacher_temperature, teacher_temperature_start)
-        _require(min(temperatures) > 0, f"temperatures {temperatures}", "positive ones")
-        shares = (temperature_warmup, centre_momentum, teacher_momentum)
-        named = f"temperature_warmup, centre_momentum and teacher_momentum {shares}"
-        _require(all(0 <= s <= 1 for s in shares), named, "0 to 1")
-        _require(consistency_weight >= 0, f"consistency_weight {consistency_weight}", "0 or more")
-        _require(embedding in EMBEDDINGS, f"embedding '{embedding}'", f"one of {', '.join(EMBEDDINGS)}")
-        _require(embedding != "cls" or spec.cls_token, "embedding 'cls'", "an encoder with a CLS token")
+            require(0 < low <= 1, f"{kind}_scale_min", low, "more than 0, at most 1")
+            require(low <= high <= 1, f"{kind}_scale_max", high, f"{low} ({kind}_scale_min) to 1")
+        for option, value, least in (
+            ("global_views", global_views, 1),
+            ("local_views", local_views, 1),
+            ("head_hidden", head_hidden, 1),
+            # the softmax of a single logit is 1, whatever the image
+            ("head_dim", head_dim, 2),
+        ):
+            require(value >= least, option, value, f"at least {least}")
+        for option, value in (
+            ("student_temperature", student_temperature),
+            ("teacher_temperature", teacher_temperature),
+            ("teacher_temperature_start", teacher_temperature_start),
+        ):
+            require(0 < value < math.inf, option, value, "more than 0")
+        for option, value in (
+            ("temperature_warmup", temperature_warmup),
+            ("centre_momentum", centre_momentum),
+            ("teacher_momentum", teacher_momentum),
+        ):
+            require(0 <= value <= 1, option, value, "0 to 1")
+        require(0 <= consistency_weight < math.inf, "consistency_weight", consistency_weight, "0 or more")
+        require(embedding in EMBEDDINGS, "embedding", embedding, f"one of {', '.join(EMBEDDINGS)}")
+        cls_fits = embedding != "cls" or spec.cls_token
+        require(cls_fits, "embedding", embedding, "mean, or an encoder with a CLS token (--encoder)")
         self.normalize_target = normalize_target
         self.augmentation = Augmentation() if augment else None
         self.consistency_weight = consistency_weight
@@ -186,7 +206,8 @@ class GLMAE(Method):
             measured["teacher_entropy"] = torch.special.entr(outputs).sum(-1).mean()
         image, order = views[kind][:, view], views[f"{kind}_order"][:, view]
         tokens, prediction = self.predict(kind, image, order)
-        reconstruction = F.mse_loss(prediction.float(), self.target(kind, image, order)) / self.counts[kind]
+        target = patch_targets(image, order, self.visible[kind], self.specs[kind], self.normalize_target, unbiased=True)
+        reconstruction = F.mse_loss(prediction.float(), target) / self.counts[kind]
         logits = self.head(self.embed(tokens)).float() / self.student_temperature
         consistency = F.cross_entropy(logits, self._teacher_output) / self.num_parts
         return {
@@ -220,11 +241,6 @@ class GLMAE(Method):
         tokens, _ = self.encoder(image, order[:, : self.visible[kind]])
         return tokens, self.decoder(tokens, order, self.specs[kind].grid)
 
-    def target(self, kind: str, image: Tensor, order: Tensor) -> Tensor:
-        """Masked patches (B, N − K, P) as the loss wants them."""
-        patches = masked_patches(image, order, self.visible[kind], self.specs[kind])
-        return normalize_patches(patches, unbiased=True) if self.normalize_target else patches
-
     def synchronize(self, mean_over_processes) -> None:
         self.centre.synchronize(mean_over_processes)
 
@@ -243,11 +259,8 @@ class GLMAE(Method):
         made = {}
         for kind, spec in self.specs.items():
             image, order = views[kind][:, 0], views[f"{kind}_order"][:, 0]
-            prediction = self.predict(kind, image, order)[1].float()
-            if self.normalize_target:
-                hidden = masked_patches(image, order, self.visible[kind], spec)
-                prediction = denormalize_patches(prediction, hidden, unbiased=True)
-            made[kind] = assemble_pictures(image, order, prediction, spec)
+            _, prediction = self.predict(kind, image, order)
+            made[kind] = picture(image, order, prediction, spec, self.normalize_target, unbiased=True)
         return made
 
 
@@ -256,18 +269,6 @@ def _global_size(spec: EncoderSpec, given: int | Sequence[int] | None) -> tuple[
         pairs = zip(spec.img_size, spec.patch_size, strict=True)
         return tuple(max(1, round(s * GLOBAL_TO_LOCAL / p)) * p for s, p in pairs)
     size = (given,) * 3 if isinstance(given, int) else tuple(given)
-    fits = len(size) == 3 and all(s > 0 and s % p == 0 for s, p in zip(size, spec.patch_size, strict=False))
-    _require(fits, f"global_size {given}", f"multiples of the patch {spec.patch_size}")
+    fits = len(size) == 3 and all(s > 0 and s % p == 0 for s, p in zip(size, spec.patch_size, strict=True))
+    require(fits, "global_size", given, f"one or three positive multiples of the patch {spec.patch_size}")
     return size
-
-
-def _visible(kind: str, tokens: int, ratio: float) -> int:
-    visible = num_visible(tokens, ratio)
-    what = f"mask_ratio {ratio} leaves {visible} of {tokens} tokens of a {kind} view visible"
-    _require(0 < visible < tokens, what, "at least 1 visible and 1 masked (or change --crop-size)")
-    return visible
-
-
-def _require(fits: bool, came: str, needed: str) -> None:
-    if not fits:
-        raise UserError(f"{came}, needed {needed}; change it with --set")

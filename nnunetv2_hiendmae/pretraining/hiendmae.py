@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import split_order
 from nnunetv2_hiendmae.architectures.vit import init_transformer
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
 from nnunetv2_hiendmae.weights.citations import CITATIONS
@@ -81,6 +82,11 @@ class HiEndMAE(MaskedCropMethod):
         decoder_heads: int | None = None,
         self_depth: int = 2,
     ):
+        if not spec.taps:
+            raise UserError(
+                f"{self.name} cross-attends to layers of a plain ViT, the encoder is of kind '{spec.kind}' and has no "
+                "such layers; choose a vit_… with --encoder (see: hiendmae presets), or another --method"
+            )
         super().__init__(spec, mask_ratio, normalize_target=True, unbiased_target=False)
         heads = spec.num_heads if decoder_heads is None else decoder_heads
         dim = _default_decoder_dim(spec.embed_dim, heads) if decoder_dim is None else decoder_dim

@@ -57,7 +57,7 @@ def pretrain(
     with ExitStack() as held:
 
         def claim() -> None:
-            warn_if_padded(data.cases, method.views().read_size)
+            warn_if_padded(data.cases, method.views().padded_below)
             check_free_disk(run_dir, method)
             held.enter_context(locked(run_dir))
             claim_run(run_dir, settings, data, resume)

@@ -9,13 +9,12 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.tokens import (
     normalize_patches,
-    num_visible,
     patchify,
     put_tokens,
     take_tokens,
     unpatchify,
 )
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining.checks import visible_of
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 
@@ -33,12 +32,7 @@ class MaskedCropMethod(Method):
 
     def __init__(self, spec: EncoderSpec, mask_ratio: float, normalize_target: bool, unbiased_target: bool):
         super().__init__(spec)
-        self.visible = num_visible(spec.num_tokens, mask_ratio)
-        if not 0 < self.visible < spec.num_tokens:
-            raise UserError(
-                f"mask_ratio {mask_ratio} leaves {self.visible} of {spec.num_tokens} tokens visible, needed at least 1 "
-                "visible and 1 masked; change --set mask_ratio=…, or --crop-size for more tokens"
-            )
+        self.visible = visible_of(spec.num_tokens, "mask_ratio", mask_ratio)
         self.normalize_target = normalize_target
         self.unbiased_target = unbiased_target
         self.encoder = build_encoder(spec)
@@ -51,43 +45,61 @@ class MaskedCropMethod(Method):
         return MaskedCrop(self.spec.img_size, self.spec.num_tokens)
 
     def forward(self, views: Batch, part: int = 0) -> LossDict:
-        prediction = self.predict(views["image"], views["order"])
-        return {"loss": F.mse_loss(prediction.float(), self.target(views["image"], views["order"]))}
-
-    def target(self, image: Tensor, order: Tensor) -> Tensor:
-        """Masked patches (B, N − K, P) as the loss wants them."""
-        patches = masked_patches(image, order, self.visible, self.spec)
-        return normalize_patches(patches, self.unbiased_target) if self.normalize_target else patches
+        image, order = views["image"], views["order"]
+        prediction = self.predict(image, order)
+        target = patch_targets(image, order, self.visible, self.spec, self.normalize_target, self.unbiased_target)
+        return {"loss": F.mse_loss(prediction.float(), target)}
 
     @torch.no_grad()
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
         image, order = views["image"], views["order"]
-        prediction = self.predict(image, order).float()
-        if self.normalize_target:
-            hidden = masked_patches(image, order, self.visible, self.spec)
-            prediction = denormalize_patches(prediction, hidden, self.unbiased_target)
-        return {"crop": assemble_pictures(image, order, prediction, self.spec)}
+        prediction = self.predict(image, order)
+        return {"crop": picture(image, order, prediction, self.spec, self.normalize_target, self.unbiased_target)}
 
 
-def masked_patches(image: Tensor, order: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
-    """Crop (B, C, D, H, W) and token permutation (B, N) → patches (B, N − K, P) behind the first K, float32."""
-    return take_tokens(patchify(image, spec.patch_size), order[:, visible:]).float()
+def patch_targets(
+    image: Tensor, order: Tensor, visible: int, spec: EncoderSpec, normalize: bool, unbiased: bool
+) -> Tensor:
+    """Masked patches of a crop as the loss wants them.
+
+    Args:
+        image: (B, C, D, H, W).
+        order: (B, N) token permutation; the first `visible` (K) are not masked.
+        normalize: each patch by its own mean and standard deviation; `unbiased`: that of its variance.
+
+    Returns:
+        (B, N − K, P), float32.
+    """
+    patches = _masked_patches(image, order, visible, spec)
+    return normalize_patches(patches, unbiased) if normalize else patches
 
 
-def denormalize_patches(prediction: Tensor, hidden: Tensor, unbiased: bool) -> Tensor:
-    """Predictions (B, M, P) of normalised patches, given the mean and spread of the true ones."""
-    var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
-    return prediction * (var + 1e-6).sqrt() + mean
+def picture(
+    image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec, normalize: bool, unbiased: bool
+) -> Reconstruction:
+    """Crop, crop without its masked patches, and crop with what was predicted for them.
 
-
-def assemble_pictures(image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec) -> Reconstruction:
-    """Crop, crop without its masked patches, and crop with `prediction` (B, N − K, P) in their place."""
-    keep = order[:, : order.shape[1] - prediction.shape[1]]
-    visible = take_tokens(patchify(image, spec.patch_size), keep).float()
+    Args:
+        image: (B, C, D, H, W).
+        order: (B, N) token permutation, visible ones first.
+        prediction: (B, N − K, P) of what `patch_targets` gives with the same `normalize` and `unbiased`; scaled with
+            the true mean and spread of its patch where those are normalised.
+    """
+    visible = order.shape[1] - prediction.shape[1]
+    prediction = prediction.float()
+    if normalize:
+        hidden = _masked_patches(image, order, visible, spec)
+        var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
+        prediction = prediction * (var + 1e-6).sqrt() + mean
+    shown = take_tokens(patchify(image, spec.patch_size), order[:, :visible]).float()
 
     def assemble(patches: Tensor) -> Tensor:
-        tokens = torch.cat([visible, patches], dim=1)
+        tokens = torch.cat([shown, patches], dim=1)
         return unpatchify(put_tokens(tokens, order), spec.grid, spec.patch_size)
 
     blank = torch.full_like(prediction, float(image.min()))
     return Reconstruction(image, assemble(blank), assemble(prediction))
+
+
+def _masked_patches(image: Tensor, order: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
+    return take_tokens(patchify(image, spec.patch_size), order[:, visible:]).float()

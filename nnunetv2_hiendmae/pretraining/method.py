@@ -2,9 +2,9 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import Tensor, nn
 
@@ -22,7 +22,8 @@ class PretrainRecipe:
 
     Args:
         lr: peak learning rate of AdamW at `batch_size`, absolute.
-        batch_size: crops per optimizer step over all processes.
+        batch_size: samples per optimizer step over all processes: crops, or volumes where a method draws several views
+            of one.
         accumulate: micro-batches per optimizer step; what a base encoder needs on a GPU with 24 GB.
     """
 
@@ -101,24 +102,28 @@ class Method(nn.Module, ABC):
 
 
 def parse_options(method: type[Method], texts: list[str]) -> dict[str, Any]:
-    """`key=value` texts of the command line as options of a method, typed like their defaults.
+    """`key=value` texts of the command line as options of a method, typed as its `__init__` says.
 
     Raises:
         UserError: no '=', an unknown key, or a value of another type.
     """
     known, chosen = method.options(), {}
+    annotations = get_type_hints(method.__init__)
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or key not in known:
             listed = ", ".join(f"{k}={v}" for k, v in known.items())
             raise UserError(f"--set {text} is no option of {method.name}, needed key=value of: {listed}")
-        chosen[key] = _as_type_of(known[key], key, value)
+        chosen[key] = _parse(annotations[key], key, value)
     return chosen
 
 
-def _as_type_of(default: Any, key: str, value: str) -> Any:
-    # an option whose default is None ("derived") takes a whole number in every method so far
-    wanted = int if default is None else type(default)
+def _parse(annotation: Any, key: str, value: str) -> Any:
+    """A text as what an option's annotation asks for: bool, int, float or str; `D,H,W` where that is a sequence."""
+    kinds = get_args(annotation) or (annotation,)
+    if Sequence[int] in kinds and "," in value:
+        return tuple(_parse(int, key, part) for part in value.split(","))
+    wanted = kinds[0]
     if wanted is bool:
         if value.lower() in ("true", "false"):
             return value.lower() == "true"

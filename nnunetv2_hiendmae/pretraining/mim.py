@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import normalize_patches, num_visible, put_tokens
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.architectures.tokens import put_tokens
 from nnunetv2_hiendmae.pretraining.alignment import ALIGNMENTS, RegionAlignment
+from nnunetv2_hiendmae.pretraining.checks import require, visible_of
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
-from nnunetv2_hiendmae.pretraining.masked import assemble_pictures, denormalize_patches, masked_patches
+from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
 from nnunetv2_hiendmae.weights.citations import CITATIONS
@@ -52,13 +52,26 @@ class MiM(Method):
     name = "mim"
     title = "MiM"
     source = (
-        "Zhuang et al. 2024. batch_size counts volumes: 24 with 21 views each stand for the paper's 512 views. Ours: "
-        "infonce and tau (the equation is unpublished), fine_to_coarse, foreground_share (of crops), steps_per_epoch, "
-        "views_per_part (views of each volume in memory at once)"
+        "Zhuang et al. 2024. A sample is a volume with 21 views: 24 volumes stand for the paper's 512 views. Published "
+        "lr: 1e-4 · views / 256"
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
-    # published: 1e-4 · views / 256, that is 2e-4 for 512 views
     recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
+    notes: ClassVar[dict[str, str]] = {
+        "mask_ratio_level1": "share of octants",
+        "mask_ratio_level2": "share of tokens",
+        "mask_ratio_level3": "share of tokens",
+        "crops_level2": "per volume",
+        "crops_level3": "per level-2 view",
+        "alignment": "infonce, byol or none; ours, the equation is unpublished",
+        "tau": "of infonce, ours",
+        "curriculum": f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours",
+        "foreground_share": "share of crops, ours",
+        "views_per_part": "views of each volume in memory at once, ours",
+        "steps_per_epoch": "ours",
+        "batch_size": "volumes",
+        "accumulate": "micro-batches, ours",
+    }
 
     def __init__(
         self,
@@ -85,29 +98,32 @@ class MiM(Method):
         super().__init__(spec)
         octants = octant_tokens(spec.grid)
         n = spec.num_tokens
-        visible_octants = _visible("mask_ratio_level1", OCTANTS, mask_ratio_level1, "octants")
+        visible_octants = visible_of(OCTANTS, "mask_ratio_level1", mask_ratio_level1, "octants", mend="")
         self.visible = {
             1: visible_octants * octants.shape[1],
-            2: _visible("mask_ratio_level2", n, mask_ratio_level2, "tokens"),
-            3: _visible("mask_ratio_level3", n, mask_ratio_level3, "tokens"),
+            2: visible_of(n, "mask_ratio_level2", mask_ratio_level2),
+            3: visible_of(n, "mask_ratio_level3", mask_ratio_level3),
         }
-        _check_range("crops_level2", crops_level2, OCTANTS - visible_octants, "masked octants")
-        _check_range("crops_level3", crops_level3, n - self.visible[2], "masked tokens of a level-2 view")
-        _check_choice("alignment", alignment, ALIGNMENTS)
-        _check_choice("curriculum", curriculum, CURRICULA)
-        self.weights = {
-            "loss_level1": weight_level1,
-            "loss_level2": weight_level2,
-            "loss_level3": weight_level3,
-            "loss_align12": weight_align12,
-            "loss_align23": weight_align23,
+        for option, value, most, what in (
+            ("crops_level2", crops_level2, OCTANTS - visible_octants, "masked octants"),
+            ("crops_level3", crops_level3, n - self.visible[2], "masked tokens of a level-2 view"),
+        ):
+            require(1 <= value <= most, option, value, f"1 to {most} ({what})")
+        require(alignment in ALIGNMENTS, "alignment", alignment, f"one of {', '.join(ALIGNMENTS)}")
+        require(curriculum in CURRICULA, "curriculum", curriculum, f"one of {', '.join(CURRICULA)}")
+        require(0 < tau < math.inf, "tau", tau, "more than 0")
+        require(views_per_part >= 1, "views_per_part", views_per_part, "at least 1")
+        require(0 <= foreground_share <= 1, "foreground_share", foreground_share, "0 to 1")
+        weights = {
+            "level1": weight_level1,
+            "level2": weight_level2,
+            "level3": weight_level3,
+            "align12": weight_align12,
+            "align23": weight_align23,
         }
-        weights_fit = all(0 <= weight < math.inf for weight in self.weights.values())
-        if not weights_fit or not tau > 0 or views_per_part < 1 or not 0 <= foreground_share <= 1:
-            raise ValueError(
-                f"weights {list(self.weights.values())} must be finite and not negative, tau {tau} and views_per_part "
-                f"{views_per_part} must be positive, foreground_share {foreground_share} must lie in [0, 1]"
-            )
+        for name, weight in weights.items():
+            require(0 <= weight < math.inf, f"weight_{name}", weight, "0 or more")
+        self.weights = {f"loss_{name}": weight for name, weight in weights.items()}
         self.curriculum = curriculum
         self.crops = NestedCrops(
             spec.img_size, spec.grid, visible_octants, self.visible[2], crops_level2, crops_level3, foreground_share
@@ -183,7 +199,7 @@ class MiM(Method):
     def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
         features, prediction = self.decode(images, orders, visible)
-        target = normalize_patches(masked_patches(images, orders, visible, self.spec), unbiased=True)
+        target = patch_targets(images, orders, visible, self.spec, normalize=True, unbiased=True)
         return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
 
     def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
@@ -224,29 +240,6 @@ class MiM(Method):
         made = {}
         for level in LEVELS:
             images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
-            visible = self.visible[level]
-            _, prediction = self.decode(images, orders, visible)
-            hidden = masked_patches(images, orders, visible, self.spec)
-            prediction = denormalize_patches(prediction.float(), hidden, unbiased=True)
-            made[f"level{level}"] = assemble_pictures(images, orders, prediction, self.spec)
+            _, prediction = self.decode(images, orders, self.visible[level])
+            made[f"level{level}"] = picture(images, orders, prediction, self.spec, normalize=True, unbiased=True)
         return made
-
-
-def _visible(option: str, total: int, ratio: float, what: str) -> int:
-    visible = num_visible(total, ratio)
-    if not 0 < visible < total:
-        raise UserError(
-            f"{option} {ratio} leaves {visible} of {total} {what} visible, needed at least 1 visible and 1 masked; "
-            f"change --set {option}=…"
-        )
-    return visible
-
-
-def _check_range(option: str, value: int, largest: int, what: str) -> None:
-    if not 1 <= value <= largest:
-        raise UserError(f"{option} is {value}, needed 1 to {largest} ({what}); change --set {option}=…")
-
-
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{option} is '{value}', needed one of {', '.join(choices)}; change --set {option}=…")

@@ -81,14 +81,15 @@ class NestedCrops:
     foreground_share: float = 0.0
 
     @property
-    def read_size(self) -> tuple[int, int, int]:
+    def padded_below(self) -> tuple[int, int, int]:
         """Edges (D, H, W) of the level-1 crop in voxels of the volume."""
         return tuple(2 * s for s in self.crop_size)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""
-        lower = draw_corner(volume, self.read_size, self.foreground_share, rng)
-        whole = torch.from_numpy(volume.read(lower, self.read_size))[None]
+        size = self.padded_below
+        lower = draw_corner(volume, size, self.foreground_share, rng)
+        whole = torch.from_numpy(volume.read(lower, size))[None]
         tokens, order = octant_tokens(self.grid), torch.from_numpy(rng.permutation(OCTANTS))
         octants = order[self.visible_octants :][: self.crops_level2]
         order2 = self._orders(rng, self.crops_level2)

@@ -24,7 +24,7 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
     if args.method not in METHODS:
         raise UserError(f"unknown method '{args.method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
     method = METHODS[args.method]
-    recipe, options = method.recipe, parse_options(method, args.options)
+    recipe, options = method.recipe, parse_options(method, args.options or [])
     # a dataset given twice, by id and by name, is one dataset
     datasets = tuple(dict.fromkeys(dataset_name(d) for d in args.datasets))
     data = find_data(datasets, args.plans, args.configuration)

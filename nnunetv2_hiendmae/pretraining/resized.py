@@ -60,8 +60,8 @@ class GlobalLocalCrops:
     local_views: int
 
     @property
-    def read_size(self) -> tuple[int, int, int]:
-        """Boxes shrink with the volume: no volume is too small for them."""
+    def padded_below(self) -> tuple[int, int, int]:
+        """One voxel: boxes shrink with the volume, none is too small for them."""
         return (1, 1, 1)
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ LOG = "log.jsonl"
 PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
 # what a line of the log holds besides the method's losses and measures
-RUN_KEYS = ("step", "epoch", "lr", "crops_per_second")
+RUN_KEYS = ("step", "epoch", "lr", "samples_per_second")
 # nnU-Net's own switch
 WANDB_VARIABLE = "nnUNet_wandb_enabled"
 # log lines without a terminal: at least this many seconds apart
@@ -34,6 +35,12 @@ PLAIN_LINE_SECONDS = 30
 DRAW_SECONDS = 20
 # a figure has about 1000 pixels across, a run has up to millions of steps
 CURVE_POINTS = 2000
+# of a picture's grey scale, in normalised intensities: a constant patch (air, padding) is predicted to about 1e-3, the
+# root of the epsilon that its deviation gets, and should look constant
+LEAST_SPAN = 0.02
+# of a montage, in inches: width of a slice and height of a line of a row's label
+SLICE_WIDTH, LINE_HEIGHT = 3.2, 0.15
+LABEL_CHARACTERS = 24
 
 
 class RunLog:
@@ -42,13 +49,13 @@ class RunLog:
     Args:
         run_dir: where log.jsonl lies; lines after `first_step` (from a run that was killed) are dropped.
         total_steps: for the bar and the time left.
-        crops_per_step: over all processes.
+        samples_per_step: over all processes; crops, or volumes where a method draws several views of one.
     """
 
-    def __init__(self, run_dir: Path, first_step: int, total_steps: int, crops_per_step: int, config: dict[str, Any]):
+    def __init__(self, run_dir: Path, first_step: int, total_steps: int, samples_per_step: int, config: dict[str, Any]):
         self.run_dir = run_dir
         self.total_steps = total_steps
-        self.crops_per_step = crops_per_step
+        self.samples_per_step = samples_per_step
         self._first_step = first_step
         if (run_dir / LOG).exists():
             kept = [line for line in _lines(run_dir) if line["step"] < first_step]
@@ -65,14 +72,14 @@ class RunLog:
     def step(self, step: int, epoch: int, values: dict[str, float]) -> None:
         """Records a finished step (0-based)."""
         now = time.monotonic()
-        speed = self.crops_per_step / max(now - self._last, 1e-9)
+        speed = self.samples_per_step / max(now - self._last, 1e-9)
         self._last = now
-        line = {"step": step, "epoch": epoch, **values, "crops_per_second": round(speed, 2)}
+        line = {"step": step, "epoch": epoch, **values, "samples_per_second": round(speed, 2)}
         with telling_disk_errors(self.run_dir / LOG):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         self._bar.set_postfix(
-            loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", crops_s=f"{speed:.0f}", refresh=False
+            loss=f"{values['loss']:.4f}", lr=f"{values['lr']:.2e}", samples_s=f"{speed:.3g}", refresh=False
         )
         self._bar.update()
         last = step + 1 == self.total_steps
@@ -85,7 +92,7 @@ class RunLog:
 
     def end_epoch(self, last: bool) -> None:
         """Redraws progress.png, but not several times a minute, and leaves the time since the last step (pictures,
-        checkpoints) out of crops/s."""
+        checkpoints) out of samples/s."""
         if last or time.monotonic() - self._drawn > DRAW_SECONDS:
             draw_progress(self.run_dir)
             self._drawn = time.monotonic()
@@ -104,12 +111,12 @@ class RunLog:
         left = elapsed / done * (self.total_steps - step - 1)
         return (
             f"step {step + 1}/{self.total_steps} epoch {epoch} loss {values['loss']:.4f} lr {values['lr']:.2e} "
-            f"{done * self.crops_per_step / elapsed:.1f} crops/s, {left / 60:.0f} min left"
+            f"{done * self.samples_per_step / elapsed:.3g} samples/s, {left / 60:.0f} min left"
         )
 
 
 def draw_progress(run_dir: Path) -> None:
-    """Redraws progress.png from log.jsonl: every loss part, what else the method measures, learning rate, crops/s."""
+    """Redraws progress.png from log.jsonl: every loss part, what else the method measures, learning rate, speed."""
     from matplotlib.figure import Figure
 
     lines = _lines(run_dir)
@@ -133,8 +140,9 @@ def draw_progress(run_dir: Path) -> None:
     axes[0].set(title=f"{run_dir.name}: step {steps[-1] + 1}")
     axes[-2].plot(steps, [line["lr"] for line in lines][shown])
     axes[-2].set(ylabel="learning rate")
-    axes[-1].plot(steps, running_mean([line["crops_per_second"] for line in lines])[shown])
-    axes[-1].set(ylabel="crops / s", xlabel="step")
+    axes[-1].plot(steps, running_mean([line["samples_per_second"] for line in lines])[shown])
+    axes[-1].set(ylabel="samples / s", xlabel="step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.grid(alpha=0.3)
     write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
@@ -143,18 +151,24 @@ def draw_progress(run_dir: Path) -> None:
 def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
     """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
 
-    CT is shown in HU.
+    Black and white are the least and largest value of the input's whole crop. CT is shown in HU.
+
+    Args:
+        cases: 'Dataset/case' of every sample; datasets are only named where there are several.
     """
-    columns = columns_of(made)
-    rows = []
+    several = len({case.partition("/")[0] for case in cases}) > 1
+    columns, rows = columns_of(made), []
     for row, case in enumerate(cases):
-        slices = {
-            name: to_intensity(volume[row, 0, volume.shape[2] // 2].float().cpu().numpy(), volumes, 0)
-            for name, volume in columns.items()
-        }
-        low, high = float(slices["input"].min()), float(slices["input"].max())
-        unit = f"\n{low:.0f} to {high:.0f} HU" if is_ct(volumes, 0) else ""
-        rows.append(MontageRow(f"{case}{unit}", slices, (low, high)))
+        shown = {name: to_intensity(v[row, 0].float().cpu().numpy(), volumes, 0) for name, v in columns.items()}
+        low, high = float(shown["input"].min()), float(shown["input"].max())
+        label = case.split("/") if several else [case.rpartition("/")[2]]
+        if is_ct(volumes, 0):
+            label.append(f"{low:.0f} to {high:.0f} HU")
+            span = LEAST_SPAN * volumes.intensity_scale
+        else:
+            span = LEAST_SPAN
+        slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
+        rows.append(MontageRow("\n".join(label), slices, (low, max(high, low + span))))
     draw_montage(path, rows)
 
 
@@ -165,7 +179,7 @@ def columns_of(made: Reconstruction) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class MontageRow:
-    """One row of a montage: slices by column title, shown with black and white at `limits`."""
+    """One row of a montage: slices by column title, shown with black and white at `limits`; lines of the label."""
 
     label: str
     slices: Mapping[str, np.ndarray]
@@ -173,7 +187,7 @@ class MontageRow:
 
 
 def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, title: str = "") -> None:
-    """Writes a PNG of grey slices in rows and columns.
+    """Writes a PNG of grey slices in rows and columns, each row's label to its left.
 
     Args:
         rows: all with the same columns.
@@ -183,11 +197,13 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
 
     columns = list(rows[0].slices)
     height, width = rows[0].slices[columns[0]].shape
-    edge = 3.2
-    tall = edge * min(2.0, aspect * height / width)
-    figure = Figure(figsize=(edge * len(columns), tall * len(rows) + 0.4), layout="constrained")
+    broken = ([part for line in row.label.split("\n") for part in wrap(line, LABEL_CHARACTERS)] for row in rows)
+    labels = ["\n".join(lines) for lines in broken]
+    most_lines = 1 + max(label.count("\n") for label in labels)
+    tall = max(LINE_HEIGHT * most_lines, SLICE_WIDTH * min(2.0, aspect * height / width))
+    figure = Figure(figsize=(SLICE_WIDTH * len(columns) + 1, tall * len(rows) + 0.4), layout="constrained")
     grid = figure.subplots(len(rows), len(columns), squeeze=False)
-    for axes, row in zip(grid, rows, strict=True):
+    for axes, row, label in zip(grid, rows, labels, strict=True):
         low, high = row.limits
         for axis, name in zip(axes, columns, strict=True):
             limits = {"vmin": low, "vmax": max(high, low + 1e-6)}
@@ -195,7 +211,8 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(name if row is rows[0] else "", fontsize=10)
-        axes[0].set_ylabel(row.label, fontsize=8)
+        # lying, not upright: rows may be lower than a name is long
+        axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
     write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
 

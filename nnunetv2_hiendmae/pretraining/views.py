@@ -40,8 +40,8 @@ class Views(Protocol):
     """Draws one sample from a volume."""
 
     @property
-    def read_size(self) -> tuple[int, int, int]:
-        """Largest box (D, H, W) that is read, in voxels; smaller volumes are padded."""
+    def padded_below(self) -> tuple[int, int, int]:
+        """Voxels (D, H, W); along an axis that is shorter a volume is padded with zeros."""
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors of one sample; everything random comes from `rng`."""
@@ -117,7 +117,7 @@ class MaskedCrop:
     augmentation: Augmentation | None = field(default_factory=Augmentation)
 
     @property
-    def read_size(self) -> tuple[int, int, int]:
+    def padded_below(self) -> tuple[int, int, int]:
         """The crop, (D, H, W) voxels."""
         return self.crop_size
 

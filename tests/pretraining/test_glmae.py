@@ -182,24 +182,54 @@ def test_momentum_and_temperature_over_the_run():
 
 def test_centre_moves_once_per_step_by_the_mean_of_the_global_batch():
     """However the batch is split over micro-batches and processes; within a step it stays."""
-    logits = torch.randn(8, 2, 5, generator=torch.Generator().manual_seed(3))
+    steps = torch.randn(2, 8, 2, 5, generator=torch.Generator().manual_seed(3))
     whole, processes = Centre(5, 0.9), [Centre(5, 0.9), Centre(5, 0.9)]
-    for step in (1, 2):
+    expected = torch.zeros(5)
+    for logits in steps:
         for micro in logits.split(4):
-            torch.testing.assert_close(whole(micro), micro - whole.mean)
+            torch.testing.assert_close(whole(micro), micro - expected)
         for rank, centre in enumerate(processes):
             for micro in logits[4 * rank :][:4].split(2):
                 centre(micro)
         seen = [torch.stack(centre._seen).mean(0) for centre in processes]
         for centre in processes:
             centre.synchronize(lambda own, seen=seen: sum(seen) / 2)
+        expected = 0.9 * expected + 0.1 * logits.mean((0, 1))
         for centre in (whole, *processes):
             centre.step()
-            torch.testing.assert_close(centre.mean, (1 - 0.9**step) * logits.mean((0, 1)))
+            torch.testing.assert_close(centre.mean, expected)
     still = Centre(5, 1.0)
-    still(logits)
+    still(steps[0])
     still.step()
     assert not still.mean.any()
+
+
+def test_after_a_step_the_centre_has_moved_by_the_teachers_logits():
+    method = build(centre_momentum=0.9)
+    batch = make_batch(method)
+    views = [method.teacher_head(method.embed(method.teacher_encoder(v)[0])) for v in batch["global"].unbind(1)]
+    for half in (slice(0, 2), slice(2, 4)):
+        # two micro-batches: the second teacher's output is centred as the first one's
+        all_parts(method, {k: torch.cat([v, v[:1]])[half] for k, v in batch.items()})
+        assert not method.centre.mean.any()
+    method.after_step(0.1)
+    seen = torch.stack(views)[:, [0, 1, 2, 0]].mean((0, 1))
+    torch.testing.assert_close(method.centre.mean, 0.1 * seen, rtol=1e-5, atol=1e-6)
+
+
+def test_a_checkpoint_holds_teacher_centre_and_temperature():
+    """Weights in another process give the same losses, in the middle of the warm-up of the temperature."""
+    method, batch = build(), make_batch(build())
+    all_parts(method, batch)
+    for parameter in [*method.encoder.parameters(), *method.head.parameters()]:
+        parameter.data.add_(0.05 * torch.randn(parameter.shape))
+    method.after_step(0.05)
+    expected = all_parts(method, batch)
+    resumed = build()
+    before = all_parts(resumed, batch)
+    resumed.load_state_dict(method.state_dict())
+    found = all_parts(resumed, batch)
+    assert all(torch.equal(found[k], expected[k]) and not torch.equal(found[k], before[k]) for k in expected)
 
 
 def test_student_sees_no_masked_voxel_and_the_teacher_sees_all():
@@ -292,17 +322,27 @@ def test_global_size(spec, given, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"global_size": 20}, r"global_size 20, needed multiples of the patch \(8, 8, 8\)"),
-        ({"global_views": 0}, "global_views 0, needed at least 1"),
-        ({"local_views": 0}, "local_views 0"),
-        ({"head_dim": 0}, "head_dim 0"),
+        ({"global_size": 20}, r"global_size is 20, needed one or three positive multiples of the patch \(8, 8, 8\)"),
+        ({"global_size": 0}, "global_size is 0"),
+        ({"global_size": (16, 16)}, "global_size is"),
+        ({"global_views": 0}, "global_views is 0, needed at least 1; change --set global_views"),
+        ({"local_views": 0}, "local_views is 0"),
+        ({"head_hidden": 0}, "head_hidden is 0"),
+        ({"head_dim": 1}, "head_dim is 1, needed at least 2"),
         ({"mask_ratio": 1.0}, "leaves 0 of 27 tokens of a global view visible"),
         ({"mask_ratio": 0.9}, "leaves 0 of 8 tokens of a local view visible"),
-        ({"global_scale_max": 1.2}, "global_scale_min 0.5 and _max 1.2"),
-        ({"local_scale_min": 0.6}, "local_scale_min 0.6 and _max 0.5"),
-        ({"student_temperature": 0.0}, "needed positive ones"),
-        ({"teacher_momentum": 1.5}, "needed 0 to 1"),
-        ({"consistency_weight": -1.0}, "needed 0 or more"),
+        ({"mask_ratio": math.nan}, "mask_ratio is nan, needed a share"),
+        ({"global_scale_max": 1.2}, r"global_scale_max is 1.2, needed 0.5 \(global_scale_min\) to 1"),
+        ({"local_scale_min": 0.6}, r"local_scale_max is 0.5, needed 0.6 \(local_scale_min\)"),
+        ({"local_scale_min": 0.0}, "local_scale_min is 0.0"),
+        ({"student_temperature": 0.0}, "student_temperature is 0.0, needed more than 0"),
+        ({"teacher_temperature": math.nan}, "teacher_temperature is nan"),
+        ({"teacher_temperature_start": math.inf}, "teacher_temperature_start is inf"),
+        ({"temperature_warmup": -0.1}, "temperature_warmup is -0.1, needed 0 to 1"),
+        ({"centre_momentum": 1.5}, "centre_momentum is 1.5, needed 0 to 1"),
+        ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5, needed 0 to 1"),
+        ({"consistency_weight": -1.0}, "consistency_weight is -1.0, needed 0 or more"),
+        ({"consistency_weight": math.inf}, "consistency_weight is inf"),
         ({"embedding": "max"}, "needed one of mean, cls"),
     ],
 )
@@ -312,7 +352,7 @@ def test_bad_options(options, message):
 
 
 def test_cls_embedding_needs_a_cls_token():
-    with pytest.raises(UserError, match="needed an encoder with a CLS token"):
+    with pytest.raises(UserError, match="needed mean, or an encoder with a CLS token"):
         build(TINY_SPEC.with_(cls_token=False), embedding="cls")
 
 
@@ -321,5 +361,13 @@ def test_options_of_the_command_line():
     options = parse_options(GLMAE, texts)
     assert options == {"global_size": 32, "augment": True, "embedding": "cls", "teacher_momentum": 0.99}
     assert build(**options).views().local_crop.augmentation is not None
-    known = {*GLMAE.options(), *vars(GLMAE.recipe)}
-    assert set(GLMAE.notes) <= known
+    assert parse_options(GLMAE, ["augment=False"]) == {"augment": False}
+    with pytest.raises(UserError, match="--set augment=1: needed true or false"):
+        parse_options(GLMAE, ["augment=1"])
+    sizes = parse_options(GLMAE, ["global_size=16,24,32"])
+    assert sizes == {"global_size": (16, 24, 32)} and build(**sizes).specs["global"].img_size == (16, 24, 32)
+    with pytest.raises(UserError, match="--set global_size=x: needed a value of type int"):
+        parse_options(GLMAE, ["global_size=16,x,32"])
+    # a comma makes nothing else a sequence
+    with pytest.raises(UserError, match="--set head_dim=16,24"):
+        parse_options(GLMAE, ["head_dim=16,24"])

@@ -126,10 +126,7 @@ def free_port() -> str:
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [
-        pytest.param("hiendmae", [["--nproc-per-node", "2"]], id="hiendmae-one-node"),
-        pytest.param("mae3d", [["--nproc-per-node", "2"]], id="mae3d-one-node"),
-        pytest.param("mim", [["--nproc-per-node", "2"]], id="mim-one-node"),
-        pytest.param("glmae", [["--nproc-per-node", "2"]], id="glmae-one-node"),
+        *(pytest.param(name, [["--nproc-per-node", "2"]], id=f"{name}-one-node") for name in METHODS),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )
@@ -175,7 +172,7 @@ def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnune
     assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] < 48
     subprocess.run([*CLI, *cli_arguments(method, killed, *long, "--c")], env=environment(nnunet), check=True)
     assert (killed / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
-    without_speed = [[{**line, "crops_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
+    without_speed = [[{**line, "samples_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
     assert without_speed[0] == without_speed[1]
 
 
@@ -264,7 +261,7 @@ def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_pa
 
 def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
     """400,000 steps are the paper's; a running mean over a window of them must not hold window × steps numbers."""
-    line = '{{"step": {}, "epoch": 0, "loss": {}, "lr": 1e-4, "crops_per_second": 9}}\n'
+    line = '{{"step": {}, "epoch": 0, "loss": {}, "lr": 1e-4, "samples_per_second": 9}}\n'
     with (tmp_path / "log.jsonl").open("w") as f:
         f.writelines(line.format(i, i % 7) for i in range(400_000))
     draw_progress(tmp_path)
@@ -273,7 +270,7 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
 
 def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypatch):
     def labels(**measured) -> list[list[str]]:
-        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "crops_per_second": 9.0}
+        line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "samples_per_second": 9.0}
         (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
         drawn = []
         monkeypatch.setattr(
@@ -443,6 +440,30 @@ def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, a
     assert message in error and error.startswith("hiendmae pretrain: ")
     # nothing half-written
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "message"),
+    [
+        ("mim", ["--crop-size", "24", "16", "16"], "odd axis"),
+        ("mim", ["--set", "crops_level3=6"], "crops_level3 is 6, needed 1 to 5"),
+        ("mim", ["--set", "curriculum=easy"], "curriculum is easy, needed one of concurrent"),
+        ("mim", ["--set", "tau=nan"], "tau is nan"),
+        ("glmae", ["--set", "local_views=0"], "local_views is 0, needed at least 1"),
+        ("glmae", ["--set", "global_size=20"], "global_size is 20, needed one or three positive multiples"),
+        ("glmae", ["--set", "teacher_temperature=nan"], "teacher_temperature is nan"),
+        ("glmae", ["--set", "augment=yes"], "needed true or false"),
+        ("hiendmae", ["--encoder", "convvit_tiny", "--crop-size", "32", "32", "32"], "kind 'convvit'"),
+    ],
+)
+def test_options_that_do_not_fit_are_told_before_anything_is_written(
+    preprocessed, tmp_path, capsys, method, arguments, message
+):
+    from nnunetv2_hiendmae.cli import main
+
+    assert main([*cli_arguments(method, tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("hiendmae pretrain: ") and not (tmp_path / "run").exists()
 
 
 def test_output_that_is_a_file(preprocessed, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """What every method must hold, whatever it does inside."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from run_data import TINY_OPTIONS, TINY_SPEC
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS, Method
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
@@ -127,7 +129,84 @@ def test_options_are_typed(name):
             parse_options(METHODS[name], [wrong])
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99])
+@methods
+def test_notes_are_about_options_and_recipe(name):
+    method = METHODS[name]
+    assert set(method.notes) <= {*method.options(), *vars(method.recipe)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "recipe"),
+    [
+        (
+            "mim",
+            {
+                "mask_ratio_level1": 0.5,
+                "mask_ratio_level2": 0.6,
+                "mask_ratio_level3": 0.5,
+                "crops_level2": 4,
+                "crops_level3": 4,
+                "alignment": "infonce",
+                "tau": 0.1,
+                "weight_level1": 1.0,
+                "weight_level2": 1.0,
+                "weight_level3": 1.0,
+                "weight_align12": 0.1,
+                "weight_align23": 0.1,
+                "curriculum": "concurrent",
+            },
+            # 2e-4 for 512 views; ours: 24 volumes of 21
+            {
+                "epochs": 800,
+                "warmup_epochs": 40,
+                "batch_size": 24,
+                "lr": 2e-4,
+                "weight_decay": 0.05,
+                "betas": (0.9, 0.95),
+            },
+        ),
+        (
+            "glmae",
+            {
+                "mask_ratio": 0.75,
+                "normalize_target": True,
+                "global_views": 2,
+                "local_views": 4,
+                "global_scale_min": 0.5,
+                "global_scale_max": 1.0,
+                "local_scale_min": 0.25,
+                "local_scale_max": 0.5,
+                "augment": False,
+                "consistency_weight": 1.0,
+                "embedding": "mean",
+                "head_hidden": 2048,
+                "head_dim": 512,
+                "student_temperature": 0.1,
+                "teacher_temperature": 0.04,
+                "teacher_temperature_start": 0.07,
+                "centre_momentum": 0.9,
+                "teacher_momentum": 0.996,
+                "decoder_dim": 512,
+                "decoder_depth": 8,
+                "decoder_heads": 16,
+            },
+            {"epochs": 400, "batch_size": 64, "lr": 1.5e-4 * 64 / 256},
+        ),
+    ],
+)
+def test_defaults_are_the_methods_facts(name, options, recipe):
+    """METHODS §3 and §4; what is not listed here is ours and may change."""
+    method = METHODS[name]
+    assert {k: method.options()[k] for k in options} == options
+    assert {k: vars(method.recipe)[k] for k in recipe} == recipe
+
+
+def test_hiendmae_needs_layers_to_cross_attend_to():
+    with torch.device("meta"), pytest.raises(UserError, match=r"kind 'convvit'.*--encoder"):
+        METHODS["hiendmae"](PRESETS["convvit_tiny"])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 0.99, math.nan])
 def test_mask_ratio_must_leave_something_on_both_sides(ratio):
     with pytest.raises(UserError, match="mask_ratio"):
         METHODS["mae3d"](TINY_SPEC, mask_ratio=ratio, decoder_dim=12, decoder_depth=1, decoder_heads=2)

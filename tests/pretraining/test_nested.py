@@ -143,7 +143,7 @@ def test_views_do_not_depend_on_how_they_are_parted(views_per_part):
 
 def test_small_volumes_are_padded_and_said_to_be():
     method = method_of()
-    assert method.views().read_size == (32, 32, 48)
+    assert method.views().padded_below == (32, 32, 48)
     sample = draw(method, volume=IndexVolume((20, 40, 20)))
     assert sample["level1"].shape == (1, *SPEC.img_size) and (sample["level2"] == 0).any()
 

@@ -29,3 +29,12 @@ def test_micro_batches_are_the_methods_where_the_batch_can_be_split(nnunet, monk
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
     assert settings.accumulate == accumulate
+
+
+def test_options_may_be_set_at_once_or_one_by_one(nnunet):
+    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
+    (nnunet.raw / "Dataset001_Tiny").mkdir()
+    asked = ["--set", "crops_level2=2", "tau=0.2", "--set", "crops_level3=3"]
+    settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
+    assert settings.options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
+    assert build_settings(build_parser().parse_args(BASE))[0].options == {}
