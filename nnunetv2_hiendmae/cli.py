@@ -84,7 +84,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Adds the default to an option's help, unless it is derived and the help says from what."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 if __name__ == "__main__":

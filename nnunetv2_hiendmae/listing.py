@@ -33,8 +33,8 @@ def list_methods(as_json: bool = False) -> str:
             lines.append(f"  {part}: " + ", ".join(f"{k}={v}{note}" for (k, v), note in pairs))
         blocks.append("\n".join(lines))
     notes = (
-        "options are changed with --set key=value; None means derived from the encoder. batch_size counts crops per "
-        "optimizer step, lr is AdamW's peak, spacing_mm is D H W, window_hu becomes [0, 1]."
+        "options are changed with --set key=value; None means derived from the encoder. batch_size counts samples per "
+        "optimizer step (crops, unless noted), lr is AdamW's peak, spacing_mm is D H W, window_hu becomes [0, 1]."
     )
     return "\n\n".join([*blocks, notes])
 

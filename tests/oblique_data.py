@@ -68,9 +68,10 @@ def write_dataset(folders: Folders, reader: str, spacing_dhw: tuple[float, ...],
     return image
 
 
-def write_run(run_dir: Path, spec: EncoderSpec, method: str = "hiendmae") -> Path:
+def write_run(run_dir: Path, spec: EncoderSpec, method: str = "hiendmae", **options) -> Path:
     """A run folder with untrained weights, on the preprocessed oblique dataset."""
-    settings = tiny_settings(method, datasets=(DATASET,), plans_name=PLANS, spec=spec, options=TINY_OPTIONS[method])
+    options = {**TINY_OPTIONS[method], **options}
+    settings = tiny_settings(method, datasets=(DATASET,), plans_name=PLANS, spec=spec, options=options)
     data = find_data(settings.datasets, PLANS, settings.configuration)
     run_dir.mkdir()
     claim_run(run_dir, settings, data, resume=False)

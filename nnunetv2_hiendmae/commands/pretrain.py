@@ -1,6 +1,7 @@
 """`hiendmae pretrain`."""
 
 import argparse
+import os
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.options import add_datasets
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("-c", dest="configuration", default="3d_fullres", metavar="CONFIG", help="configuration of those plans")
     add("--method", default="hiendmae", metavar="M", help="see: hiendmae methods")
-    add("--encoder", default="vit_base_p16", metavar="PRESET", help="see: hiendmae presets")
+    add("--encoder", metavar="PRESET", help="see: hiendmae presets (default: the method's)")
     add("--crop-size", type=int, nargs=3, metavar=("D", "H", "W"), help="crop in voxels (default: the preset's)")
     add("--patch-size", type=int, nargs=3, metavar=("D", "H", "W"), help="ViT patch in voxels (default: the preset's)")
     add("--epochs", type=int, metavar="N", help="epochs (default: the method's)")
@@ -57,7 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="decides initial weights, crops, augmentation and masks (default: %(default)s)",
     )
-    add("--workers", type=int, default=4, metavar="N", help="loader processes per process; does not change the losses")
+    add(
+        "--workers",
+        type=int,
+        # torch warns of more workers than cores
+        default=min(4, os.cpu_count() or 1),
+        metavar="N",
+        help="loader processes per process; does not change the losses",
+    )
     add(
         "--precision",
         default="auto",

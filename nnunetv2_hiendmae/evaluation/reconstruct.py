@@ -88,9 +88,11 @@ def _choose(data: PretrainData, case: str | None, count: int, seed: int) -> list
 
 
 def _unaugmented(views: Views) -> Views:
-    if is_dataclass(views) and "augmentation" in {f.name for f in fields(views)}:
-        return replace(views, augmentation=None)
-    return views
+    """The views as they would be without augmentation, those that they are made of too."""
+    if not is_dataclass(views):
+        return views
+    inner = {f.name: _unaugmented(getattr(views, f.name)) for f in fields(views)}
+    return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
 
 
 def _draw(data: PretrainData, number: int, views: Views, seed: int) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class GLMAE(Method):
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["glmae"]
     recipe = PretrainRecipe(
-        epochs=400,
+        epochs=1000,
         steps_per_epoch=12,
         warmup_epochs=40,
         batch_size=64,

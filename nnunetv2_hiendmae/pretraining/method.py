@@ -21,12 +21,14 @@ class PretrainRecipe:
     """How a method is trained unless the user says otherwise.
 
     Args:
+        encoder: preset, see `architectures.PRESETS`.
         lr: peak learning rate of AdamW at `batch_size`, absolute.
         batch_size: samples per optimizer step over all processes: crops, or volumes where a method draws several views
             of one.
         accumulate: micro-batches per optimizer step; what a base encoder needs on a GPU with 24 GB.
     """
 
+    encoder: str = "vit_base_p16"
     epochs: int = 1000
     steps_per_epoch: int = 400
     warmup_epochs: int = 10

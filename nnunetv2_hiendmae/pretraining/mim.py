@@ -56,7 +56,7 @@ class MiM(Method):
         "lr: 1e-4 · views / 256"
     )
     citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
-    recipe = PretrainRecipe(epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
+    recipe = PretrainRecipe(encoder="convvit_base", epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
     notes: ClassVar[dict[str, str]] = {
         "mask_ratio_level1": "share of octants",
         "mask_ratio_level2": "share of tokens",

@@ -36,7 +36,7 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
         configuration=args.configuration,
         method=args.method,
         options=options,
-        spec=_spec(args, len(data.format.channel_names)),
+        spec=_spec(args, _given(args.encoder, recipe.encoder), len(data.format.channel_names)),
         epochs=epochs,
         steps_per_epoch=_given(args.steps_per_epoch, recipe.steps_per_epoch),
         warmup_epochs=_given(args.warmup_epochs, min(recipe.warmup_epochs, epochs // 10)),
@@ -56,21 +56,22 @@ def build_settings(args: Namespace) -> tuple[PretrainSettings, PretrainData]:
     return settings, data
 
 
-def run_name(settings: PretrainSettings, preset: str) -> str:
-    """Default name of a run: method, preset and dataset ids."""
+def run_name(settings: PretrainSettings, preset: str | None) -> str:
+    """Default name of a run: method, preset (None: the method's) and dataset ids."""
+    preset = _given(preset, METHODS[settings.method].recipe.encoder)
     return "_".join([settings.method, preset, *(name[7:10] for name in settings.datasets)])
 
 
-def _spec(args: Namespace, channels: int) -> EncoderSpec:
-    if args.encoder not in PRESETS:
-        raise UserError(f"unknown encoder '{args.encoder}', needed one of {', '.join(PRESETS)}; see: hiendmae presets")
+def _spec(args: Namespace, preset: str, channels: int) -> EncoderSpec:
+    if preset not in PRESETS:
+        raise UserError(f"unknown encoder '{preset}', needed one of {', '.join(PRESETS)}; see: hiendmae presets")
     changes = {"in_channels": channels}
     if args.patch_size:
         changes["patch_size"] = tuple(args.patch_size)
     if args.crop_size:
         changes["img_size"] = tuple(args.crop_size)
     try:
-        return PRESETS[args.encoder].with_(**changes)
+        return PRESETS[preset].with_(**changes)
     except ValueError as e:
         raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
 

@@ -6,6 +6,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from matplotlib.image import imread
 from oblique_data import DATASET, READERS, SPACING_XYZ, marked_world, write_dataset, write_run
 
 from nnunetv2_hiendmae import cli
@@ -93,6 +94,19 @@ def test_a_crop_depends_on_seed_and_case_only(nnunet, tmp_path):
     assert files["a"] == files["b"] != files["c"]
     names = sorted(p.name for p in (tmp_path / "a" / DATASET).iterdir())
     assert names == ["case_crop.png", *(f"case_crop_{t}.nii.gz" for t in TITLES)]
+
+
+def test_augmentation_is_left_out(nnunet, tmp_path):
+    """GL-MAE's two kinds of views carry it inside; the untrained weights of both runs differ, the input must not."""
+    write_dataset(nnunet, "SimpleITKIO", spacing_of("SimpleITKIO"))
+    drawn = []
+    for augment in (True, False):
+        run = write_run(tmp_path / f"{augment}", WHOLE, "glmae", augment=augment)
+        assert reconstruct(run, tmp_path / f"{augment}_out", "--view", "local") == 0
+        picture = imread(tmp_path / f"{augment}_out" / DATASET / "case_local.png")
+        # of the three columns, input, masked and reconstruction, the first
+        drawn.append(picture[:, : picture.shape[1] // 3])
+    assert np.array_equal(*drawn)
 
 
 def test_bad_input(nnunet, tmp_path, capsys):

@@ -190,7 +190,7 @@ def test_notes_are_about_options_and_recipe(name):
                 "decoder_depth": 8,
                 "decoder_heads": 16,
             },
-            {"epochs": 400, "batch_size": 64, "lr": 1.5e-4 * 64 / 256},
+            {"epochs": 1000, "batch_size": 64, "lr": 1.5e-4 * 64 / 256},
         ),
     ],
 )

@@ -3,9 +3,10 @@
 import pytest
 from run_data import PLANS, write_preprocessed
 
+from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.cli import build_parser
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.request import build_settings
+from nnunetv2_hiendmae.pretraining.request import build_settings, run_name
 
 BASE = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--encoder", "vit_nano_p8", "--method", "mim"]
 
@@ -38,3 +39,16 @@ def test_options_may_be_set_at_once_or_one_by_one(nnunet):
     settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
     assert settings.options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
     assert build_settings(build_parser().parse_args(BASE))[0].options == {}
+
+
+def test_encoder_is_the_methods_unless_given(nnunet):
+    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
+    (nnunet.raw / "Dataset001_Tiny").mkdir()
+    settings = {}
+    for method in METHODS:
+        args = build_parser().parse_args(["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--method", method])
+        settings[method] = build_settings(args)[0]
+        assert run_name(settings[method], args.encoder) == f"{method}_{METHODS[method].recipe.encoder}_001"
+    # METHODS §3: the paper's hybrid
+    assert settings["mim"].spec == PRESETS["convvit_base"]
+    assert {s.spec for m, s in settings.items() if m != "mim"} == {PRESETS["vit_base_p16"]}
