@@ -26,7 +26,7 @@ def test_env_is_a_line_for_the_shell_that_keeps_other_folders(tmp_path):
     other = tmp_path / "other trainers"
     environ = {**os.environ, "nnUNet_extTrainer": str(other)}
     script = f'eval "$({sys.executable} -m nnunetv2_hiendmae.cli env)" && printf %s "$nnUNet_extTrainer"'
-    out = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(["bash", "-c", script], env=environ, capture_output=True, encoding="utf-8", check=True).stdout
     assert out.split(os.pathsep) == [str(environment.discovery_folder()), str(other)]
     # twice is once
     assert environment.with_discovery(out) == out
@@ -34,7 +34,7 @@ def test_env_is_a_line_for_the_shell_that_keeps_other_folders(tmp_path):
 
 def test_env_imports_nothing_heavy():
     code = "import sys; from nnunetv2_hiendmae.cli import main; main(['env']); print('torch' in sys.modules)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     assert out.splitlines()[-1] == "False"
 
 

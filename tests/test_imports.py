@@ -98,5 +98,5 @@ def test_only_the_border_knows_nnunet(module):
 @pytest.mark.parametrize("module", [NAME, f"{NAME}.cli"])
 def test_light_at_import(module):
     code = f"import sys, {module}; print(*sorted({{'torch', 'nnunetv2', 'timm', 'matplotlib'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.split() == []

@@ -34,7 +34,7 @@ def text_files() -> list[Path]:
     listed = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     if listed.returncode:  # an unpacked archive has no index
         files = [p for p in ROOT.rglob("*") if p.is_file()]
@@ -86,7 +86,7 @@ def test_modules_are_short():
 def test_commands_in_the_docs_exist(page):
     used = set(re.findall(r"(?:^|[`(]|\$\()hiendmae ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
     shown = subprocess.run(
-        [sys.executable, "-m", "nnunetv2_hiendmae.cli", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "nnunetv2_hiendmae.cli", "--help"], capture_output=True, encoding="utf-8", check=True
     ).stdout
     assert not {command for command in used if not re.search(rf"\b{command}\b", shown)}
 

@@ -42,7 +42,7 @@ def script(nnunet, tmp_path):
         place = {"PATH": f"{stubs}{os.pathsep}{os.environ['PATH']}", "CALLS": str(calls), "METHODS": "hiendmae mim"}
         environment = {**os.environ, **place, **environment}
         command = ["bash", str(SCRIPT), *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", timeout=60)
         return done, calls.read_text().splitlines()
 
     return run

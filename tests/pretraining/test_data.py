@@ -264,6 +264,9 @@ def test_memory_is_that_of_a_crop_not_of_the_volume(nnunet):
     write_case(nnunet.preprocessed / "big", image)
     path = str(nnunet.preprocessed / "big.b2nd")
     out = subprocess.run(
-        [sys.executable, "-c", READER, path, ",".join(map(str, shape))], capture_output=True, text=True, check=True
+        [sys.executable, "-c", READER, path, ",".join(map(str, shape))],
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
     )
     assert int(out.stdout.split()[-1]) < 16e6

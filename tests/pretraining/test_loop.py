@@ -389,7 +389,9 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
         "try: save_encoder(folder / 'encoder.safetensors', encoder.state_dict(), metadata)\n"
         "except UserError as e: print('encoder:', e)\n"
     )
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True)
+    out = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(folder)], capture_output=True, encoding="utf-8"
+    )
     assert [line.partition(" on the disk")[0] for line in out.stdout.splitlines()] == [
         "log: no space left",
         "checkpoint: no space left",

@@ -39,7 +39,7 @@ def test_full_size_in_the_memory_of_one_copy(tmp_path, kind, preset):
     output = tmp_path / "e.safetensors"
     try:
         command = [sys.executable, "-c", SCRIPT, str(source), str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
         before, peak = map(int, done.stdout.split())
         assert peak < 4 * GIB
         # the file once, and what one tensor needs; a second copy would make it twice
