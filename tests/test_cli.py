@@ -54,6 +54,30 @@ def test_methods(capsys):
     assert listed["hiendmae"]["recipe"]["betas"] == [0.9, 0.95]
     _, text, _ = run(capsys, "methods")
     assert all(m.title in text and m.source in text for m in METHODS.values())
+    # units, and which defaults are ours, beside what they are said of
+    for method, block in zip(METHODS.values(), text.split("\n\n"), strict=False):
+        values = {**method.options(), **vars(method.recipe)}
+        assert all(f"{key}={value}" in block for key, value in values.items())
+        assert all(f"{key}={values[key]} ({note})" in block for key, note in method.notes.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "unpublished"),
+    [
+        ("mim", ["alignment", "tau", "foreground_share", "views_per_part"]),
+        (
+            "glmae",
+            [
+                *("global_views", "local_views", "head_hidden", "normalize_target", "lr"),
+                *("student_temperature", "teacher_temperature", "teacher_temperature_start", "temperature_warmup"),
+                *("centre_momentum", "teacher_momentum"),
+            ],
+        ),
+    ],
+)
+def test_defaults_that_nobody_published_are_called_ours(method, unpublished):
+    """METHODS §3 and §4."""
+    assert [key for key in unpublished if "ours" not in METHODS[method].notes.get(key, "")] == []
 
 
 def test_presets(capsys):

@@ -123,6 +123,9 @@ class MiM(Method):
         }
         for name, weight in weights.items():
             require(0 <= weight < math.inf, f"weight_{name}", weight, "0 or more")
+        reconstructs = weight_level1 + weight_level2 + weight_level3 > 0
+        aligns = alignment != "none" and weight_align12 + weight_align23 > 0
+        require(reconstructs or aligns, "weight_level1", weight_level1, "more than 0: every part of the loss is off")
         self.weights = {f"loss_{name}": weight for name, weight in weights.items()}
         self.curriculum = curriculum
         self.crops = NestedCrops(

@@ -13,7 +13,9 @@ from nnunetv2_hiendmae.cli import main
 from nnunetv2_hiendmae.demo.budget import METHODS
 from nnunetv2_hiendmae.demo.process import Runner, console_script
 from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
+from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.pretraining import METHODS as PRETRAINING_METHODS
 
 SMALLEST = {
     "pretrain_epochs": 2,
@@ -156,6 +158,16 @@ def test_one_method_or_all(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--all", "--method", "hiendmae", "-o", str(tmp_path / "demo")])
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_command_line_chooses_the_methods(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setenv(EXT_TRAINER_VARIABLE, "")
+    monkeypatch.setattr("nnunetv2_hiendmae.demo.run.run_demo", lambda _, **options: asked.append(options["methods"]))
+    for arguments in ([], ["--method", "glmae"], ["--all"]):
+        assert main(["demo", "-o", str(tmp_path / "demo"), *arguments]) == 0
+    assert [tuple(methods) for methods in asked] == [("hiendmae",), ("glmae",), METHODS]
+    assert set(METHODS) == set(PRETRAINING_METHODS)
 
 
 def test_unknown_method(tmp_path):

@@ -123,6 +123,10 @@ def test_losses_by_their_definition(options):
         ({"cls_token": False}, {"normalize_target": False}),
         ({"pos_embed": "learned"}, {"global_size": 32}),
         ({"img_size": (16, 24, 16)}, {"global_views": 1, "local_views": 3}),
+        (
+            {"kind": "convvit", "stem_dims": (6, 12), "stem_depths": (1, 1), "cls_token": False, "taps": ()},
+            {"augment": True},
+        ),
     ],
 )
 def test_every_trainable_tensor_gets_a_gradient_in_every_part_and_the_teacher_none(changes, options):

@@ -304,6 +304,10 @@ def test_masked_voxels_change_no_visible_token(spec):
         ({"weight_level2": -1.0}, "weight_level2 is -1.0, needed 0 or more"),
         ({"weight_align12": math.nan}, "weight_align12 is nan"),
         ({"weight_align23": math.inf}, "weight_align23 is inf"),
+        (
+            {f"weight_level{level}": 0.0 for level in (1, 2, 3)} | {"alignment": "none"},
+            "weight_level1 is 0.0, needed more than 0: every part of the loss is off",
+        ),
         ({"views_per_part": 0}, "views_per_part is 0, needed at least 1"),
         ({"foreground_share": 1.5}, "foreground_share is 1.5, needed 0 to 1"),
     ],

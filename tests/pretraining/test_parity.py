@@ -8,6 +8,7 @@ from fixtures_util import Fixture
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify, put_tokens, take_tokens
 from nnunetv2_hiendmae.pretraining import MAE3D, HiEndMAE, MiM
+from nnunetv2_hiendmae.pretraining.masked import patch_targets
 from nnunetv2_hiendmae.pretraining.nested import cut_blocks, resize
 
 MAE_DECODER_NAMES = {
@@ -155,6 +156,7 @@ def mae3d():
 def test_mae3d_forward(mae3d):
     fixture, method, _ = mae3d
     order = fixture["noise"].argsort(dim=1)
+    check_mask(fixture, "", order, method.visible)
     tokens, _ = method.encoder(fixture.image, order[:, : method.visible])
     fixture.check("latent", tokens)
     masked = order[:, method.visible :]
@@ -204,6 +206,13 @@ def mim(name: str, **options):
     return fixture, method, names
 
 
+def check_mask(fixture: Fixture, prefix: str, order: torch.Tensor, visible: int) -> None:
+    """The visible ones of a token permutation (B, N) against the recorded mask (1 = removed) and its inverse order."""
+    mask = torch.ones_like(fixture[f"{prefix}mask"]).scatter(1, order[:, :visible], 0)
+    assert torch.equal(mask, fixture[f"{prefix}mask"])
+    assert torch.equal(order.argsort(dim=1), fixture[f"{prefix}ids_restore"].long())
+
+
 def check_prediction(fixture: Fixture, prefix: str, prediction: torch.Tensor) -> None:
     """Pixels (B, N, P) in raster order against the recorded rows and statistics."""
     fixture.check(f"{prefix}pred_mean", prediction.mean(-1))
@@ -216,6 +225,7 @@ def test_mim_decoder_loss_and_gradients():
     fixture, method, names = mim("mim_pretrain")
     order, visible = fixture["noise"].argsort(dim=1), method.visible[2]
     assert visible == fixture.meta["config"]["len_keep"]
+    check_mask(fixture, "", order, visible)
     features, prediction = method.decode(fixture.image, order, visible)
     fixture.check("dec_feature", put_tokens(features, order))
     check_prediction(fixture, "", put_tokens(method.decoder.head(features), order))
@@ -224,6 +234,8 @@ def test_mim_decoder_loss_and_gradients():
     fixture.check("loss", loss.mean())
     loss.mean().backward()
     check_gradients(fixture, method, names)
+    plain = patch_targets(fixture.image, order, visible, method.spec, normalize=False, unbiased=True)
+    fixture.check("loss_no_norm_pix", (prediction - plain).pow(2).mean())
 
 
 def test_mim_three_levels():
@@ -241,17 +253,27 @@ def test_mim_three_levels():
         "order2": order["mid"][None],
         "order3": order["down"].reshape(1, 2, 2, -1),
     }
-    losses = []
+    losses, total = [], 0.0
     for part, (level, name) in enumerate(((1, "up"), (2, "mid"), (3, "down"))):
         images, orders = (t.flatten(0, 1) for t in method.level_views(views, level, range(method.num_views[level])))
         fixture.check(f"{name}/img_sub", images[..., ::8, ::8, ::8])
         keep = orders[:, : method.visible[level]]
         assert torch.equal(keep, fixture[f"{name}/ids_keep"].long())
+        check_mask(fixture, f"{name}/", orders, method.visible[level])
         fixture.check(f"{name}/latent", method.encoder(images, keep)[0][:, :16])
         features, _ = method.decode(images, orders, method.visible[level])
         check_prediction(fixture, f"{name}/", put_tokens(method.decoder.head(features), orders))
-        losses.append(method.per_view(views, part)[f"loss_level{level}"].mean())
+        found = method(views, part)
+        found["loss"].backward()
+        losses.append(found[f"loss_level{level}"])
+        total += found["loss"].detach()
     fixture.check("losses", torch.stack(losses), fixture["losses"][:3])
+    fixture.check("total", total, fixture["total"] - 0.1 * fixture["losses"][3:].sum())
+    # the only weights whose gradient in the authors' run is that of the three reconstructions alone
+    recorded = dict(zip(fixture.meta["grad_names"], fixture["grad_norms"], strict=True))
+    for theirs, ours in (("decoder_pred.weight", "weight"), ("decoder_pred.bias", "bias")):
+        norm = method.decoder.head.get_parameter(ours).grad.norm()
+        torch.testing.assert_close(norm, recorded[theirs], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("preset", "parameters"), [("convvit_base", 71_255_056), ("convvit_tiny", 39_282_052)])
