@@ -76,6 +76,18 @@ logged() {
   exit 1
 }
 
+# the dataset's own folds, made as nnU-Net makes them where there are none yet, and one few-shot fold of each; first,
+# because whatever is wrong with them shows before the long work
+hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold 0 --json >/dev/null
+listed=$(hiendmae splits -d "$LABELLED" --list --json)
+own=$(python3 -c 'import json, sys; print(*[f["fold"] for f in json.load(sys.stdin)["folds"] if "kind" not in f])' \
+  <<<"$listed")
+folds=()
+for fold in $own; do
+  appended=$(hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold "$fold" --json)
+  folds+=("$fold" "$(python3 -c 'import json, sys; print(json.load(sys.stdin)["folds"][0]["fold"])' <<<"$appended")")
+done
+
 # shellcheck disable=SC2086  # SPACING is three words
 hiendmae preprocess -d "${IMAGES[@]}" -p "$PLANS" --spacing $SPACING -np "$PROCESSES"
 
@@ -117,16 +129,6 @@ for method in $METHODS; do
   plan "${PLANS}_$method" "nnUNetTrainer_${TRAINERS[$method]}" "$file"
 done
 plan "${PLANS}_scratch" nnUNetTrainer_ViTUNETR "$first" --from-scratch
-
-# the dataset's own folds, and one few-shot fold of each
-listed=$(hiendmae splits -d "$LABELLED" --list --json)
-own=$(python3 -c 'import json, sys; print(*[f["fold"] for f in json.load(sys.stdin)["folds"] if "kind" not in f])' \
-  <<<"$listed")
-folds=()
-for fold in $own; do
-  appended=$(hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold "$fold" --json)
-  folds+=("$fold" "$(python3 -c 'import json, sys; print(json.load(sys.stdin)["folds"][0]["fold"])' <<<"$appended")")
-done
 
 for fold in "${folds[@]}"; do
   for candidate in "${candidates[@]}"; do

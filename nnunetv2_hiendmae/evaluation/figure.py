@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_hiendmae.evaluation.report import Report, SettingResult
+from nnunetv2_hiendmae.evaluation.report import Report, RunResult, SettingResult
 from nnunetv2_hiendmae.evaluation.results import class_means
 from nnunetv2_hiendmae.evaluation.statistics import spread
 from nnunetv2_hiendmae.files import write_with
@@ -25,7 +25,8 @@ def draw_comparison(report: Report, path: Path) -> None:
     """Writes a PNG with one row per setting: left a dot per case (mean over classes), right a bar per class.
 
     The line in the dots is their mean; a whisker on a bar is the standard deviation over cases. Thin lines join the
-    same case in neighbouring runs. A class without a value in a run has no bar but "n/a".
+    same case in neighbouring runs. A class without a value in a run has no bar but "n/a". A run that lacks folds says
+    so.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -39,7 +40,7 @@ def draw_comparison(report: Report, path: Path) -> None:
     palette = colormaps[COLOURS]
     colours = {name: palette(i % palette.N) for i, name in enumerate(report.labels)}
     for (dots, bars), result in zip(axes, report.settings, strict=True):
-        labels = [_shortened(report.labels[run.name]) for run in result.runs]
+        labels = [_named(run, report.labels[run.name]) for run in result.runs]
         shades = [colours[run.name] for run in result.runs]
         _draw_cases(dots, result, labels, shades)
         _draw_classes(bars, result, labels, shades)
@@ -96,6 +97,13 @@ def _finish(axis) -> None:
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def _named(run: RunResult, label: str) -> str:
+    # a figure travels without the notes of the table
+    short = _shortened(label)
+    there, all_of_them = len(run.folds), len(run.folds) + len(run.missing)
+    return f"{short}\n({there} of {all_of_them} folds)" if run.missing else short
 
 
 def _shortened(text: str) -> str:

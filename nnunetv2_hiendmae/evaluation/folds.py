@@ -148,6 +148,8 @@ def read_splits(folder: Path) -> Splits:
         record = json.loads(path.read_text(encoding="utf-8"))
         digests = {int(number): digest for number, digest in record["sha256"].items()}
         appended = {int(number): Subset(**_known(entry)) for number, entry in record["appended"].items()}
+        if strange := appended.keys() - digests.keys():
+            raise ValueError(f"fold {min(strange)} without its sha256")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(
             f"{path} is damaged ({type(e).__name__}: {e}), needed what `hiendmae splits` wrote; put it back, or remove "
@@ -181,6 +183,9 @@ def read_folds(path: Path) -> list[dict[str, Any]]:
         if not folds:
             raise ValueError("no folds")
         for fold in folds:
+            # a text is no list of cases, though its letters are text too
+            if not all(isinstance(fold[part], list) for part in ("train", "val")):
+                raise ValueError("cases that are no list")
             if not all(isinstance(case, str) for part in ("train", "val") for case in fold[part]):
                 raise ValueError("a case that is no name")
     except (OSError, ValueError, KeyError, TypeError) as e:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy import stats
@@ -15,6 +16,7 @@ from scipy import stats
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
+from nnunetv2_hiendmae.evaluation.figure import draw_comparison
 from nnunetv2_hiendmae.evaluation.folds import SHOTS, Subset
 from nnunetv2_hiendmae.evaluation.results import collect_runs, foreground_mean, matching
 from nnunetv2_hiendmae.evaluation.splits import append_folds
@@ -371,6 +373,16 @@ def test_files_and_output(tree, tmp_path, capsys):
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
     _, out, _ = run_command(capsys, "--baseline", "Stock", "--json")
     assert json.loads(out) == json.loads((output / "comparison.json").read_text())
+
+
+def test_the_figure_says_who_lacks_folds(tree, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
+    draw_comparison(compare(7), tmp_path / "figure.png")
+    dots, bars = drawn[0].axes
+    told = ["Ours", "Stock", "Third\n(1 of 2 folds)"]
+    assert [text.get_text() for text in dots.get_xticklabels()] == told
+    assert [text.get_text() for text in bars.get_legend().get_texts()] == told
 
 
 def test_short_names():

@@ -15,7 +15,10 @@ echo "hiendmae $*" >>"$CALLS"
 all=" $* " run=${*: -1}
 case $all in
   *" pretrain "*) run=${all##* -o }; run=${run%% *}; mkdir -p "$run"; touch "$run/run.json" ;;
-  *" --list "*) echo '{"folds": [{"fold": 0}, {"fold": 1}, {"fold": 2, "kind": "shots"}]}' ;;
+  # as the command does it: there is no list before something was appended, and no fold of more cases than there are
+  *" --list "*) grep -q -- --shots "$CALLS" || exit 2
+    echo '{"folds": [{"fold": 0}, {"fold": 1}, {"fold": 2, "kind": "shots"}]}' ;;
+  *" --shots 99 "*) echo "fewer than --shots 99" >&2; exit 2 ;;
   *" --shots "*) of=${all##*--of-fold }; echo "{\\"folds\\": [{\\"fold\\": $((${of%% *} + 2))}]}" ;;
 esac
 """
@@ -81,6 +84,12 @@ def test_results_of_other_numbers_are_not_taken_for_its_own(script, tmp_path):
     assert calls == ["hiendmae env"]
     done, calls = script(7, tmp_path / "other", EPOCHS="11", PLANS="Longer")
     assert done.returncode == 0 and len(trained(calls)) == 12 and "--runs Longer_*" in calls[-1]
+
+
+def test_folds_that_cannot_be_made_are_told_before_the_long_work(script, tmp_path):
+    done, calls = script(7, tmp_path / "out", SHOTS="99")
+    assert done.returncode == 2 and "fewer than --shots 99" in done.stderr
+    assert [call.split()[1] for call in calls] == ["env", "splits"]
 
 
 def test_usage(script):

@@ -259,7 +259,19 @@ def test_folds_that_others_append_are_kept_apart(folder):
     assert append_folds(7, [shots(2)])[1] == [7]
 
 
-@pytest.mark.parametrize("text", ["[", "{}", "[]", '[{"train": ["a"]}]', '[{"train": [1], "val": []}]', '["x"]', "7"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "{}",
+        "[]",
+        '[{"train": ["a"]}]',
+        '[{"train": [1], "val": []}]',
+        '[{"train": "ab", "val": ["c"]}]',
+        '["x"]',
+        "7",
+    ],
+)
 def test_damaged_files_are_refused_and_left_alone(folder, text):
     folder.mkdir()
     file = folder / "splits_final.json"
@@ -269,7 +281,16 @@ def test_damaged_files_are_refused_and_left_alone(folder, text):
     assert file.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"sha256": {}}', '{"sha256": {}, "appended": {"5": {"kind": "x"}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"sha256": {}}',
+        '{"sha256": {}, "appended": {"5": {"kind": "x"}}}',
+        '{"sha256": {}, "appended": {"9": {"kind": "shots", "value": 1, "of_fold": 0, "seed": 0}}}',
+    ],
+)
 def test_a_damaged_record_is_refused(folder, text):
     append_folds(7, [shots(1)])
     (folder / "splits_hiendmae.json").write_text(text)
