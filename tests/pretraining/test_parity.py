@@ -56,6 +56,13 @@ def mae3d_names(state: dict) -> dict[str, str]:
     return names
 
 
+def check_mask(fixture: Fixture, order: torch.Tensor, visible: int) -> None:
+    """The recorded mask is 1 where a token is hidden, in raster order."""
+    hidden = (torch.arange(order.shape[1]) >= visible).float().expand(order.shape)
+    fixture.check("mask", put_tokens(hidden[..., None], order)[..., 0])
+    assert torch.equal(order.argsort(dim=1), fixture["ids_restore"].long())
+
+
 def check_gradients(fixture: Fixture, method, names: dict[str, str]) -> None:
     ours = dict(method.named_parameters())
     norms = []
@@ -157,6 +164,7 @@ def test_mae3d_forward(mae3d):
     order = fixture["noise"].argsort(dim=1)
     tokens, _ = method.encoder(fixture.image, order[:, : method.visible])
     fixture.check("latent", tokens)
+    check_mask(fixture, order, method.visible)
     masked = order[:, method.visible :]
     fixture.check("pred", method.predict(fixture.image, order), take_tokens(fixture["pred"], masked))
 
@@ -220,6 +228,10 @@ def test_mim_decoder_loss_and_gradients():
     fixture.check("dec_feature", put_tokens(features, order))
     check_prediction(fixture, "", put_tokens(method.decoder.head(features), order))
     assert torch.equal(prediction, method.decoder.head(features[:, visible:]))
+    check_mask(fixture, order, visible)
+    # an option of theirs that ours does not have: the prediction against plain voxels
+    voxels = take_tokens(patchify(fixture.image, method.spec.patch_size), order[:, visible:])
+    fixture.check("loss_no_norm_pix", (prediction - voxels).square().mean())
     _, loss = method.reconstruction_loss(fixture.image, order, visible)
     fixture.check("loss", loss.mean())
     loss.mean().backward()
