@@ -15,9 +15,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Hands out a temporary path beside `path`; on success it takes `path`'s place, on failure it is removed.
 
     Raises:
-        UserError: the disk is full or the folder is not writable; what stood at `path` is untouched.
+        UserError: the disk is full, the folder is not writable, or `path` is a device, pipe or socket; what stood at
+            `path` is untouched.
     """
     path = Path(path)
+    check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with telling_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +29,15 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """
+    Raises:
+        UserError: a device (/dev/null for one), pipe or socket: a file would take its place for everyone.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is a device, pipe or socket, which a file must not replace; give the name of a file")
 
 
 @contextmanager

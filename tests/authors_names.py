@@ -134,6 +134,17 @@ def outputs(network: nn.Module, x: Tensor, stages: dict[str, str]) -> dict[str, 
     return seen
 
 
+def block_outputs(encoder: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """What every transformer block puts out, in order."""
+    seen = []
+    hooks = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in encoder.blocks]
+    with torch.no_grad():
+        encoder(*inputs)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
 def statistics(x: Tensor) -> Tensor:
     """(1, C, …) → (C, 4): mean, unbiased standard deviation, minimum, maximum per channel."""
     x = x[0].flatten(1).double()

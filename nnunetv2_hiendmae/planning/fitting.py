@@ -78,6 +78,12 @@ def check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
             f"the encoder was trained on the channels {', '.join(seen)}, the dataset has {', '.join(names)}: needed "
             "the same, in the same order"
         )
+    if metadata.spec.in_channels == 1 and len(names) > 1:
+        logger.warning(
+            "the encoder saw one channel, the dataset has %d: its kernel is spread over them, each gets 1/%d of it",
+            len(names),
+            len(names),
+        )
     others = [n for n in names if get_normalization_scheme(n).__name__ not in metadata.normalization_schemes]
     if others and metadata.normalization_schemes:
         known = ", ".join(seen or sorted(set(metadata.normalization_schemes)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.files import check_replaceable, sha256
 from nnunetv2_hiendmae.weights import own
 from nnunetv2_hiendmae.weights.axes import AXES
 from nnunetv2_hiendmae.weights.encoder_file import save_encoder
@@ -244,6 +244,7 @@ def _check_output(source: Path, output: Path, force: bool) -> None:
         raise UserError(f"no file {source}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
     if output.is_dir():
         raise UserError(f"{output} is a folder; give a file, e.g. -o {quote(str(output / 'encoder.safetensors'))}")
+    check_replaceable(output)
     if output.exists() and source.samefile(output):
         raise UserError(f"the output {output} is the input; give another -o")
     if output.exists() and not force:

@@ -158,4 +158,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
         UserError: NaN or infinity, also where a float64 is too large for float32.
     """
     if not torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all():
-        raise UserError(f"{printable(name)} holds NaN or infinity; the file is damaged or its training diverged")
+        raise UserError(
+            f"{printable(name)} holds NaN or infinity: the file is damaged or its training diverged; download it again "
+            "or take an earlier one"
+        )

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from authors_names import UNETR_STAGES, outputs, statistics, unetr_state
+from authors_names import UNETR_STAGES, block_outputs, outputs, statistics, unetr_state
 from fixtures_util import Fixture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -52,8 +52,11 @@ def test_encoder_equals_the_authors_fine_tuning_vit(finetune):
     with torch.no_grad():
         out, taps = network.encoder(fixture.image)
     fixture.check("vit_out", out)
-    for recorded, tap in zip(fixture["vit_hidden"], taps, strict=True):
-        fixture.check("vit_hidden", tap, recorded)
+    blocks = block_outputs(network.encoder, fixture.image)
+    for recorded, block in zip(fixture["vit_hidden"], blocks, strict=True):
+        fixture.check("vit_hidden", block, recorded)
+    for layer, tap in zip((3, 6, 9), taps, strict=True):
+        fixture.check("vit_hidden", tap, fixture["vit_hidden"][layer])
 
 
 def test_the_fixture_notices_the_epsilon_of_layer_norm(finetune):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from authors_names import block_outputs
 from fixtures_util import Fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,9 +40,11 @@ def test_equals_the_authors_hiendmae_encoder(name):
     encoder.load_state_dict({**weights, "pos_embed": fixture.state_dict("module.")["encoder_pos_embed"]})
     visible = num_visible(spec.num_tokens, config["mask_ratio"])
     assert visible == config["sel_length"]
+    keep = fixture["shuffle_indices"][:, :visible]
     with torch.no_grad():
-        out, taps = encoder(fixture.image, fixture["shuffle_indices"][:, :visible])
+        out, taps = encoder(fixture.image, keep)
     fixture.check("enc_out", out)
+    fixture.check("enc_hidden", torch.stack(block_outputs(encoder, fixture.image, keep)))
     for i, tap in zip((3, 6, 9), taps, strict=True):
         fixture.check("enc_hidden", tap, fixture["enc_hidden"][i])
 

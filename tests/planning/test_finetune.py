@@ -62,9 +62,10 @@ def test_channels_must_be_those_of_pretraining(nnunet, tmp_path, caplog):
     file = save_tiny_encoder(tmp_path / "both.safetensors", **both, normalization_schemes=schemes)
     with pytest.raises(UserError, match="channels CT, MR, the dataset has MR, CT"):
         plan_finetuning("3", file)
+    assert "spread" not in caplog.text
     one = save_tiny_encoder(tmp_path / "one.safetensors")
     plan_finetuning("3", one)
-    assert "MR: normalised otherwise" in caplog.text
+    assert "MR: normalised otherwise" in caplog.text and "the dataset has 2: its kernel is spread" in caplog.text
 
 
 def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):

@@ -149,9 +149,10 @@ def test_weights_go_through_the_wrappers(make, encoder_file, wrapped, tmp_path):
     assert torch.equal(encoder.patch_embed.proj.weight, load_file(encoder_file)["patch_embed.proj.weight"])
 
 
-def test_continuing_needs_no_file_and_gives_the_same_rate(make, encoder_file, tmp_path):
+def test_continuing_needs_no_file_and_gives_the_same_rate(make, encoder_file, tmp_path, capsys):
     trainer = make()
     trainer.on_train_start()
+    assert capsys.readouterr().out.count("@a{b}") == 1
     trainer.current_epoch = 3
     trainer.on_train_epoch_start()
     trainer.train_step(batch())
@@ -162,7 +163,8 @@ def test_continuing_needs_no_file_and_gives_the_same_rate(make, encoder_file, tm
     encoder_file.unlink()
     again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
     again.on_train_start()
-    assert again.current_epoch == 4
+    # cited once, when training began
+    assert again.current_epoch == 4 and "@a{b}" not in capsys.readouterr().out
     again.on_train_epoch_start()
     assert [g["lr"] for g in again.optimizer.param_groups] == [g["lr"] for g in trainer.optimizer.param_groups]
     assert again.optimizer.param_groups[0]["lr"] == learning_rate(4, 1e-4, EPOCHS, WARMUP)

@@ -1,6 +1,7 @@
 """`hiendmae convert` and `inspect`: files that stay, exit codes, our own checkpoints, and damaged tensors."""
 
 import json
+import os
 import re
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.weights import (
     ConvertOptions,
     read_metadata,
@@ -60,6 +62,17 @@ def test_an_existing_output_needs_force(capsys, tmp_path, monkeypatch):
     code, _, err = run(capsys, "convert", source, "-o", output, "--force")
     assert code == 2 and "--num-heads" in err and output.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {"c.pth", "e.safetensors"}
+
+
+def test_a_device_or_pipe_is_never_replaced(capsys, tmp_path):
+    """With `-o /dev/null`, root would take the device away from the whole machine."""
+    source, pipe = write_checkpoint(tmp_path / "c.pth", "timm"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, out, err = run(capsys, "convert", source, "-o", pipe, "--num-heads", 2, "--force")
+    assert code == 2 and not out and "a device, pipe or socket" in err and len(err.strip().splitlines()) == 1
+    with pytest.raises(UserError, match="a device, pipe or socket"):
+        write_text(pipe, "")
+    assert pipe.is_fifo() and {p.name for p in tmp_path.iterdir()} == {"c.pth", "pipe"}
 
 
 @pytest.mark.parametrize("name", ["c.pth", "link.pth", "sub/../c.pth"])

@@ -1,11 +1,14 @@
 """Foreign checkpoints → encoder files: parity with the recorded outputs, and the account of every tensor."""
 
+import math
+
 import pytest
 import torch
 from fixtures_util import Fixture
 from foreign_files import SPECS, VIT, authors_name, authors_state, container, random_state, write_checkpoint
 from monai.networks.nets import ViT
 from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
 
 from nnunetv2_hiendmae.architectures import ConvViTEncoder, build_encoder
 from nnunetv2_hiendmae.architectures.tokens import sincos_positions
@@ -115,6 +118,7 @@ def test_glmae_into_a_fine_tuning_encoder_of_another_grid(tmp_path):
     assert [r.source for r in report.with_status("dropped")] == ["cls_token"]
     with torch.no_grad():
         out, taps = encoder(fixture.image)
+    fixture.check("vit_pos_embed", encoder.pos_embed)
     fixture.check("vit_out", out)
     fixture.check("vit_skips", torch.stack(taps))
 
@@ -366,6 +370,44 @@ def test_export_to_monai_loads_strictly(tmp_path, cls_token):
     x = torch.rand(2, 1, *spec.img_size)
     with torch.no_grad():
         torch.testing.assert_close(vit(x)[0], encoder(x)[0], rtol=1e-5, atol=1e-5)
+
+
+class Embed3D(torch.nn.Module):
+    """What timm's 2D ViT needs for volumes: patches by a convolution, as tokens."""
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, **_):
+        super().__init__()
+        self.proj = torch.nn.Conv3d(in_chans, embed_dim, patch_size, patch_size)
+        self.num_patches = math.prod(s // p for s, p in zip(img_size, patch_size, strict=True))
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_export_to_timm_loads_strictly(tmp_path, cls_token):
+    spec = VIT.with_(cls_token=cls_token, img_size=(8, 12, 16), in_channels=2)
+    torch.save(authors_state("timm", random_state(spec)), tmp_path / "c.pth")
+    options = ConvertOptions(num_heads=2, img_size=spec.img_size)
+    encoder, _ = load_encoder(convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", options).path)
+    done = convert_checkpoint(tmp_path / "e.safetensors", tmp_path / "t.safetensors", to="timm")
+    vit = VisionTransformer(
+        img_size=spec.img_size,
+        patch_size=spec.patch_size,
+        in_chans=spec.in_channels,
+        num_classes=0,
+        global_pool="token" if cls_token else "avg",
+        class_token=cls_token,
+        fc_norm=False,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        num_heads=spec.num_heads,
+        embed_layer=Embed3D,
+    ).eval()
+    vit.load_state_dict(load_file(done.path))
+    x = torch.rand(2, 2, *spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(vit.forward_features(x), encoder(x)[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
