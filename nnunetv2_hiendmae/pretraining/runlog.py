@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -122,15 +123,12 @@ def draw_progress(run_dir: Path) -> None:
     lines = _lines(run_dir)
     if not lines:
         return
-    measured = [k for k in lines[0] if k not in RUN_KEYS]
-    losses = [k for k in measured if k == "loss" or k.startswith("loss_")]
-    others = [k for k in measured if k not in losses]
+    panels = _panels([k for k in lines[0] if k not in RUN_KEYS])
     shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
     steps = [line["step"] for line in lines][shown]
-    panels = [("loss", losses), *([("other measures", others)] if others else [])]
     figure = Figure(figsize=(8, 3 * len(panels) + 6), layout="constrained")
     axes = figure.subplots(len(panels) + 2, 1, sharex=True)
-    for axis, (title, keys) in zip(axes, panels, strict=False):
+    for axis, (title, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(keys):
             values = [line[key] for line in lines]
             axis.plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
@@ -146,6 +144,17 @@ def draw_progress(run_dir: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def _panels(measured: Sequence[str]) -> dict[str, list[str]]:
+    """What shares an axis, by its title: losses of one kind (`loss_level1`, `loss_level2`), since kinds differ in size
+    and the larger would hide how the smaller falls, and then all that is no loss."""
+    kinds = {name: re.fullmatch(r"loss(_[a-z]+)?.*", name) for name in measured}
+    panels: dict[str, list[str]] = {}
+    for name in sorted(measured, key=lambda name: kinds[name] is None):
+        kind = kinds[name]
+        panels.setdefault(f"loss{kind[1] or ''}" if kind else "other measures", []).append(name)
+    return panels
 
 
 def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:

@@ -268,7 +268,7 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
     assert (tmp_path / "progress.png").stat().st_size > 10_000
 
 
-def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypatch):
+def test_progress_draws_every_loss_and_what_else_a_method_measures(tmp_path, monkeypatch):
     def labels(**measured) -> list[list[str]]:
         line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "samples_per_second": 9.0}
         (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
@@ -279,8 +279,12 @@ def test_progress_draws_what_a_method_measures_besides_losses(tmp_path, monkeypa
         draw_progress(tmp_path)
         return [[curve.get_label() for curve in axis.lines if curve.get_label()[0] != "_"] for axis in drawn[0].axes]
 
-    assert labels(loss_part=0.5) == [["loss", "loss_part"], [], []]
-    assert labels(loss_part=0.5, teacher_entropy=2.0) == [["loss", "loss_part"], ["teacher_entropy"], [], []]
+    assert labels() == [["loss"], [], []]
+    assert labels(loss_part=0.5) == [["loss"], ["loss_part"], [], []]
+    # losses of one kind share an axis, so that a large one does not flatten those of another kind
+    measured = {"loss_level1": 0.9, "accuracy_12": 0.5, "loss_align12": 2.0, "loss_level2": 0.8}
+    panels = [["loss"], ["loss_level1", "loss_level2"], ["loss_align12"], ["accuracy_12"], [], []]
+    assert labels(**measured) == panels
 
 
 def test_running_mean():
