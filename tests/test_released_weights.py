@@ -81,6 +81,6 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     encoder.unlink()
     output = tmp_path / "predicted"
     place = predict.index("-o")
-    workplace.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1)
+    workplace.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0)
     segmentation = workplace.read(output / "test_000.nii.gz")
     assert segmentation.shape == SHAPE and set(np.unique(segmentation)) <= {0, ORGAN, LESION}

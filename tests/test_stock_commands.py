@@ -104,7 +104,7 @@ def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1
 
 def test_prediction_needs_no_encoder_file(workplace, planned, fold_1, continued, tmp_path):
     assert not workplace.encoder_file.exists()
-    segmentation = workplace.predict(planned, tmp_path, 0, 1)
+    segmentation = workplace.predict(planned, tmp_path, 0, 1, processes=1)
     assert segmentation.shape == SHAPE
     # never the ignore label
     assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}

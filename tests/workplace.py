@@ -70,13 +70,14 @@ class Workplace:
         return self.folders.results / planned.dataset_name / model / f"fold_{fold}"
 
     def predict(
-        self, planned: PlannedFinetuning, output: Path, *folds: object, more: tuple[str, ...] = ()
+        self, planned: PlannedFinetuning, output: Path, *folds: object, more: tuple[str, ...] = (), processes: int = 0
     ) -> np.ndarray:
-        """Segmentation (D, H, W) of the one test image; `more` are further options."""
+        """Segmentation (D, H, W) of the one test image; `more` are further options, `processes` those of reading and
+        of writing: each takes longer to start than to work."""
         images = self.folders.raw / planned.dataset_name / "imagesTs"
         model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
-        options = ["-f", *folds, "-i", images, "-o", output, "-device", "cpu", "--disable_tta", "-npp", 1, "-nps", 1]
-        self.run("nnUNetv2_predict", *model, *options, *more)
+        options = ["-f", *folds, "-i", images, "-o", output, "-device", "cpu", "--disable_tta"]
+        self.run("nnUNetv2_predict", *model, *options, "-npp", processes, "-nps", processes, *more)
         return self.read(output / "test_000.nii.gz")
 
     @staticmethod

@@ -223,9 +223,10 @@ def _finetune(demo: _Demo, run: Run) -> None:
     if not data.held_out:
         return
     predictions = demo.output / "predictions" / name
+    # 0: for a few small images, processes of their own take longer to start than to work
     runner.stock(
         f"predict_{name}", "nnUNetv2_predict", "-i", data.finetuning / "imagesTs", "-o", predictions, "-d", dataset,
-        "-c", CONFIGURATION, "-f", FOLD, *chosen, "-device", demo.device, "-npp", 1, "-nps", 1, "--disable_tta",
+        "-c", CONFIGURATION, "-f", FOLD, *chosen, "-device", demo.device, "-npp", 0, "-nps", 0, "--disable_tta",
     )  # fmt: skip
     runner.stock(
         f"evaluate_{name}", "nnUNetv2_evaluate_folder", data.finetuning / "labelsTs", predictions,
