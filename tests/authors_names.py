@@ -120,29 +120,25 @@ def _decoder(name: str, tensor: Tensor, stages: dict[str, str]) -> dict[str, Ten
     return {f"{block}.{CONVS[conv]}.{inner}.{leaf}": tensor for inner in ("conv", "all_modules.0")}
 
 
-def outputs(network: nn.Module, x: Tensor, stages: dict[str, str]) -> dict[str, Tensor]:
-    """What each stage puts out, by the authors' name, and the network's output as "logits"."""
+def outputs(network: nn.Module, x: Tensor, stages: dict[str, str], *more: Tensor) -> dict[str, Tensor]:
+    """What each stage puts out, by the authors' name, and the network's output as "logits"; `more` go in after x."""
     seen = {}
     hooks = [
         network.get_submodule(ours).register_forward_hook(lambda _m, _i, out, key=key: seen.update({key: out}))
         for key, ours in stages.items()
     ]
     with torch.no_grad():
-        seen["logits"] = network(x)
+        seen["logits"] = network(x, *more)
     for hook in hooks:
         hook.remove()
     return seen
 
 
-def block_outputs(encoder: nn.Module, *inputs: Tensor) -> list[Tensor]:
+def block_outputs(encoder: nn.Module, x: Tensor, *more: Tensor) -> list[Tensor]:
     """What every transformer block puts out, in order."""
-    seen = []
-    hooks = [b.register_forward_hook(lambda _m, _i, out: seen.append(out)) for b in encoder.blocks]
-    with torch.no_grad():
-        encoder(*inputs)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    names = [f"blocks.{i}" for i in range(len(encoder.blocks))]
+    seen = outputs(encoder, x, {name: name for name in names}, *more)
+    return [seen[name] for name in names]
 
 
 def statistics(x: Tensor) -> Tensor:

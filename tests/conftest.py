@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from matplotlib.figure import Figure
 from nnunet_data import Folders, make_folders
 
 
@@ -23,3 +24,11 @@ def nnunet(tmp_path, monkeypatch) -> Folders:
     for variable, path in folders.environment.items():
         monkeypatch.setenv(variable, path)
     return folders
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """Figures that a test has saved, in order; their files stay empty."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch()))
+    return figures

@@ -149,11 +149,10 @@ def draw_progress(run_dir: Path) -> None:
 def _panels(measured: Sequence[str]) -> dict[str, list[str]]:
     """What shares an axis, by its title: losses of one kind (`loss_level1`, `loss_level2`), since kinds differ in size
     and the larger would hide how the smaller falls, and then all that is no loss."""
-    kinds = {name: re.fullmatch(r"loss(_[a-z]+)?.*", name) for name in measured}
     panels: dict[str, list[str]] = {}
-    for name in sorted(measured, key=lambda name: kinds[name] is None):
-        kind = kinds[name]
-        panels.setdefault(f"loss{kind[1] or ''}" if kind else "other measures", []).append(name)
+    for name in sorted(measured, key=lambda name: not name.startswith("loss")):
+        kind = re.match(r"loss(_[a-z]+)?", name)
+        panels.setdefault(kind[0] if kind else "other measures", []).append(name)
     return panels
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from matplotlib.figure import Figure
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy import stats
@@ -375,9 +374,7 @@ def test_files_and_output(tree, tmp_path, capsys):
     assert json.loads(out) == json.loads((output / "comparison.json").read_text())
 
 
-def test_the_figure_says_who_lacks_folds(tree, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch()))
+def test_the_figure_says_who_lacks_folds(tree, tmp_path, drawn):
     draw_comparison(compare(7), tmp_path / "figure.png")
     dots, bars = drawn[0].axes
     told = ["Ours", "Stock", "Third\n(1 of 2 folds)"]

@@ -268,16 +268,12 @@ def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
     assert (tmp_path / "progress.png").stat().st_size > 10_000
 
 
-def test_progress_draws_every_loss_and_what_else_a_method_measures(tmp_path, monkeypatch):
+def test_progress_draws_every_loss_and_what_else_a_method_measures(tmp_path, drawn):
     def labels(**measured) -> list[list[str]]:
         line = {"step": 0, "epoch": 0, "loss": 1.0, **measured, "lr": 1e-4, "samples_per_second": 9.0}
         (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
-        drawn = []
-        monkeypatch.setattr(
-            "matplotlib.figure.Figure.savefig", lambda figure, p, **_: (drawn.append(figure), p.touch())
-        )
         draw_progress(tmp_path)
-        return [[curve.get_label() for curve in axis.lines if curve.get_label()[0] != "_"] for axis in drawn[0].axes]
+        return [[curve.get_label() for curve in axis.lines if curve.get_label()[0] != "_"] for axis in drawn[-1].axes]
 
     assert labels() == [["loss"], [], []]
     assert labels(loss_part=0.5) == [["loss"], ["loss_part"], [], []]

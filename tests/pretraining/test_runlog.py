@@ -15,10 +15,8 @@ MR = VolumeFormat(("T1",), (1.0,) * 3, ("ZScoreNormalization",), None, 0.0, "Sim
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path, drawn):
     """Draws and gives back the figure, laid out."""
-    drawn = []
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, p, **_: (drawn.append(figure), p.touch()))
 
     def run(image, cases, volumes=CT, prediction=None):
         made = Reconstruction(image, image, image if prediction is None else prediction)
