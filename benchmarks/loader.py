@@ -21,9 +21,10 @@ from machine import CLOCKS, cpu_model
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, VolumeFormat
+from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset
 from nnunetv2_hiendmae.pretraining.resized import ResizedCrop
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 SHAPE = (200, 280, 280)
 SPACING_MM = (1.5, 1.5, 1.5)
@@ -141,7 +142,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         cases = tuple(make_volume(Path(folder), i) for i in range(args.volumes))
-        volumes = VolumeFormat(("CT",), SPACING_MM, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
+        volumes = VolumeFormat(SPACING_MM, (-175, 250), "SimpleITKIO", None, None, ("CTNormalization",), ("CT",))
         rates = (glmae_rates if args.glmae else crop_rates)(PretrainData(cases, volumes), args)
     print(
         f"machine: {cpu_model()}, 1 of {os.cpu_count()} cores; torch {torch.__version__}, blosc2 {blosc2.__version__}"

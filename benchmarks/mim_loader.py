@@ -13,8 +13,9 @@ import torch
 from loader import make_volume
 from machine import cpu_model
 
-from nnunetv2_hiendmae.pretraining.data import PretrainData, SampleDataset, VolumeFormat
+from nnunetv2_hiendmae.pretraining.data import PretrainData, SampleDataset
 from nnunetv2_hiendmae.pretraining.nested import NestedCrops, cut_blocks, resize
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CROP, PATCH = (96,) * 3, (16,) * 3
 
@@ -38,7 +39,7 @@ def main() -> None:
     views = {"ours": NestedCrops, "level 3 enlarged in the worker": EnlargingCrops}
     with tempfile.TemporaryDirectory() as folder:
         cases = tuple(make_volume(Path(folder), i) for i in range(2))
-        form = VolumeFormat(("CT",), (1.5,) * 3, ("CTNormalization",), (-175, 250), 0.0, "SimpleITKIO")
+        form = VolumeFormat((1.5,) * 3, (-175, 250), "SimpleITKIO", None, None, ("CTNormalization",), ("CT",))
         data = PretrainData(cases, form)
         datasets = {k: SampleDataset(data, v(CROP, (6, 6, 6), **geometry), 0) for k, v in views.items()}
         seconds = {name: [] for name in datasets}

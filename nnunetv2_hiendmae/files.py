@@ -1,4 +1,4 @@
-"""Writing files so that nothing on disk is ever half-written."""
+"""Writing files so that nothing on disk is ever half-written, and keeping folders for one process."""
 
 import errno
 import hashlib
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from nnunetv2_hiendmae.errors import UserError
 
@@ -63,6 +65,29 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
     """Lets a library write the file (it gets a path to write to), in one step."""
     with replacing(path) as temporary:
         write(temporary)
+
+
+@contextmanager
+def locked(lock: Path, in_use: str, timeout_s: float = 0) -> Iterator[None]:
+    """Keeps what a lock file stands for for this process.
+
+    Args:
+        in_use: what to tell where another process still has it after `timeout_s`.
+
+    Raises:
+        UserError: another process has it, or its folder is not writable.
+    """
+    with telling_disk_errors(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=timeout_s)
+        except Timeout as e:
+            raise UserError(in_use) from e
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def sha256(path: Path) -> str:

@@ -10,9 +10,9 @@ import torch
 from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.planning.recipes import RECIPES
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, read_settings
+from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.weights import ConvertOptions, is_encoder_file, own, translate_checkpoint
 from nnunetv2_hiendmae.weights.finding import find
 from nnunetv2_hiendmae.weights.foreign import read_checkpoint
@@ -49,7 +49,7 @@ def _method(name: str) -> dict[str, Any]:
         "source": method.source,
         "options": method.options(),
         "recipe": vars(method.recipe),
-        "volumes": {"spacing_mm": volumes.spacing_mm, "window_hu": volumes.window_hu},
+        "volumes": {"spacing_mm": volumes.volume.spacing_mm, "window_hu": volumes.volume.window_hu},
         "notes": dict(method.notes),
         "citations": list(method.citations),
     }

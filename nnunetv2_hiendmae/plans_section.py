@@ -6,14 +6,6 @@ from typing import Any
 PLANS_KEY = "hiendmae"
 # name of the plans that `hiendmae preprocess` writes and `hiendmae pretrain` reads
 PRETRAIN_PLANS = "HiEndMAEPretrain"
-# per pretraining method, None from scratch: the trainer that insists on such plans
-TRAINERS = {
-    "hiendmae": "nnUNetTrainer_HiEndMAE",
-    "mim": "nnUNetTrainer_MiM",
-    "glmae": "nnUNetTrainer_GLMAE",
-    "mae3d": "nnUNetTrainer_MAE3D",
-    None: "nnUNetTrainer_ViTUNETR",
-}
 # what nnUNetTrainer.train_step clips the gradient norm to
 NNUNET_GRAD_CLIP = 12.0
 PLAN_COMMAND = "hiendmae plan -d DATASET -w encoder.safetensors"

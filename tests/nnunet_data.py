@@ -1,7 +1,7 @@
 """Tiny synthetic raw datasets in nnU-Net's format, and the folders that nnU-Net wants."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 
 ORGAN, LESION, IGNORE = 1, 2, 3
@@ -147,8 +148,10 @@ def save_tiny_encoder(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = build_encoder(spec)
-    described = {"normalization_schemes": ("CTNormalization",), "channel_names": ("CT",), "citations": ("@a{b}",)}
-    metadata = EncoderMetadata(spec, method, spacing_mm, window_hu, **{**described, **metadata})
+    described = {"normalization_schemes": ("CTNormalization",), "channel_names": ("CT",), **metadata}
+    seen = {f.name: described.pop(f.name) for f in fields(VolumeFormat) if f.name in described}
+    volume = VolumeFormat(spacing_mm, window_hu, **seen)
+    metadata = EncoderMetadata(spec, method, volume, **{"citations": ("@a{b}",), **described})
     save_encoder(path, encoder.state_dict(), metadata)
     return path
 

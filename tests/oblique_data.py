@@ -9,9 +9,9 @@ from nnunet_data import Folders
 from run_data import TINY_OPTIONS, tiny_settings
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
 from nnunetv2_hiendmae.pretraining.checkpoint import claim_run, save_checkpoint
 from nnunetv2_hiendmae.pretraining.data import find_data
-from nnunetv2_hiendmae.pretraining.preprocess import preprocess_datasets
 
 DATASET = "Dataset007_Oblique"
 PLANS = "ObliquePlans"

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume, VolumeFormat
+from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume
 from nnunetv2_hiendmae.pretraining.views import Augmentation, Volume, draw_corner, seeded_globals
-from nnunetv2_hiendmae.weights import EncoderMetadata
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ def batches_of(loader: DataLoader) -> Iterator[dict[str, Any]]:
 
 
 def warn_of_differences(
-    volumes: VolumeFormat, cases: Sequence[Case], inputs: Inputs, seen: EncoderMetadata | VolumeFormat, whose: str
+    volumes: VolumeFormat, cases: Sequence[Case], inputs: Inputs, seen: VolumeFormat, whose: str
 ) -> None:
     """Says so when images were prepared otherwise than those that `whose` weights saw, and how far apart voxels are
     after resizing. What is None was not recorded, or varied."""

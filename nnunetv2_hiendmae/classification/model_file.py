@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.classification.data import Inputs
 from nnunetv2_hiendmae.classification.network import Classifier, build_classifier
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
-from nnunetv2_hiendmae.pretraining.data import VolumeFormat
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 METADATA_KEY = "hiendmae_classifier"
 BEST, LAST = "classifier_best.safetensors", "classifier_last.safetensors"
@@ -45,7 +45,7 @@ class ClassifierMetadata:
 
     def to_json(self) -> str:
         """As stored in the file's header."""
-        return json.dumps({**asdict(self), "spec": self.spec.to_dict()})
+        return json.dumps({**asdict(self), "spec": self.spec.to_dict(), "volumes": self.volumes.to_dict()})
 
     @classmethod
     def from_json(cls, text: str) -> "ClassifierMetadata":
@@ -56,7 +56,7 @@ class ClassifierMetadata:
         """
         data = _tuples(json.loads(text))
         spec = EncoderSpec.from_dict(data["spec"])
-        inputs, volumes = Inputs(**data["inputs"]), VolumeFormat(**data["volumes"])
+        inputs, volumes = Inputs(**data["inputs"]), VolumeFormat.from_dict(data["volumes"])
         return cls(**{**data, "spec": spec, "inputs": inputs, "volumes": volumes})
 
 

@@ -17,8 +17,9 @@ from nnunetv2_hiendmae.classification.metrics import evaluate
 from nnunetv2_hiendmae.classification.model_file import BEST, LAST, ClassifierMetadata, load_classifier
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, VolumeFormat, build_loader, find_data
+from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, build_loader, find_data
 from nnunetv2_hiendmae.pretraining.launch import Execution
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 
 def predict(

@@ -104,7 +104,7 @@ def _build(task: Task) -> tuple[Classifier, ClassifierMetadata]:
     network = build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
     if not settings.from_scratch:
         load_into(network.encoder, settings.encoder_file)
-        warn_of_differences(task.data.format, task.data.cases, settings.inputs, seen, "the encoder")
+        warn_of_differences(task.data.format, task.data.cases, settings.inputs, seen.volume, "the encoder")
     metadata = ClassifierMetadata(
         settings.spec,
         classes,

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.evaluation.attention_maps import Query, attention_pictures
+    from nnunetv2_hiendmae.inspection.attention_maps import Query, attention_pictures
 
     pictures = attention_pictures(
         args.image,

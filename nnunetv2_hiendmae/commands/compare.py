@@ -4,7 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.options import add_json
+from nnunetv2_hiendmae.commands.arguments import add_json
 
 HELP = "compare trained runs of a dataset: tables, paired tests, a figure"
 

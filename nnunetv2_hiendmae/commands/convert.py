@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.options import add_json, add_weight_hints
+from nnunetv2_hiendmae.commands.arguments import add_json, add_weight_hints
 
 HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm or MONAI"
 

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from nnunetv2_hiendmae.commands.options import add_json
+from nnunetv2_hiendmae.commands.arguments import add_json
 
 HELP = "check nnU-Net's variables, versions, trainer discovery, device and disk"
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.options import add_json, add_weight_hints
+from nnunetv2_hiendmae.commands.arguments import add_json, add_weight_hints
 
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
 

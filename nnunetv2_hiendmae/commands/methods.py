@@ -2,7 +2,7 @@
 
 import argparse
 
-from nnunetv2_hiendmae.commands.options import add_json
+from nnunetv2_hiendmae.commands.arguments import add_json
 
 HELP = "list pretraining methods with their defaults and sources"
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from nnunetv2_hiendmae.commands.options import add_datasets
+from nnunetv2_hiendmae.commands.arguments import add_datasets
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
 HELP = "fingerprint, plan and preprocess images; labels are not needed"
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nnunetv2_hiendmae.pretraining.preprocess import preprocess_datasets
+    from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
 
     summary = preprocess_datasets(
         args.datasets,

@@ -4,7 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.options import add_datasets
+from nnunetv2_hiendmae.commands.arguments import add_datasets
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 

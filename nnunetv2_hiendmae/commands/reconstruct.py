@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.evaluation.reconstruct import reconstruct
+    from nnunetv2_hiendmae.inspection.reconstruct import reconstruct
 
     pictures = reconstruct(
         args.run_dir,

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from nnunetv2_hiendmae.commands.options import add_json
+from nnunetv2_hiendmae.commands.arguments import add_json
 from nnunetv2_hiendmae.errors import UserError
 
 if TYPE_CHECKING:

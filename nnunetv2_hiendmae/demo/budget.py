@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.plans_section import TRAINERS
+from nnunetv2_hiendmae.recipes import TRAINERS
 
 # of the decoders that are as large as their papers' unless told otherwise: 8 blocks would dwarf the demo's encoder
 SMALL_DECODER = {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 4}

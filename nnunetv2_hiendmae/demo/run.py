@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, with_discovery
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.plans_section import TRAINERS
+from nnunetv2_hiendmae.recipes import TRAINERS
 
 logger = logging.getLogger(__name__)
 

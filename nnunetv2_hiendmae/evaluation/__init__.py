@@ -1,1 +1,1 @@
-"""Looking at results."""
+"""Folds, result folders, and their comparison."""

@@ -19,9 +19,10 @@ from nnunetv2_hiendmae.planning.dataset import (
     raw_dataset_json,
 )
 from nnunetv2_hiendmae.planning.fitting import check_channels, finetuning_spec, fit_volume
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION, VolumeSettings, check_plans_name, write_plans
-from nnunetv2_hiendmae.planning.recipes import RECIPES
-from nnunetv2_hiendmae.plans_section import TRAINERS, FinetuneRecipe, PlansSection
+from nnunetv2_hiendmae.planning.plans import CONFIGURATION, check_plans_name, write_plans
+from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
+from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, read_metadata
 
 WARMUP_FRACTION = 0.1
@@ -162,7 +163,7 @@ def _recipe(base: FinetuneRecipe, **given: Any) -> FinetuneRecipe:
 def _messages(
     section: PlansSection,
     spec: EncoderSpec,
-    volume: VolumeSettings,
+    volume: VolumeFormat,
     metadata: EncoderMetadata,
     channels: tuple[str, ...],
     method: str,
@@ -177,11 +178,11 @@ def _messages(
     window = f"window {volume.window_hu} HU" if volume.window_hu else "intensities by nnU-Net's rule"
     spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else "spacing by nnU-Net's rule"
     reader = f"reader {volume.image_reader_writer}" if volume.image_reader_writer else "reader by nnU-Net's rule"
-    reader_of_file = volume.image_reader_writer and volume.image_reader_writer == metadata.image_reader_writer
+    reader_of_file = volume.image_reader_writer and volume.image_reader_writer == metadata.volume.image_reader_writer
     facts = [
         ("encoder", file, encoder),
         ("patch_size", file if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
-        ("spacing_mm", file if metadata.spacing_mm else dataset, spacing),
+        ("spacing_mm", file if metadata.volume.spacing_mm else dataset, spacing),
         ("window_hu" if volume.window_hu else "", file if volume.window_hu else dataset, window),
         ("reader", file if reader_of_file else dataset, reader),
         ("channels", dataset, f"channels {', '.join(channels)}"),

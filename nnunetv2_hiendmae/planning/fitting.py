@@ -9,8 +9,8 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.planning.dataset import channel_names, is_ct
-from nnunetv2_hiendmae.planning.plans import VolumeSettings
-from nnunetv2_hiendmae.planning.recipes import MethodRecipe
+from nnunetv2_hiendmae.recipes import MethodRecipe
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 # crops are whole numbers of these, more than one: the conv-ViT's decoder starts below its tokens
@@ -72,7 +72,7 @@ def check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
     Raises:
         ValueError: several channels, and other ones.
     """
-    seen = metadata.channel_names
+    seen = metadata.volume.channel_names
     if len(seen) > 1 and [n.casefold() for n in seen] != [n.casefold() for n in names]:
         raise ValueError(
             f"the encoder was trained on the channels {', '.join(seen)}, the dataset has {', '.join(names)}: needed "
@@ -84,9 +84,9 @@ def check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
             len(names),
             len(names),
         )
-    others = [n for n in names if get_normalization_scheme(n).__name__ not in metadata.normalization_schemes]
-    if others and metadata.normalization_schemes:
-        known = ", ".join(seen or sorted(set(metadata.normalization_schemes)))
+    others = [n for n in names if get_normalization_scheme(n).__name__ not in metadata.volume.normalization_schemes]
+    if others and metadata.volume.normalization_schemes:
+        known = ", ".join(seen or sorted(set(metadata.volume.normalization_schemes)))
         logger.warning("%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), known)
 
 
@@ -96,7 +96,7 @@ def fit_volume(
     spacing_mm: tuple[float, float, float] | None,
     window_hu: tuple[float, float] | None,
     reader: str | None,
-) -> VolumeSettings:
+) -> VolumeFormat:
     """How the dataset's volumes become arrays: as in pretraining where the dataset allows it.
 
     Args:
@@ -106,7 +106,7 @@ def fit_volume(
     Raises:
         ValueError: a value is out of range, or the given reader cannot read the dataset.
     """
-    volume = VolumeSettings.of(metadata).overridden(spacing_mm, window_hu)
+    volume = metadata.volume.overridden(spacing_mm, window_hu)
     volume = replace(volume, image_reader_writer=_reader(metadata, dataset_json, reader))
     names = channel_names(dataset_json)
     if any(is_ct(n) for n in names):
@@ -125,7 +125,7 @@ def _reader(metadata: EncoderMetadata, dataset_json: dict[str, Any], given: str 
         if not _reads(given, ending):
             raise ValueError(f"reader {given} is none of nnU-Net's, or cannot read {ending}")
         return given
-    wanted = metadata.image_reader_writer
+    wanted = metadata.volume.image_reader_writer
     if wanted is None:
         return None
     own = dataset_json.get("overwrite_image_reader_writer", "None")
@@ -135,7 +135,7 @@ def _reader(metadata: EncoderMetadata, dataset_json: dict[str, Any], given: str 
             "used, check that it gives the same orientation, or give --reader %s",
             own,
             wanted,
-            metadata.orientation,
+            metadata.volume.orientation,
             wanted,
         )
         return None

@@ -3,9 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from nnunetv2_hiendmae.planning.dataset import (
     read_fingerprint,
 )
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.weights import EncoderMetadata
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CONFIGURATION = "3d_fullres"
 NETWORKS = {
@@ -37,63 +35,11 @@ NETWORKS = {
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class VolumeSettings:
-    """How a volume becomes an array; None everywhere means nnU-Net's own rule.
-
-    Args:
-        spacing_mm: target spacing (D, H, W) in array order, mm.
-        window_hu: CT window (lo, hi) that is clipped to; other channels keep nnU-Net's scheme.
-        image_reader_writer: name of nnU-Net's reader class; it decides the orientation of the array.
-        intensity_offset, intensity_scale: subtracted and divided by after clipping, in HU; None: lo and hi − lo,
-            so that the window becomes [0, 1].
-
-    Raises:
-        ValueError: a spacing that is not three positive numbers, or a window that is not lo < hi.
-    """
-
-    spacing_mm: tuple[float, float, float] | None
-    window_hu: tuple[float, float] | None
-    image_reader_writer: str | None = None
-    intensity_offset: float | None = None
-    intensity_scale: float | None = None
-
-    def __post_init__(self):
-        if self.spacing_mm is not None:
-            object.__setattr__(self, "spacing_mm", tuple(float(s) for s in self.spacing_mm))
-            if len(self.spacing_mm) != 3 or not all(0 < s < np.inf for s in self.spacing_mm):
-                raise ValueError(f"spacing {self.spacing_mm} must be three positive numbers in mm (D H W)")
-        if self.window_hu is not None:
-            object.__setattr__(self, "window_hu", tuple(float(w) for w in self.window_hu))
-            if len(self.window_hu) != 2 or not -np.inf < self.window_hu[0] < self.window_hu[1] < np.inf:
-                raise ValueError(f"window {self.window_hu} must be two numbers LO < HI in HU")
-
-    @classmethod
-    def of(cls, metadata: EncoderMetadata) -> "VolumeSettings":
-        """What an encoder saw in pretraining."""
-        return cls(
-            metadata.spacing_mm,
-            metadata.window_hu,
-            metadata.image_reader_writer,
-            metadata.intensity_offset,
-            metadata.intensity_scale,
-        )
-
-    def overridden(
-        self, spacing_mm: Sequence[float] | None = None, window_hu: Sequence[float] | None = None
-    ) -> "VolumeSettings":
-        """With what the user gave; a window that is given becomes [0, 1]."""
-        spacing = self if spacing_mm is None else replace(self, spacing_mm=tuple(spacing_mm))
-        if window_hu is None:
-            return spacing
-        return replace(spacing, window_hu=tuple(window_hu), intensity_offset=None, intensity_scale=None)
-
-
 def write_plans(
     dataset_name: str,
     plans_name: str,
     spec: EncoderSpec,
-    volume: VolumeSettings,
+    volume: VolumeFormat,
     *,
     decoder_width: int,
     batch_size: int,
@@ -166,7 +112,7 @@ class _ViTPlanner(ExperimentPlanner):
     def configure(
         self,
         spec: EncoderSpec,
-        volume: VolumeSettings,
+        volume: VolumeFormat,
         decoder_width: int,
         batch_size: int,
         section: PlansSection | None,
@@ -198,16 +144,11 @@ class _ViTPlanner(ExperimentPlanner):
                 f"the encoder is a 3D ViT; use nnU-Net itself: nnUNetv2_train {self.dataset_name} 2d 0"
             )
 
-    def _put_window(self, volume: VolumeSettings) -> None:
-        # CTNormalization clips to the percentiles, subtracts the mean, divides by the std
-        low, high = volume.window_hu
-        offset = low if volume.intensity_offset is None else volume.intensity_offset
-        scale = high - low if volume.intensity_scale is None else volume.intensity_scale
+    def _put_window(self, volume: VolumeFormat) -> None:
         properties = deepcopy(self.dataset_fingerprint["foreground_intensity_properties_per_channel"])
         for i, name in enumerate(channel_names(self.dataset_json)):
             if is_ct(name):
-                window = {"mean": offset, "std": scale, "percentile_00_5": low, "percentile_99_5": high}
-                properties[str(i)] = {**properties.get(str(i), {}), **window}
+                properties[str(i)] = {**properties.get(str(i), {}), **volume.ct_statistics}
         self.dataset_fingerprint["foreground_intensity_properties_per_channel"] = properties
 
     def determine_reader_writer(self):

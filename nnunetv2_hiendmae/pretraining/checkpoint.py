@@ -204,20 +204,12 @@ def load_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 
 def export_encoder(run_dir: Path, method: Method, settings: PretrainSettings, data: PretrainData, step: int) -> None:
     """Writes `encoder.safetensors` of a run. Its bytes depend on settings, data and weights only."""
-    volumes = data.format
     metadata = EncoderMetadata(
-        spec=settings.spec,
-        method=settings.method,
-        spacing_mm=volumes.spacing_mm,
-        window_hu=volumes.window_hu,
-        intensity_offset=volumes.intensity_offset,
-        intensity_scale=volumes.intensity_scale,
-        normalization_schemes=volumes.normalization_schemes,
-        channel_names=volumes.channel_names,
-        image_reader_writer=volumes.image_reader_writer,
+        settings.spec,
+        settings.method,
+        data.format,
         citations=method.citations,
         licence="that of the images it was trained on; the software is Apache-2.0",
-        orientation=f"as {volumes.image_reader_writer} reads it",
         training={
             "step": step,
             "cases": len(data.cases),

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
 from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
@@ -39,29 +40,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class VolumeFormat:
-    """How the plans turned images into arrays; the same for all datasets of a run.
-
-    Args:
-        window_hu: that CT channels were clipped to; None without a CT channel.
-        foreground_channel: the first CT channel, else channel 0.
-        foreground_above: normalised value of the intensity window's lower bound (CT), 0 (the mean or the
-            minimum, depending on nnU-Net's scheme) for anything else.
-        intensity_offset, intensity_scale: of CT normalisation, HU = value · scale + offset; None for other images.
-    """
-
-    channel_names: tuple[str, ...]
-    spacing_mm: tuple[float, float, float]
-    normalization_schemes: tuple[str, ...]
-    window_hu: tuple[float, float] | None
-    foreground_above: float
-    image_reader_writer: str
-    foreground_channel: int = 0
-    intensity_offset: float | None = None
-    intensity_scale: float | None = None
-
-
-@dataclass(frozen=True)
 class PretrainData:
     """All cases of a run and their common format."""
 
@@ -70,7 +48,7 @@ class PretrainData:
 
     def digest(self) -> str:
         """SHA-256 over names and shapes of the cases and their format; samples depend on all of it."""
-        described = [[(c.name, c.shape) for c in self.cases], vars(self.format)]
+        described = [[(c.name, c.shape) for c in self.cases], self.format.to_dict()]
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
@@ -236,19 +214,23 @@ def _volume_format(name: str, plans: PlansManager, configuration: str) -> Volume
     channel_names = _channel_names(name, len(schemes))
     spacing = tuple(float(s) for s in manager.spacing)
     reader = plans.plans["image_reader_writer"]
-    ct_channels = [i for i, scheme in enumerate(schemes) if scheme == "CTNormalization"]
-    if not ct_channels:
-        return VolumeFormat(channel_names, spacing, schemes, None, 0.0, reader)
+    known = VolumeFormat(
+        spacing,
+        image_reader_writer=reader,
+        normalization_schemes=schemes,
+        channel_names=channel_names,
+        orientation=f"as {reader} reads it",
+    )
     keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
     properties = plans.foreground_intensity_properties_per_channel
-    stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in ct_channels}
+    stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in range(len(schemes)) if known.is_ct(i)}
+    if not stats:
+        return known
     if len(stats) > 1:
         raise UserError(f"the CT channels of {name} were normalised differently by {plans.plans_name}; {mend}")
     low, high, offset, std = stats.pop()
     # the floor is CTNormalization's
-    scale = max(std, 1e-8)
-    above = (low - offset) / scale
-    return VolumeFormat(channel_names, spacing, schemes, (low, high), above, reader, ct_channels[0], offset, scale)
+    return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
 
 
 def _channel_names(name: str, count: int) -> tuple[str, ...]:

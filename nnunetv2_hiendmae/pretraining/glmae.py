@@ -17,7 +17,7 @@ from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Pretra
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.teacher import Centre, ProjectionHead, cosine_momentum, follow
 from nnunetv2_hiendmae.pretraining.views import Augmentation
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
 
 EMBEDDINGS = ("mean", "cls")
 # edges of a global view by those of a local one, as published: 160 and 96 voxels
@@ -64,7 +64,7 @@ class GLMAE(Method):
         "Zhuang et al. 2023; an epoch is one pass over the paper's 746 volumes. lr is ours, 1.5e-4 · batch/256: the "
         "published 1e-2 is unstable. Published epochs: 400 (ViT-T), 1000 (ViT-B)"
     )
-    citations: ClassVar[tuple[str, ...]] = CITATIONS["glmae"]
+    citations: ClassVar[tuple[str, ...]] = RECIPES["glmae"].citations
     recipe = PretrainRecipe(
         epochs=1000,
         steps_per_epoch=12,

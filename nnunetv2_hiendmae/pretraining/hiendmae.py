@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
 
 # the released decoders: width by encoder width; 528 is no rule of 1536
 RELEASED_DECODER_DIM = {1536: 528, 768: 384}
@@ -72,7 +72,7 @@ class HiEndMAE(MaskedCropMethod):
     name = "hiendmae"
     title = "Hi-End-MAE"
     source = "Tang et al. 2025; decoder and recipe as in the authors' released code"
-    citations: ClassVar[tuple[str, ...]] = CITATIONS["hiendmae"]
+    citations: ClassVar[tuple[str, ...]] = RECIPES["hiendmae"].citations
 
     def __init__(
         self,

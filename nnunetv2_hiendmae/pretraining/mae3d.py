@@ -8,7 +8,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import split_order
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
 
 
 class MAE3D(MaskedCropMethod):
@@ -25,7 +25,7 @@ class MAE3D(MaskedCropMethod):
     name = "mae3d"
     title = "MAE3D"
     source = "He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. Training recipe: ours, that of Hi-End-MAE"
-    citations: ClassVar[tuple[str, ...]] = CITATIONS["mae3d"]
+    citations: ClassVar[tuple[str, ...]] = RECIPES["mae3d"].citations
 
     def __init__(
         self,

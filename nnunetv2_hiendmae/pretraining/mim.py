@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
 
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
 LEVELS = (1, 2, 3)
@@ -55,7 +55,7 @@ class MiM(Method):
         "Zhuang et al. 2024. A sample is a volume with 21 views: 24 volumes stand for the paper's 512 views. Published "
         "lr: 1e-4 · views / 256"
     )
-    citations: ClassVar[tuple[str, ...]] = CITATIONS["mim"]
+    citations: ClassVar[tuple[str, ...]] = RECIPES["mim"].citations
     recipe = PretrainRecipe(encoder="convvit_base", epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
     notes: ClassVar[dict[str, str]] = {
         "mask_ratio_level1": "share of octants",

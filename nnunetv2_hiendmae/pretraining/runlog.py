@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
-from nnunetv2_hiendmae.pretraining.data import VolumeFormat
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
@@ -167,12 +167,12 @@ def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volu
     several = len({case.partition("/")[0] for case in cases}) > 1
     columns, rows = columns_of(made), []
     for row, case in enumerate(cases):
-        shown = {name: to_intensity(v[row, 0].float().cpu().numpy(), volumes, 0) for name, v in columns.items()}
+        shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in columns.items()}
         low, high = float(shown["input"].min()), float(shown["input"].max())
         label = case.split("/") if several else [case.rpartition("/")[2]]
-        if is_ct(volumes, 0):
+        if volumes.is_ct(0):
             label.append(f"{low:.0f} to {high:.0f} HU")
-            span = LEAST_SPAN * volumes.intensity_scale
+            span = LEAST_SPAN * volumes.ct_statistics["std"]
         else:
             span = LEAST_SPAN
         slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
@@ -223,18 +223,6 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
         axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
     write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
-
-
-def to_intensity(values: np.ndarray, volumes: VolumeFormat, channel: int) -> np.ndarray:
-    """Undoes CT normalisation (value · scale + offset is HU); values of other channels stay normalised."""
-    if not is_ct(volumes, channel):
-        return values
-    return values * volumes.intensity_scale + volumes.intensity_offset
-
-
-def is_ct(volumes: VolumeFormat, channel: int) -> bool:
-    """Whether a channel was normalised as CT."""
-    return volumes.normalization_schemes[channel] == "CTNormalization"
 
 
 def running_mean(values: Sequence[float]) -> np.ndarray:

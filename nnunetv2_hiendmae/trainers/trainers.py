@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.optim import parameter_groups
-from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, TRAINERS, PlansSection
+from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.recipes import TRAINERS
 from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
 from nnunetv2_hiendmae.weights import load_into
 

@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.layouts import (
     Layout,
     Size,
@@ -36,20 +37,9 @@ _HEADS = (
 _MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What preprocessing the volumes of a released encoder went through; all None where nobody says.
-
-    Args:
-        spacing_mm: of the resampled volumes, None: native or unknown.
-        window_hu: becomes [0, 1].
-        orientation: in words.
-    """
-
-    spacing_mm: tuple[float, float, float] | None = None
-    window_hu: tuple[float, float] | None = None
-    image_reader_writer: str | None = None
-    orientation: str = UNKNOWN
+def _released(spacing_mm: tuple[float, float, float] | None, window_hu: tuple[float, float]) -> VolumeFormat:
+    """How the authors' volumes became arrays: the window is [0, 1], axes are turned to RAS."""
+    return VolumeFormat(spacing_mm, window_hu, REORIENTING_READER, orientation="RAS")
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class WeightFormat:
     axes: str
     sizes: Mapping[int, Size]
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
-    seen: Seen = field(default_factory=Seen)
+    seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
     licence: str = "not known"
     inside: str | None = None
     fixed_positions: bool = False
@@ -121,7 +111,7 @@ FORMATS: tuple[WeightFormat, ...] = (
             (r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER),
             (r"mask_token", _MASK),
         ),
-        seen=Seen((1.5, 1.5, 1.5), (-175.0, 250.0), REORIENTING_READER, "RAS"),
+        seen=_released((1.5, 1.5, 1.5), (-175.0, 250.0)),
         licence=APACHE,
         inside=r"encoder[._]",
         fixed_positions=True,
@@ -135,7 +125,7 @@ FORMATS: tuple[WeightFormat, ...] = (
         "xyz",
         {384: Size(12, 11), 96: Size(3, 11)},
         dropped=(*_MAE_DROPPED, (r"aggregate_.*", _HEAD)),
-        seen=Seen(None, (-1000.0, 1000.0), REORIENTING_READER, "RAS"),
+        seen=_released(None, (-1000.0, 1000.0)),
         licence=NONE_STATED,
         fixed_positions=True,
     ),
@@ -168,7 +158,7 @@ FORMATS: tuple[WeightFormat, ...] = (
         "xyz",
         {768: Size(12, 12), 192: Size(3, 12)},
         dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (_HEADS, _HEAD)),
-        seen=Seen(None, (-1000.0, 1000.0), REORIENTING_READER, "RAS"),
+        seen=_released(None, (-1000.0, 1000.0)),
         licence=NONE_STATED,
         inside=r"backbone\.",
         fixed_positions=True,

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY, read_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY
 from nnunetv2_hiendmae.weights.finding import is_weight
@@ -69,7 +69,7 @@ def run_metadata(path: Path) -> EncoderMetadata:
     try:
         settings = json.loads(settings_file.read_text(encoding="utf-8"))
         method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
-        plain = EncoderMetadata(spec, method, None, None, (), ())
+        plain = EncoderMetadata(spec, method)
     except OSError as e:
         raise UserError(
             f"{path} is a checkpoint of hiendmae pretrain, but there is no {settings_file} beside it; "
@@ -84,7 +84,7 @@ def run_metadata(path: Path) -> EncoderMetadata:
         seen = read_metadata(exported)
         if seen.method == method and seen.spec == spec:
             return seen
-    return replace(plain, citations=CITATIONS.get(method, ()))
+    return replace(plain, citations=RECIPES[method].citations if method in RECIPES else ())
 
 
 def at_step(metadata: EncoderMetadata, step: int, teacher: bool) -> EncoderMetadata:

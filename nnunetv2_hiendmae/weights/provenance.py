@@ -1,16 +1,17 @@
 """What is known about an encoder that another program wrote, as metadata."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.citations import CITATIONS
+from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat
 from nnunetv2_hiendmae.weights.finding import Found
 from nnunetv2_hiendmae.weights.formats import DEFAULT_METHOD, UNKNOWN, WeightFormat
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 
 TEACHER_NOTE = "weights of the momentum teacher"
-_CT = "CTNormalization"
 
 
 def foreign_metadata(
@@ -35,22 +36,27 @@ def foreign_metadata(
         all_notes.append(entry.lookalikes)
     if found.path[-1:] == ("teacher",):
         all_notes.append(TEACHER_NOTE)
-    window = seen.window_hu
     return EncoderMetadata(
         spec,
         entry.method or method or DEFAULT_METHOD,
-        seen.spacing_mm,
-        window,
-        (_CT,) * spec.in_channels if window else (),
-        # names decide which dataset fits: those of several channels nobody knows
-        ("CT",) if window and spec.in_channels == 1 else (),
-        image_reader_writer=seen.image_reader_writer,
-        orientation=seen.orientation,
-        citations=CITATIONS[entry.method] if entry.method else (),
-        intensity_offset=window[0] if window else None,
-        intensity_scale=window[1] - window[0] if window else None,
+        _volume(seen, spec.in_channels),
+        citations=RECIPES[entry.method].citations if entry.method else (),
         licence=entry.licence,
         notes=tuple(all_notes),
+    )
+
+
+def _volume(seen: VolumeFormat, channels: int) -> VolumeFormat:
+    if seen.window_hu is None:
+        return seen
+    low, high = seen.window_hu
+    return replace(
+        seen,
+        intensity_offset=low,
+        intensity_scale=high - low,
+        normalization_schemes=(CT_SCHEME,) * channels,
+        # names decide which dataset fits: those of several channels nobody knows
+        channel_names=("CT",) if channels == 1 else (),
     )
 
 

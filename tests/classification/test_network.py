@@ -19,10 +19,10 @@ from nnunetv2_hiendmae.classification.network import (
 )
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.optim import parameter_groups
-from nnunetv2_hiendmae.pretraining.data import VolumeFormat
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 IMAGES = torch.rand(3, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-VOLUMES = VolumeFormat(("CT",), (3.0, 3.0, 3.0), ("CTNormalization",), (-175.0, 250.0), 0.0, "SimpleITKIO")
+VOLUMES = VolumeFormat((3.0, 3.0, 3.0), (-175.0, 250.0), "SimpleITKIO", None, None, ("CTNormalization",), ("CT",))
 
 
 @pytest.mark.parametrize("cls_token", [True, False])

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_hiendmae.volume_format import VolumeFormat
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -63,7 +65,10 @@ def test_python_page(tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     spec = PRESETS["vit_nano_p8"]
-    metadata = EncoderMetadata(spec, "hiendmae", (3.0,) * 3, (-175.0, 250.0), ("CTNormalization",), ("CT",))
+    volume = VolumeFormat(
+        (3.0,) * 3, (-175.0, 250.0), normalization_schemes=("CTNormalization",), channel_names=("CT",)
+    )
+    metadata = EncoderMetadata(spec, "hiendmae", volume)
     save_encoder(tmp_path / "encoder.safetensors", build_encoder(spec).state_dict(), metadata)
     for code in blocks("docs/python_api.md")[:2]:
         exec(compile(code, "python_api.md", "exec"), {})

@@ -14,8 +14,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.planning import finetune, fitting
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
-from nnunetv2_hiendmae.planning.recipes import RECIPES
-from nnunetv2_hiendmae.plans_section import TRAINERS, PlansSection
+from nnunetv2_hiendmae.plans_section import PlansSection
+from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.weights import read_metadata
 
 

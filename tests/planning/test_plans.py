@@ -12,10 +12,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.planning.plans import VolumeSettings, write_plans
+from nnunetv2_hiendmae.planning.plans import write_plans
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
-CT_WINDOW = VolumeSettings((1.5, 1.5, 1.5), (-175, 250))
+CT_WINDOW = VolumeFormat((1.5, 1.5, 1.5), (-175, 250))
 
 
 def plan(name, volume=CT_WINDOW, plans_name="P", section=None, spec=TINY):
@@ -60,7 +61,7 @@ def test_without_section_there_is_no_key(toy):
 
 
 def test_ct_becomes_exactly_the_clipped_window(nnunet, toy):
-    path = plan(toy, VolumeSettings((1.5, 1.5, 1.5), (-175, 250)))
+    path = plan(toy, VolumeFormat((1.5, 1.5, 1.5), (-175, 250)))
     manager = PlansManager(str(path))
     images = [str(nnunet.raw / toy / "imagesTr" / "case_000_0000.nii.gz")]
     data, _, _ = DefaultPreprocessor(verbose=False).run_case(
@@ -88,7 +89,7 @@ def test_other_channels_keep_nnunets_scheme(nnunet):
 def test_none_is_nnunets_rule(nnunet):
     name = make_dataset(nnunet, 1, cases=2)
     write_fingerprint(nnunet, name, spacing=(3.0, 0.7, 0.8))
-    plans = json.loads(plan(name, VolumeSettings(None, None)).read_text())
+    plans = json.loads(plan(name, VolumeFormat(None, None)).read_text())
     # the axes stay as stored, unlike nnU-Net's own plans
     assert plans["configurations"]["3d_fullres"]["spacing"] == [3.0, 0.7, 0.8]
     assert plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == 1
@@ -96,10 +97,10 @@ def test_none_is_nnunets_rule(nnunet):
 
 
 def test_reader_is_written(toy):
-    volume = VolumeSettings((1.5, 1.5, 1.5), None, "NibabelIOWithReorient")
+    volume = VolumeFormat((1.5, 1.5, 1.5), None, "NibabelIOWithReorient")
     assert json.loads(plan(toy, volume).read_text())["image_reader_writer"] == "NibabelIOWithReorient"
     with pytest.raises(UserError, match="no image reader 'Nonsense'"):
-        plan(toy, VolumeSettings(None, None, "Nonsense"))
+        plan(toy, VolumeFormat(None, None, "Nonsense"))
 
 
 def test_large_images_get_no_lowres_configuration(nnunet):
@@ -142,7 +143,7 @@ def test_stale_data_is_told(nnunet, toy, caplog):
     with caplog.at_level(logging.WARNING):
         plan(toy, section=PlansSection(recipe=FinetuneRecipe(lr=1)))
         assert not caplog.records
-        plan(toy, VolumeSettings((1.5, 1.5, 1.5), (-100, 250)))
+        plan(toy, VolumeFormat((1.5, 1.5, 1.5), (-100, 250)))
     assert "nnUNetv2_preprocess -d 001 -plans_name P -c 3d_fullres" in caplog.text
 
 
@@ -160,4 +161,4 @@ def test_splits_of_raw_are_copied_and_must_agree(nnunet, toy):
 @pytest.mark.parametrize("spacing, window", [((1, 1), None), ((1, 1, 0), None), (None, (5, 5)), (None, (1,))])
 def test_volume_settings_are_validated(spacing, window):
     with pytest.raises(ValueError):
-        VolumeSettings(spacing, window)
+        VolumeFormat(spacing, window)

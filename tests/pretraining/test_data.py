@@ -108,7 +108,8 @@ def test_reads_parts_like_numpy_and_pads_with_zeros(nnunet, preprocessed):
     case = find().cases[0]
     volume = CaseVolume(
         type(case)("x/two", nnunet.preprocessed / "two.b2nd", image.shape[1:]),
-        replace(find().format, foreground_above=0.5),
+        # of CT with this offset the window's lower bound, -175 HU, is 0.5
+        replace(find().format, intensity_offset=-387.5),
     )
     assert np.array_equal(volume.read((3, 4, 5), (8, 9, 10)), image[:, 3:11, 4:13, 5:15])
     padded = np.pad(image, ((0, 0), (2, 3), (0, 0), (0, 4)))
@@ -238,11 +239,12 @@ def test_a_case_that_breaks_in_the_middle_is_named(preprocessed):
 
 READER = """
 import sys, resource
-from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume, PretrainData, SampleDataset, VolumeFormat
+from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume, PretrainData, SampleDataset
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 from pathlib import Path
 case = Case("x/big", Path(sys.argv[1]), tuple(int(s) for s in sys.argv[2].split(",")))
-data = PretrainData((case,), VolumeFormat(("CT",), (1, 1, 1), ("CTNormalization",), None, 0.0, "SimpleITKIO"))
+data = PretrainData((case,), VolumeFormat((1, 1, 1), None, "SimpleITKIO", None, None, ("CTNormalization",), ("CT",)))
 dataset = SampleDataset(data, MaskedCrop((16, 16, 16), 8), 0)
 dataset[(0, 0)]
 def anonymous():

@@ -66,7 +66,7 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     assert pictures == {f"epoch_{epoch}_{view}.png" for epoch in ("0002", "0003") for view in PICTURES[method]}
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
     assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
-    assert metadata.spacing_mm == (3.0, 3.0, 3.0) and metadata.window_hu == (-175.0, 250.0)
+    assert metadata.volume.spacing_mm == (3.0, 3.0, 3.0) and metadata.volume.window_hu == (-175.0, 250.0)
     assert metadata.citations and metadata.training["step"] == 9 and metadata.training["cases"] == 2
     trained = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["method"]
     for name, tensor in encoder.state_dict().items():
@@ -385,7 +385,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
         "except UserError as e: print('log:', e)\n"
         "try: save_checkpoint(folder, {'x': torch.zeros(1_000_000)})\n"
         "except UserError as e: print('checkpoint:', e)\n"
-        "metadata = EncoderMetadata(encoder.spec, 'mae3d', None, None, (), ())\n"
+        "metadata = EncoderMetadata(encoder.spec, 'mae3d')\n"
         "try: save_encoder(folder / 'encoder.safetensors', encoder.state_dict(), metadata)\n"
         "except UserError as e: print('encoder:', e)\n"
     )

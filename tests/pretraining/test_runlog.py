@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_hiendmae.pretraining.data import VolumeFormat
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
 from nnunetv2_hiendmae.pretraining.runlog import draw_reconstruction
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
-CT = VolumeFormat(("CT",), (1.0,) * 3, ("CTNormalization",), (-1000.0, 1000.0), 0.0, "SimpleITKIO", 0, -1000.0, 2000.0)
-MR = VolumeFormat(("T1",), (1.0,) * 3, ("ZScoreNormalization",), None, 0.0, "SimpleITKIO")
+CT = VolumeFormat((1.0,) * 3, (-1000.0, 1000.0), "SimpleITKIO", -1000.0, 2000.0, ("CTNormalization",), ("CT",))
+MR = VolumeFormat((1.0,) * 3, None, "SimpleITKIO", None, None, ("ZScoreNormalization",), ("T1",))
 
 
 @pytest.fixture

@@ -35,10 +35,13 @@ def test_from_stock_plans_to_fine_tuning_plans(nnunet, tmp_path, capsys, channel
 
     _, metadata = load_encoder(tmp_path / "run" / "encoder.safetensors")
     statistics = stock["foreground_intensity_properties_per_channel"]["0"]
-    assert metadata.spec.in_channels == len(channels) and metadata.channel_names == channels
-    assert metadata.window_hu == (statistics["percentile_00_5"], statistics["percentile_99_5"])
-    assert (metadata.intensity_offset, metadata.intensity_scale) == (statistics["mean"], statistics["std"])
-    assert list(metadata.spacing_mm) == stock["configurations"]["3d_fullres"]["spacing"]
+    assert metadata.spec.in_channels == len(channels) and metadata.volume.channel_names == channels
+    assert metadata.volume.window_hu == (statistics["percentile_00_5"], statistics["percentile_99_5"])
+    assert (metadata.volume.intensity_offset, metadata.volume.intensity_scale) == (
+        statistics["mean"],
+        statistics["std"],
+    )
+    assert list(metadata.volume.spacing_mm) == stock["configurations"]["3d_fullres"]["spacing"]
 
     # fine-tuning shows the encoder what pretraining showed it
     assert cli.main(["plan", "-d", "1", "-w", str(tmp_path / "run" / "encoder.safetensors"), "-np", "1"]) == 0

@@ -111,7 +111,7 @@ def test_a_method_for_weights_that_do_not_tell(tmp_path):
     source = write_checkpoint(tmp_path / "c.pth", "timm")
     done = translate_checkpoint(source, ConvertOptions(num_heads=2, method="glmae"))
     assert done.metadata.method == "glmae" and done.metadata.citations == ()
-    assert done.metadata.spacing_mm is None and done.metadata.normalization_schemes == ()
+    assert done.metadata.volume.spacing_mm is None and done.metadata.volume.normalization_schemes == ()
 
 
 def test_inspect_of_foreign_files(capsys, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import nnunetv2_hiendmae
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import (
     EncoderMetadata,
     LoadReport,
@@ -25,7 +26,10 @@ from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 METADATA = EncoderMetadata(
-    SPEC, "hiendmae", (1.5, 1.0, 1.0), (-175.0, 250.0), ("CTNormalization",), ("CT",), citations=("@a{b}",)
+    SPEC,
+    "hiendmae",
+    VolumeFormat((1.5, 1.0, 1.0), (-175.0, 250.0), normalization_schemes=("CTNormalization",), channel_names=("CT",)),
+    citations=("@a{b}",),
 )
 
 
@@ -107,8 +111,9 @@ def test_fields_of_the_wrong_kind(file, field):
         with pytest.raises(UserError, match="not a readable encoder file"):
             read(file)
     if "spec" not in field and "unheard_of" not in field:
+        whole = METADATA if hasattr(METADATA, next(iter(field))) else METADATA.volume
         with pytest.raises(ValueError, match=next(iter(field))):
-            replace(METADATA, **field)
+            replace(whole, **field)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -164,7 +169,7 @@ CONVVIT = EncoderSpec((32, 32, 32), (16,) * 3, 12, 2, 2, kind="convvit", stem_di
 def test_a_convvit_of_pretraining_becomes_dense(tmp_path):
     torch.manual_seed(0)
     source, path = build_encoder(CONVVIT), tmp_path / "mim.safetensors"
-    save_encoder(path, source.state_dict(), EncoderMetadata(CONVVIT, "mim", None, None, (), ()))
+    save_encoder(path, source.state_dict(), EncoderMetadata(CONVVIT, "mim"))
     target = build_encoder(CONVVIT.with_(dense=True, in_channels=2, img_size=(32, 48, 32), pos_embed="learned"))
     torch.nn.init.constant_(target.rel_pos_bias, 0.25)
     report = load_into(target, path)
@@ -184,7 +189,7 @@ def test_a_convvit_of_pretraining_becomes_dense(tmp_path):
     # a dense file keeps its relative positions, resampled for another crop; the other way round there is no way back
     dense = tmp_path / "dense.safetensors"
     spec = target.spec.with_(in_channels=2)
-    save_encoder(dense, target.state_dict(), EncoderMetadata(spec, "mim", None, None, (), ()))
+    save_encoder(dense, target.state_dict(), EncoderMetadata(spec, "mim"))
     again = build_encoder(spec.with_(img_size=(32, 32, 32)))
     report = load_into(again, dense)
     assert {r.source for r in report.with_status("adapted")} == {"rel_pos_bias", "pos_embed"}
@@ -240,7 +245,7 @@ def test_another_architecture_is_refused(file, changes, message):
 def test_two_channels_do_not_fit_three(tmp_path):
     spec = SPEC.with_(in_channels=2)
     path = tmp_path / "two.safetensors"
-    save_encoder(path, build_encoder(spec).state_dict(), EncoderMetadata(spec, "mae3d", None, None, (), ()))
+    save_encoder(path, build_encoder(spec).state_dict(), EncoderMetadata(spec, "mae3d"))
     with pytest.raises(UserError, match="2 input channels, the dataset 3"):
         load_into(build_encoder(SPEC.with_(in_channels=3)), path)
 

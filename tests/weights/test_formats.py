@@ -76,11 +76,17 @@ def test_every_tensor_of_the_authors_file_is_accounted_for(name, tmp_path):
     }
     assert load_report(done.path).summary() == f"{len(stored)} loaded, 0 adapted, 0 dropped"
     meta = done.metadata
-    seen = (meta.spacing_mm, meta.window_hu, meta.image_reader_writer, meta.orientation, meta.licence)
+    seen = (
+        meta.volume.spacing_mm,
+        meta.volume.window_hu,
+        meta.volume.image_reader_writer,
+        meta.volume.orientation,
+        meta.licence,
+    )
     assert seen == FACTS[kind]
     assert meta.method == kind and meta.citations[0].startswith("@") and "(x, y, z)" in meta.notes[0]
     assert (meta.source, meta.source_sha256) == (source.name, sha256(source))
-    assert meta.channel_names == (("CT",) if meta.window_hu else ())
+    assert meta.volume.channel_names == (("CT",) if meta.volume.window_hu else ())
     encoder, again = load_encoder(done.path)
     assert {**vars(again), "version": ""} == vars(meta)
     assert isinstance(encoder, ConvViTEncoder) == (kind == "mim")
@@ -248,7 +254,7 @@ def test_the_format_can_be_said(tmp_path):
     guessed = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
     said = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, format="glmae"))
     assert (guessed.metadata.method, said.metadata.method) == ("mae3d", "glmae")
-    assert said.metadata.window_hu == (-1000.0, 1000.0)
+    assert said.metadata.volume.window_hu == (-1000.0, 1000.0)
     assert all(torch.equal(v, said.state[k]) for k, v in guessed.state.items())
 
 

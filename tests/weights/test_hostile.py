@@ -221,7 +221,7 @@ def test_names_out_of_files_are_escaped_and_cut(tmp_path, capsys, change):
 
 def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
     file = tmp_path / "e.safetensors"
-    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, EVIL, None, None, (), (), licence=EVIL, notes=(EVIL,)))
+    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, EVIL, licence=EVIL, notes=(EVIL,)))
     said = printed(capsys, "inspect", file)
     assert "kind: encoder file" in said and all(c.isprintable() or c in HARMLESS for c in said)
     header = json.dumps({**json.loads(read_metadata(file).to_json()), "window_hu": EVIL})
@@ -229,7 +229,7 @@ def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
     said = printed(capsys, "inspect", file)
     assert "not a readable encoder file" in said and "y" * 400 not in said
     assert all(c.isprintable() or c in HARMLESS for c in said)
-    metadata = EncoderMetadata(VIT, "mae3d", None, None, (), ())
+    metadata = EncoderMetadata(VIT, "mae3d")
     for dtype, message in ((torch.int64, "is a tensor of int64"), (torch.float32, "is unexpected")):
         save_encoder(file, {**random_state(VIT), EVIL: torch.zeros(1, dtype=dtype)}, metadata)
         said = printed(capsys, "inspect", file)

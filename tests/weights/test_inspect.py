@@ -44,7 +44,7 @@ def test_a_foreign_checkpoint_under_our_name(capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["e.safetensors", "e.pth", "checkpoint_latest.pth"])
 def test_formats_of_files_are_told_by_content(capsys, tmp_path, name):
-    save_encoder(tmp_path / name, random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    save_encoder(tmp_path / name, random_state(VIT), EncoderMetadata(VIT, "mae3d"))
     assert inspect(capsys, tmp_path / name)["kind"] == "encoder file"
     write_checkpoint(tmp_path / name, "mim")
     assert inspect(capsys, tmp_path / name)["format"] == "mim"
@@ -81,7 +81,7 @@ def test_with_what_the_user_says(capsys, tmp_path):
 
 @pytest.mark.parametrize("option", [["--axes", "dhw"], ["--num-heads", "2"], ["--use-teacher"]])
 def test_an_encoder_file_says_itself_what_it_is(capsys, tmp_path, option):
-    save_encoder(tmp_path / "e", random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    save_encoder(tmp_path / "e", random_state(VIT), EncoderMetadata(VIT, "mae3d"))
     assert cli.main(["inspect", str(tmp_path / "e"), *option]) == 2
     err = capsys.readouterr().err
     assert option[0] in err and "a file of ours" in err and len(err.strip().splitlines()) == 1

@@ -57,7 +57,7 @@ def test_a_bare_glmae_looks_like_others_and_convert_says_so(tmp_path):
 def test_volumes_of_which_nothing_is_known(tmp_path, kind):
     source = write_checkpoint(tmp_path / "c.pth", kind)
     metadata = translate_checkpoint(source, OPTIONS).metadata
-    unknown = metadata.orientation == "unknown"
+    unknown = metadata.volume.orientation == "unknown"
     assert unknown == (kind in ("mae3d", "timm", "monai"))
     assert unknown == any("which way they lay" in note and "--reader" in note for note in metadata.notes)
 
@@ -66,10 +66,10 @@ def test_volumes_of_which_nothing_is_known(tmp_path, kind):
 def test_several_channels_have_no_names(tmp_path, kind):
     source = write_checkpoint(tmp_path / "c.pth", kind, VIT.with_(in_channels=2))
     metadata = translate_checkpoint(source, OPTIONS).metadata
-    assert metadata.channel_names == () and metadata.spec.in_channels == 2
+    assert metadata.volume.channel_names == () and metadata.spec.in_channels == 2
     assert any("2 input channels" in note for note in metadata.notes)
     one = translate_checkpoint(write_checkpoint(tmp_path / "d.pth", kind), OPTIONS).metadata
-    assert one.channel_names == (("CT",) if kind == "hiendmae" else ())
+    assert one.volume.channel_names == (("CT",) if kind == "hiendmae" else ())
     assert not any("input channels" in note for note in one.notes)
 
 

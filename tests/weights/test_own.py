@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import (
     ConvertOptions,
     EncoderMetadata,
@@ -47,11 +48,15 @@ def test_checkpoint_of_a_run_of_ours(tmp_path, kind):
     stored = load_file(done.path)
     assert done.format == "run" and all(torch.equal(v, stored[k]) for k, v in random_state(spec).items())
     assert {r.source for r in done.report.with_status("dropped")} == {"head.weight", "optimizer.state.0"}
-    assert done.metadata.spec == spec and done.metadata.spacing_mm is None
+    assert done.metadata.spec == spec and done.metadata.volume.spacing_mm is None
     # with the run's encoder file beside it, what it saw is known
-    seen = EncoderMetadata(spec, "mae3d", (2.0, 1.0, 1.0), None, ("ZScoreNormalization",), ("MR",))
+    seen = EncoderMetadata(
+        spec,
+        "mae3d",
+        VolumeFormat((2.0, 1.0, 1.0), normalization_schemes=("ZScoreNormalization",), channel_names=("MR",)),
+    )
     save_encoder(source.with_name("encoder.safetensors"), random_state(spec), seen)
-    assert translate_checkpoint(source).metadata.spacing_mm == (2.0, 1.0, 1.0)
+    assert translate_checkpoint(source).metadata.volume.spacing_mm == (2.0, 1.0, 1.0)
     with pytest.raises(UserError, match="a file of ours"):
         translate_checkpoint(source, ConvertOptions(num_heads=2))
     source.with_name("run.json").unlink()
@@ -61,7 +66,7 @@ def test_checkpoint_of_a_run_of_ours(tmp_path, kind):
 
 def test_an_encoder_file_needs_no_conversion(capsys, tmp_path):
     file = tmp_path / "e.safetensors"
-    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, "mae3d", None, None, (), ()))
+    save_encoder(file, random_state(VIT), EncoderMetadata(VIT, "mae3d"))
     code, _, err = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors")
     assert code == 2 and "is an encoder file already" in err
     code, out, _ = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors", "--to", "timm")
@@ -84,7 +89,7 @@ def glmae_run(tmp_path):
 def test_student_and_teacher_of_a_run(capsys, glmae_run, tmp_path):
     folder, method = glmae_run
     training = {"step": 3, "cases": 2}
-    seen = EncoderMetadata(TINY_SPEC, "glmae", (2.0, 1.0, 1.0), None, (), (), training=training)
+    seen = EncoderMetadata(TINY_SPEC, "glmae", VolumeFormat((2.0, 1.0, 1.0)), training=training)
     save_encoder(folder / "encoder.safetensors", method.encoder.state_dict(), seen)
     source, output = folder / "checkpoint_latest.pth", tmp_path / "teacher.safetensors"
     code, out, err = run(capsys, "convert", source, "-o", output, "--use-teacher")
@@ -92,7 +97,7 @@ def test_student_and_teacher_of_a_run(capsys, glmae_run, tmp_path):
     assert "note: weights of the momentum teacher" in out and "(the student; the teacher was asked for)" in out
     encoder, metadata = load_encoder(output)
     assert all(torch.equal(v, encoder.state_dict()[k]) for k, v in method.teacher_encoder.state_dict().items())
-    assert metadata.method == "glmae" and metadata.spacing_mm == (2.0, 1.0, 1.0)
+    assert metadata.method == "glmae" and metadata.volume.spacing_mm == (2.0, 1.0, 1.0)
     # of the checkpoint, which may be older or younger than the encoder file beside it
     assert metadata.training == {"step": 6, "cases": 2}
     student = translate_checkpoint(source)

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.geometry import Grid, write_nifti
-from nnunetv2_hiendmae.evaluation.runs import load_method, read_run
-from nnunetv2_hiendmae.evaluation.volumes import case_grid
+from nnunetv2_hiendmae.inspection.geometry import Grid, write_nifti
+from nnunetv2_hiendmae.inspection.runs import load_method, read_run
+from nnunetv2_hiendmae.inspection.volumes import case_grid
 from nnunetv2_hiendmae.pretraining.checkpoint import DATA_KEY, read_settings
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, VolumeFormat, find_data
+from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, find_data
 from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
-from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage, is_ct, to_intensity
+from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage
 from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
@@ -132,9 +133,9 @@ def _write(
         ending = f"_{channel:04d}" if channels > 1 else ""
         for title, array in arrays.items():
             path = stem.with_name(f"{stem.name}_{title}{ending}.nii.gz")
-            write_nifti(path, to_intensity(array[channel], volumes, channel), location)
+            write_nifti(path, volumes.to_intensity(array[channel], channel), location)
     picture = stem.with_name(f"{stem.name}.png")
-    _draw_slices(picture, {k: to_intensity(a[0], volumes, 0) for k, a in arrays.items()}, grid, case, view, volumes)
+    _draw_slices(picture, {k: volumes.to_intensity(a[0], 0) for k, a in arrays.items()}, grid, case, view, volumes)
     return picture
 
 
@@ -149,6 +150,6 @@ def _draw_slices(
     # the middles of equal parts, from head to feet
     shown = [(2 * i + 1) * total // (2 * count) for i in reversed(range(count))]
     rows = [MontageRow(f"slice {z + 1} of {total}", {t: a[z] for t, a in turned.items()}, limits) for z in shown]
-    unit = f", {limits[0]:.0f} to {limits[1]:.0f} HU" if is_ct(volumes, 0) else ""
+    unit = f", {limits[0]:.0f} to {limits[1]:.0f} HU" if volumes.is_ct(0) else ""
     _, height, width = grid.turned(change).spacing_mm
     draw_montage(path, rows, aspect=height / width, title=f"{case.name}, {view}{unit}")

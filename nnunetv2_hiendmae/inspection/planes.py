@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from nibabel.orientations import apply_orientation
 
-from nnunetv2_hiendmae.evaluation.geometry import Grid, covered
 from nnunetv2_hiendmae.files import write_with
+from nnunetv2_hiendmae.inspection.geometry import Grid, covered
 
 # array axes towards head, back, left: an axial slice then has the front up and the patient's right at the left
 PICTURE_AXES = "SPL"

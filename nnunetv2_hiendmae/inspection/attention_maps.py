@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.attention import decoder_cross_attention, encoder_attention
-from nnunetv2_hiendmae.evaluation.geometry import Grid, resample, write_nifti
-from nnunetv2_hiendmae.evaluation.planes import Planes, draw_planes
-from nnunetv2_hiendmae.evaluation.runs import load_method, read_run
-from nnunetv2_hiendmae.evaluation.volumes import RawImage, preprocess, read_image, turn_to_stored, with_channels
 from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.inspection.attention import decoder_cross_attention, encoder_attention
+from nnunetv2_hiendmae.inspection.geometry import Grid, resample, write_nifti
+from nnunetv2_hiendmae.inspection.planes import Planes, draw_planes
+from nnunetv2_hiendmae.inspection.runs import load_method, read_run
+from nnunetv2_hiendmae.inspection.volumes import RawImage, preprocess, read_image, turn_to_stored, with_channels
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import ENCODER, PretrainSettings
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
@@ -216,8 +216,7 @@ def _write(
     spread = resample(made.weights, tokens, raw.grid)
     stored = apply_orientation(spread, turn_to_stored(raw.properties))
     write_nifti(output / f"{made.name}.nii.gz", stored, raw.stored_grid)
-    is_ct = metadata.normalization_schemes[0] == "CTNormalization"
-    window = metadata.window_hu if is_ct else None
+    window = metadata.volume.window_hu if metadata.volume.is_ct(0) else None
     picture = output / f"{made.name}.png"
     draw_planes(picture, Planes(raw.data[0], spread, raw.grid, crop.grid), point, window, made.name)
     return picture

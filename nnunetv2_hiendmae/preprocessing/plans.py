@@ -15,13 +15,13 @@ from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
     PLANS_KEY,
-    VolumeSettings,
     check_plans_name,
     is_ours,
     write_plans,
 )
-from nnunetv2_hiendmae.planning.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
-from nnunetv2_hiendmae.pretraining.cases import RawDataset
+from nnunetv2_hiendmae.preprocessing.cases import RawDataset
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import read_metadata
 
 DEFAULT_PRESET = "vit_base_p16"
@@ -31,7 +31,7 @@ DEFAULT_PRESET = "vit_base_p16"
 class Settings:
     """How volumes become arrays, the encoder that the plans name, and the recipe for what else plans must hold."""
 
-    volume: VolumeSettings
+    volume: VolumeFormat
     spec: EncoderSpec
     recipe: MethodRecipe
 
@@ -52,11 +52,11 @@ def choose_settings(
     like = DEFAULT_METHOD if like is None else str(like)
     if like in RECIPES:
         recipe, spec = RECIPES[like], PRESETS[DEFAULT_PRESET]
-        volume = VolumeSettings(recipe.spacing_mm, recipe.window_hu)
+        volume = recipe.volume
     elif Path(like).is_file():
         metadata = read_metadata(Path(like))
         recipe, spec = RECIPES.get(metadata.method, RECIPES[DEFAULT_METHOD]), metadata.spec
-        volume = VolumeSettings.of(metadata)
+        volume = metadata.volume
     else:
         raise UserError(f"--like '{like}' is neither a method ({', '.join(RECIPES)}) nor an existing encoder file")
     try:

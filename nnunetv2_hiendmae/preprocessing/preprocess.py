@@ -18,9 +18,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, is_ct
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION, VolumeSettings
+from nnunetv2_hiendmae.planning.plans import CONFIGURATION
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
-from nnunetv2_hiendmae.pretraining.cases import (
+from nnunetv2_hiendmae.preprocessing.cases import (
     BrokenCase,
     BrokenCaseError,
     RawDataset,
@@ -32,14 +32,15 @@ from nnunetv2_hiendmae.pretraining.cases import (
     read_raw_dataset,
     refuse_if_nothing_left,
 )
-from nnunetv2_hiendmae.pretraining.fingerprint import ensure_fingerprint
-from nnunetv2_hiendmae.pretraining.preprocess_plans import (
+from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
+from nnunetv2_hiendmae.preprocessing.plans import (
     Settings,
     choose_settings,
     data_folder,
     ensure_plans,
     plans_path,
 )
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 # the image comes last: where it stands, the case is finished
 CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
@@ -160,7 +161,7 @@ def _common_channels(raws: list[RawDataset]) -> tuple[str, ...]:
     return first.channels
 
 
-def _say_what_keeps_nnunets_normalisation(channels: tuple[str, ...], volume: VolumeSettings) -> None:
+def _say_what_keeps_nnunets_normalisation(channels: tuple[str, ...], volume: VolumeFormat) -> None:
     others = [name for name in channels if not is_ct(name)]
     if volume.window_hu is not None and others:
         logger.warning(
@@ -187,7 +188,7 @@ def _locked(name: str, plans_name: str) -> Iterator[None]:
         lock.release()
 
 
-def _check_fingerprint(raw: RawDataset, fingerprint: dict[str, Any], volume: VolumeSettings) -> None:
+def _check_fingerprint(raw: RawDataset, fingerprint: dict[str, Any], volume: VolumeFormat) -> None:
     if all(shape[0] == 1 for shape in fingerprint["shapes_after_crop"]):
         raise UserError(f"every image of {raw.name} is a single slice; 2D is not supported, needed 3D volumes")
     if volume.window_hu is None and not fingerprint.get(LABEL_FREE_KEY) and any(map(is_ct, raw.channels)):

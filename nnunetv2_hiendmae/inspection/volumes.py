@@ -20,8 +20,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.geometry import Grid
-from nnunetv2_hiendmae.pretraining.cases import BrokenCaseError, check_files, check_volume, naming_reason
+from nnunetv2_hiendmae.inspection.geometry import Grid
+from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
 from nnunetv2_hiendmae.pretraining.data import Case
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
@@ -121,13 +121,13 @@ def case_grid(case: Case) -> Grid:
 def with_channels(metadata: EncoderMetadata) -> EncoderMetadata:
     """The metadata with a name and a normalisation for every channel: converted encoders may know neither."""
     channels = metadata.spec.in_channels
-    schemes, names = metadata.normalization_schemes, metadata.channel_names
+    schemes, names = metadata.volume.normalization_schemes, metadata.volume.channel_names
     if len(schemes) != channels:
         schemes = (USUAL_NORMALIZATION,) * channels
         logger.warning("the encoder file does not say how images were normalised: nnU-Net's z-score is used")
     if len(names) != channels:
         names = tuple(f"channel {c}" for c in range(channels))
-    return replace(metadata, normalization_schemes=schemes, channel_names=names)
+    return replace(metadata, volume=replace(metadata.volume, normalization_schemes=schemes, channel_names=names))
 
 
 def read_image(files: Sequence[Path], metadata: EncoderMetadata) -> RawImage:
@@ -145,7 +145,7 @@ def read_image(files: Sequence[Path], metadata: EncoderMetadata) -> RawImage:
     if len(data) != channels:
         raise _wrong_channels(len(data), metadata)
     with _telling(names):
-        check_volume(data, properties["spacing"], metadata.channel_names)
+        check_volume(data, properties["spacing"], metadata.volume.channel_names)
     grid = reader_grid(properties, data.shape[1:])
     return RawImage(data, properties, grid, grid.turned(turn_to_stored(properties)))
 
@@ -154,12 +154,12 @@ def preprocess(image: RawImage, metadata: EncoderMetadata) -> tuple[np.ndarray, 
     """The image (C, D, H, W) as plans of this encoder would have it: nnU-Net's preprocessor cuts off the empty border,
     normalises and resamples; without the mask that nnU-Net's z-score uses where images have large empty borders.
     """
-    spacing = metadata.spacing_mm or image.properties["spacing"]
+    spacing = metadata.volume.spacing_mm or image.properties["spacing"]
     configuration = ConfigurationManager(
         {
             "architecture": {},
             "spacing": [float(s) for s in spacing],
-            "normalization_schemes": list(metadata.normalization_schemes),
+            "normalization_schemes": list(metadata.volume.normalization_schemes),
             "use_mask_for_norm": [False] * len(image.data),
             "resampling_fn_data": resample_data_or_seg_to_shape.__name__,
             "resampling_fn_data_kwargs": RESAMPLING,
@@ -167,7 +167,7 @@ def preprocess(image: RawImage, metadata: EncoderMetadata) -> tuple[np.ndarray, 
             "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
         }
     )
-    intensities = {str(c): _intensities(metadata) for c in range(len(image.data))}
+    intensities = {str(c): metadata.volume.ct_statistics for c in range(len(image.data))}
     plans = PlansManager({"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities})
     # the preprocessor adds to what it is given
     properties = dict(image.properties)
@@ -177,19 +177,9 @@ def preprocess(image: RawImage, metadata: EncoderMetadata) -> tuple[np.ndarray, 
     return data, preprocessed_grid(properties, data.shape[1:])
 
 
-def _intensities(metadata: EncoderMetadata) -> dict[str, float]:
-    """What CTNormalization reads from plans; other schemes look at the image alone."""
-    if metadata.window_hu is None:
-        return {}
-    low, high = metadata.window_hu
-    offset = low if metadata.intensity_offset is None else metadata.intensity_offset
-    scale = high - low if metadata.intensity_scale is None else metadata.intensity_scale
-    return {"mean": offset, "std": scale, "percentile_00_5": low, "percentile_99_5": high}
-
-
 def _reader(file: str, metadata: EncoderMetadata) -> Any:
-    if metadata.image_reader_writer is not None:
-        return recursive_find_reader_writer_by_name(metadata.image_reader_writer)()
+    if metadata.volume.image_reader_writer is not None:
+        return recursive_find_reader_writer_by_name(metadata.volume.image_reader_writer)()
     ending = ".nii.gz" if file.endswith(".nii.gz") else Path(file).suffix
     return determine_reader_writer_from_file_ending(ending, file, allow_nonmatching_filename=True, verbose=False)()
 
@@ -197,7 +187,7 @@ def _reader(file: str, metadata: EncoderMetadata) -> Any:
 def _wrong_channels(found: int, metadata: EncoderMetadata) -> UserError:
     return UserError(
         f"--image has {found} channels, the encoder takes {metadata.spec.in_channels} "
-        f"({', '.join(metadata.channel_names)}); give one file per channel, in this order"
+        f"({', '.join(metadata.volume.channel_names)}); give one file per channel, in this order"
     )
 
 

@@ -16,10 +16,10 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining import preprocess
-from nnunetv2_hiendmae.pretraining.cases import read_raw_dataset
-from nnunetv2_hiendmae.pretraining.fingerprint import body_mask, ensure_fingerprint
-from nnunetv2_hiendmae.pretraining.preprocess import PreprocessSummary, preprocess_datasets
+from nnunetv2_hiendmae.preprocessing import preprocess
+from nnunetv2_hiendmae.preprocessing.cases import read_raw_dataset
+from nnunetv2_hiendmae.preprocessing.fingerprint import body_mask, ensure_fingerprint
+from nnunetv2_hiendmae.preprocessing.preprocess import PreprocessSummary, preprocess_datasets
 
 PLANS = "HiEndMAEPretrain"
 # what nnU-Net's own extractor writes, and the marker that the label-free one adds

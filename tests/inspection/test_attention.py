@@ -14,8 +14,9 @@ from torch import nn
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.evaluation.attention import decoder_cross_attention, encoder_attention, self_attention
+from nnunetv2_hiendmae.inspection.attention import decoder_cross_attention, encoder_attention, self_attention
 from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 
 # a patch is a voxel
@@ -131,7 +132,8 @@ def save_seeker(path, spec=FINE, **metadata):
                 block.attn.qkv.bias[head * per_head] = 60
                 block.attn.qkv.weight[e + head * per_head, 2] = 1
     values = {"channel_names": ("CT",), "normalization_schemes": ("CTNormalization",), **metadata}
-    save_encoder(path, encoder.state_dict(), EncoderMetadata(spec, "mae3d", window_hu=WINDOW, **values))
+    volume = VolumeFormat(window_hu=WINDOW, **values)
+    save_encoder(path, encoder.state_dict(), EncoderMetadata(spec, "mae3d", volume))
     return path
 
 

@@ -19,7 +19,7 @@ from nnunetv2_hiendmae.planning.dataset import (
     prints_to_log,
     read_fingerprint,
 )
-from nnunetv2_hiendmae.pretraining.cases import (
+from nnunetv2_hiendmae.preprocessing.cases import (
     BrokenCase,
     RawDataset,
     check_files,

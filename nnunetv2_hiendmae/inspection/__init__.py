@@ -1,0 +1,1 @@
+"""Pictures of encoders and of what pretraining runs make of images."""

@@ -1,0 +1,1 @@
+"""Raw images become the arrays that pretraining reads; labels are not needed."""

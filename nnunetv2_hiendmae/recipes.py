@@ -1,0 +1,85 @@
+"""What all parts of the package must agree on about a pretraining method: citation, trainer, volumes, fine-tuning."""
+
+from dataclasses import dataclass, field
+
+from nnunetv2_hiendmae.plans_section import FinetuneRecipe
+from nnunetv2_hiendmae.volume_format import VolumeFormat
+
+
+@dataclass(frozen=True)
+class MethodRecipe:
+    """What a method's encoder saw and how it is fine-tuned, wherever the user does not say otherwise.
+
+    Args:
+        trainer: nnU-Net trainer that insists on weights of this method.
+        citations: BibTeX entries, for encoder files, plans and `hiendmae methods`.
+        volume: spacing (None: the dataset's own, by nnU-Net's rule) and CT window that becomes [0, 1]; channels other
+            than CT keep nnU-Net's normalisation.
+        decoder_width: channels of the UNETR decoder at full resolution.
+        batch_size: crops per fine-tuning batch.
+        drop_path_rate: stochastic depth of the encoder in fine-tuning.
+        frozen_lr: peak learning rate where the encoder is frozen; None: that of `finetune`.
+        crop_limit: largest fine-tuning crop (D, H, W) in voxels, where the encoder saw larger ones; None: no limit.
+    """
+
+    trainer: str
+    citations: tuple[str, ...]
+    volume: VolumeFormat = field(default_factory=lambda: VolumeFormat((1.5, 1.5, 1.5), (-175.0, 250.0)))
+    decoder_width: int = 32
+    batch_size: int = 4
+    drop_path_rate: float = 0.0
+    frozen_lr: float | None = None
+    crop_limit: tuple[int, int, int] | None = None
+    finetune: FinetuneRecipe = field(default_factory=FinetuneRecipe)
+
+
+RECIPES: dict[str, MethodRecipe] = {
+    "hiendmae": MethodRecipe(
+        trainer="nnUNetTrainer_HiEndMAE",
+        citations=(
+            "@article{tang2025hiendmae, title={Hi-End-MAE: Hierarchical encoder-driven masked autoencoders are "
+            "stronger vision learners for medical image segmentation}, author={Tang, Fenghe and Yao, Qingsong "
+            "and Ma, Wenxin and Wu, Chenxu and Jiang, Zihang and Zhou, S. Kevin}, journal={arXiv preprint "
+            "arXiv:2502.08347}, year={2025}}",
+        ),
+    ),
+    "mim": MethodRecipe(
+        trainer="nnUNetTrainer_MiM",
+        citations=(
+            "@article{zhuang2024mim, title={MiM: Mask in Mask Self-Supervised Pre-Training for 3D Medical Image "
+            "Analysis}, author={Zhuang, Jiaxin and Wu, Linshan and Wang, Qiong and Fei, Peng and Vardhanabhuti, "
+            "Varut and Luo, Lin and Chen, Hao}, journal={arXiv preprint arXiv:2404.15580}, year={2024}}",
+        ),
+        volume=VolumeFormat(None, (-1000.0, 1000.0)),
+        decoder_width=48,
+        drop_path_rate=0.2,
+        # lr unpublished: ours
+        finetune=FinetuneRecipe(lr=1e-4, grad_clip=5.0),
+    ),
+    # widths 16 to 48 are published
+    "glmae": MethodRecipe(
+        trainer="nnUNetTrainer_GLMAE",
+        citations=(
+            "@article{zhuang2023glmae, title={Advancing Volumetric Medical Image Segmentation via Global-Local "
+            "Masked Autoencoder}, author={Zhuang, Jia-Xin and Luo, Luyang and Chen, Hao}, journal={arXiv "
+            "preprint arXiv:2306.08913}, year={2023}}",
+        ),
+        volume=VolumeFormat(None, (-1000.0, 1000.0)),
+        # its global views have 160³ voxels
+        crop_limit=(96, 96, 96),
+        finetune=FinetuneRecipe(lr=3e-4),
+        frozen_lr=1e-2,
+    ),
+    # ours: the baseline sees what Hi-End-MAE sees, so that the two can be compared
+    "mae3d": MethodRecipe(
+        trainer="nnUNetTrainer_MAE3D",
+        citations=(
+            "@inproceedings{he2022mae, title={Masked Autoencoders Are Scalable Vision Learners}, author={He, "
+            "Kaiming and Chen, Xinlei and Xie, Saining and Li, Yanghao and Doll{\\'a}r, Piotr and Girshick, "
+            "Ross}, booktitle={CVPR}, year={2022}}",
+        ),
+    ),
+}
+DEFAULT_METHOD = "hiendmae"
+# per pretraining method, None from scratch: the trainer that insists on such plans
+TRAINERS = {**{name: recipe.trainer for name, recipe in RECIPES.items()}, None: "nnUNetTrainer_ViTUNETR"}
