@@ -49,7 +49,7 @@ def _fixed_positions(grid: tuple[int, int, int], width: int, device: torch.devic
 
 
 class MAEDecoder(nn.Module):
-    """The plain MAE decoder (METHODS §1): self-attention blocks over all tokens, then pixels of the masked ones."""
+    """The plain decoder of He et al. 2022: self-attention blocks over all tokens, then pixels of the masked ones."""
 
     def __init__(self, spec: EncoderSpec, width: int, depth: int, num_heads: int):
         super().__init__()

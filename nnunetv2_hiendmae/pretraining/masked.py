@@ -1,40 +1,39 @@
-"""What Hi-End-MAE and MAE3D have in common: one masked crop, a loss on its masked patches."""
+"""What methods of one masked crop have in common, and targets and pictures of masked patches."""
 
 from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import (
-    normalize_patches,
-    patchify,
-    put_tokens,
-    take_tokens,
-    unpatchify,
-)
-from nnunetv2_hiendmae.pretraining.checks import visible_of
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
+from nnunetv2_hiendmae.architectures.tokens import normalize_patches, patchify, put_tokens, take_tokens, unpatchify
+from nnunetv2_hiendmae.options import SHARE, option
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
 from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 
 
 class MaskedCropMethod(Method):
     """Predicts the masked patches of a crop from its visible ones; MSE on masked patches only.
 
-    Subclasses build `self.encoder` before anything else and implement `predict`.
-
-    Args:
-        mask_ratio: share of tokens that is hidden.
-        normalize_target: compare with patches normalised by their own mean and standard deviation.
-        unbiased_target: whether that deviation is the unbiased one.
+    Subclasses build what they predict with after `super().__init__`, which builds the encoder, and implement `predict`.
     """
 
-    def __init__(self, spec: EncoderSpec, mask_ratio: float, normalize_target: bool, unbiased_target: bool):
-        super().__init__(spec)
-        self.visible = visible_of(spec.num_tokens, "mask_ratio", mask_ratio)
-        self.normalize_target = normalize_target
-        self.unbiased_target = unbiased_target
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """`mask_ratio` is the share of tokens that is hidden."""
+
+        mask_ratio: float = option(0.75, **SHARE)
+
+    # the target, see `patch_targets`
+    normalize_target: bool = True
+    unbiased_target: ClassVar[bool] = True
+
+    def __init__(self, spec: EncoderSpec, **options: Any):
+        super().__init__(spec, **options)
+        self.visible = self.options.visible("mask_ratio", spec.num_tokens)
         self.encoder = build_encoder(spec)
 
     @abstractmethod
@@ -58,7 +57,7 @@ class MaskedCropMethod(Method):
 
 
 def patch_targets(
-    image: Tensor, order: Tensor, visible: int, spec: EncoderSpec, normalize: bool, unbiased: bool
+    image: Tensor, order: Tensor, visible: int, spec: EncoderSpec, normalize: bool = True, unbiased: bool = True
 ) -> Tensor:
     """Masked patches of a crop as the loss wants them.
 
@@ -75,7 +74,7 @@ def patch_targets(
 
 
 def picture(
-    image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec, normalize: bool, unbiased: bool
+    image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec, normalize: bool = True, unbiased: bool = True
 ) -> Reconstruction:
     """Crop, crop without its masked patches, and crop with what was predicted for them.
 

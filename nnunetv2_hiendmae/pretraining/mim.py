@@ -1,24 +1,67 @@
-"""MiM: masked autoencoding on three nested levels of one crop, aligned with each other (METHODS §3)."""
+"""MiM: masked autoencoding on three nested levels of one crop, aligned with each other (docs/methods.md, "MiM")."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import put_tokens
-from nnunetv2_hiendmae.pretraining.alignment import ALIGNMENTS, RegionAlignment
-from nnunetv2_hiendmae.pretraining.checks import require, visible_of
+from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.tokens import put_tokens, take_tokens
+from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
-from nnunetv2_hiendmae.recipes import RECIPES
 
+ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
 LEVELS = (1, 2, 3)
+
+
+class RegionAlignment(nn.Module):
+    """Alignment of one pair of levels (the paper's equation is not published, this one is ours).
+
+    "infonce": cosines of query and region keys over τ, cross-entropy with the region of origin; the other regions of
+    the same crop are the negatives. Query and keys have an MLP (width-width-width, GELU) each.
+    "byol": 2 − 2·cos of query and region of origin. Only the query has an MLP: one on the coarse side would get no
+    gradient.
+
+    Args:
+        kind: "infonce" or "byol".
+        width: of the features.
+        tau: temperature of "infonce".
+    """
+
+    def __init__(self, kind: str, width: int, tau: float):
+        super().__init__()
+        self.kind, self.tau = kind, tau
+        self.query = Mlp(width, width)
+        self.key = Mlp(width, width) if kind == "infonce" else nn.Identity()
+        init_transformer(self)
+
+    def forward(self, features: Tensor, regions: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss per view, and whether the region of origin is the most similar one.
+
+        Args:
+            features: (M, F) of the finer views.
+            regions: (M, R, F) of the coarser crops, without gradient.
+            origin: (M,) region that each view was cut from.
+
+        Returns:
+            (M,) float32 each.
+        """
+        query, keys = self.query(features).float(), self.key(regions).float()
+        # not a matrix product: autocast would round the cosines to half precision, too coarse for neighbouring tokens
+        cosines = F.cosine_similarity(query[:, None], keys, dim=-1)
+        found = (cosines.detach().argmax(dim=1) == origin).float()
+        if self.kind == "infonce":
+            return F.cross_entropy(cosines / self.tau, origin, reduction="none"), found
+        return 2 - 2 * take_tokens(cosines[:, :, None], origin[:, None])[:, 0, 0], found
 
 
 class MiM(Method):
@@ -26,27 +69,11 @@ class MiM(Method):
 
     Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level
     3 are masked patches of level 2, enlarged. Each level is reconstructed (MSE on masked tokens, patch-normalised);
-    levels 1 and 2, and levels 2 and 3, are aligned (see `alignment.RegionAlignment`).
+    levels 1 and 2, and levels 2 and 3, are aligned (see `RegionAlignment`).
 
     Memory is bounded by parts (see `Method`): level 1, then the views of level 2, then those of level 3,
     `views_per_part` of every volume at a time. The coarser side of the alignment is detached by definition, so that a
     part needs only values of the parts before it, never their activations.
-
-    Args:
-        mask_ratio_level1: share of the 8 octants that is hidden.
-        mask_ratio_level2, mask_ratio_level3: share of tokens that is hidden.
-        crops_level2: masked octants per volume that become level-2 views.
-        crops_level3: masked patches per level-2 view that become level-3 views.
-        alignment: "infonce" (ours: the paper's equation is not published), "byol" or "none".
-        tau: temperature of "infonce" (ours).
-        weight_level1, weight_level2, weight_level3: of the reconstruction losses.
-        weight_align12, weight_align23: of the alignment losses.
-        curriculum: "concurrent"; "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t),
-            t being the finished fraction of the run; "fine_to_coarse" (ours) exchanges the two.
-        foreground_share: of crops that are centred on foreground (ours: see `NestedCrops`).
-        decoder_dim, decoder_depth, decoder_heads: of the decoder; the same for both published encoders.
-        views_per_part: views of each volume that are in memory together (ours). More is faster on a GPU that a
-            micro-batch of volumes does not fill.
     """
 
     name = "mim"
@@ -55,93 +82,87 @@ class MiM(Method):
         "Zhuang et al. 2024. A sample is a volume with 21 views: 24 volumes stand for the paper's 512 views. Published "
         "lr: 1e-4 · views / 256"
     )
-    citations: ClassVar[tuple[str, ...]] = RECIPES["mim"].citations
     recipe = PretrainRecipe(encoder="convvit_base", epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
-    notes: ClassVar[dict[str, str]] = {
-        "mask_ratio_level1": "share of octants",
-        "mask_ratio_level2": "share of tokens",
-        "mask_ratio_level3": "share of tokens",
-        "crops_level2": "per volume",
-        "crops_level3": "per level-2 view",
-        "alignment": "infonce, byol or none; ours, the equation is unpublished",
-        "tau": "of infonce, ours",
-        "curriculum": f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours",
-        "foreground_share": "share of crops, ours",
-        "views_per_part": "views of each volume in memory at once, ours",
+    recipe_notes: ClassVar[dict[str, str]] = {
         "steps_per_epoch": "ours",
         "batch_size": "volumes",
         "accumulate": "micro-batches, ours",
     }
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        mask_ratio_level1: float = 0.5,
-        mask_ratio_level2: float = 0.6,
-        mask_ratio_level3: float = 0.5,
-        crops_level2: int = 4,
-        crops_level3: int = 4,
-        alignment: str = "infonce",
-        tau: float = 0.1,
-        weight_level1: float = 1.0,
-        weight_level2: float = 1.0,
-        weight_level3: float = 1.0,
-        weight_align12: float = 0.1,
-        weight_align23: float = 0.1,
-        curriculum: str = "concurrent",
-        foreground_share: float = 0.0,
-        decoder_dim: int = 576,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        views_per_part: int = 1,
-    ):
-        super().__init__(spec)
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """What is hidden, views per volume, the alignment, weights of all losses, the decoder's size."""
+
+        # share that is hidden
+        mask_ratio_level1: float = option(0.5, "share of octants", **SHARE)
+        mask_ratio_level2: float = option(0.6, "share of tokens", **SHARE)
+        mask_ratio_level3: float = option(0.5, "share of tokens", **SHARE)
+        # masked octants and masked patches that become views; the mask ratios say how many there are
+        crops_level2: int = option(4, "per volume")
+        crops_level3: int = option(4, "per level-2 view")
+        alignment: str = option(
+            "infonce", "infonce, byol or none; ours, the equation is unpublished", ours=True, choices=ALIGNMENTS
+        )
+        # temperature
+        tau: float = option(0.1, "of infonce", ours=True, above=0)
+        # of the reconstruction losses, of the alignment losses
+        weight_level1: float = option(1.0, at_least=0)
+        weight_level2: float = option(1.0, at_least=0)
+        weight_level3: float = option(1.0, at_least=0)
+        weight_align12: float = option(0.1, at_least=0)
+        weight_align23: float = option(0.1, at_least=0)
+        # "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t), t being the finished
+        # fraction of the run; "fine_to_coarse" exchanges the two
+        curriculum: str = option(
+            CURRICULA[0], f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours", choices=CURRICULA
+        )
+        # centred on foreground (see `NestedCrops`)
+        foreground_share: float = option(0.0, "share of crops", ours=True, **SHARE)
+        # the same for both published encoders
+        decoder_dim: int = option(576)
+        decoder_depth: int = option(8)
+        decoder_heads: int = option(16)
+        # more is faster on a GPU that a micro-batch of volumes does not fill
+        views_per_part: int = option(1, "views of each volume in memory at once", ours=True, at_least=1)
+
+        def __post_init__(self):
+            super().__post_init__()
+            reconstructs = self.weight_level1 + self.weight_level2 + self.weight_level3 > 0
+            aligns = self.alignment != "none" and self.weight_align12 + self.weight_align23 > 0
+            self.require(reconstructs or aligns, "weight_level1", "more than 0: every part of the loss is off")
+
+    def __init__(self, spec: EncoderSpec, **options: Any):
+        super().__init__(spec, **options)
+        chosen = self.options
         octants = octant_tokens(spec.grid)
-        n = spec.num_tokens
-        visible_octants = visible_of(OCTANTS, "mask_ratio_level1", mask_ratio_level1, "octants", mend="")
+        visible_octants = chosen.visible("mask_ratio_level1", OCTANTS, "octants", or_else="")
         self.visible = {
             1: visible_octants * octants.shape[1],
-            2: visible_of(n, "mask_ratio_level2", mask_ratio_level2),
-            3: visible_of(n, "mask_ratio_level3", mask_ratio_level3),
+            2: chosen.visible("mask_ratio_level2", spec.num_tokens),
+            3: chosen.visible("mask_ratio_level3", spec.num_tokens),
         }
-        for option, value, most, what in (
-            ("crops_level2", crops_level2, OCTANTS - visible_octants, "masked octants"),
-            ("crops_level3", crops_level3, n - self.visible[2], "masked tokens of a level-2 view"),
-        ):
-            require(1 <= value <= most, option, value, f"1 to {most} ({what})")
-        require(alignment in ALIGNMENTS, "alignment", alignment, f"one of {', '.join(ALIGNMENTS)}")
-        require(curriculum in CURRICULA, "curriculum", curriculum, f"one of {', '.join(CURRICULA)}")
-        require(0 < tau < math.inf, "tau", tau, "more than 0")
-        require(views_per_part >= 1, "views_per_part", views_per_part, "at least 1")
-        require(0 <= foreground_share <= 1, "foreground_share", foreground_share, "0 to 1")
-        weights = {
-            "level1": weight_level1,
-            "level2": weight_level2,
-            "level3": weight_level3,
-            "align12": weight_align12,
-            "align23": weight_align23,
-        }
-        for name, weight in weights.items():
-            require(0 <= weight < math.inf, f"weight_{name}", weight, "0 or more")
-        reconstructs = weight_level1 + weight_level2 + weight_level3 > 0
-        aligns = alignment != "none" and weight_align12 + weight_align23 > 0
-        require(reconstructs or aligns, "weight_level1", weight_level1, "more than 0: every part of the loss is off")
-        self.weights = {f"loss_{name}": weight for name, weight in weights.items()}
-        self.curriculum = curriculum
+        crops2, crops3 = chosen.crops_level2, chosen.crops_level3
+        most2, most3 = OCTANTS - visible_octants, spec.num_tokens - self.visible[2]
+        chosen.require(1 <= crops2 <= most2, "crops_level2", f"1 to {most2} (masked octants)")
+        chosen.require(1 <= crops3 <= most3, "crops_level3", f"1 to {most3} (masked tokens of a level-2 view)")
+        losses = (*(f"level{level}" for level in LEVELS), "align12", "align23")
+        self.weights = {f"loss_{name}": getattr(chosen, f"weight_{name}") for name in losses}
         self.crops = NestedCrops(
-            spec.img_size, spec.grid, visible_octants, self.visible[2], crops_level2, crops_level3, foreground_share
+            spec.img_size, spec.grid, visible_octants, self.visible[2], crops2, crops3, chosen.foreground_share
         )
-        self.num_views = {1: 1, 2: crops_level2, 3: crops_level2 * crops_level3}
+        self.num_views = {1: 1, 2: crops2, 3: crops2 * crops3}
         self.parts = [
-            (level, range(start, min(start + views_per_part, self.num_views[level])))
+            (level, range(start, min(start + chosen.views_per_part, self.num_views[level])))
             for level in LEVELS
-            for start in range(0, self.num_views[level], views_per_part)
+            for start in range(0, self.num_views[level], chosen.views_per_part)
         ]
         self.num_parts = len(self.parts)
         self.encoder = build_encoder(spec)
-        self.decoder = MAEDecoder(spec, decoder_dim, decoder_depth, decoder_heads)
-        pairs = () if alignment == "none" else ("12", "23")
-        self.align = nn.ModuleDict({pair: RegionAlignment(alignment, decoder_dim, tau) for pair in pairs})
+        self.decoder = MAEDecoder(spec, chosen.decoder_dim, chosen.decoder_depth, chosen.decoder_heads)
+        pairs = () if chosen.alignment == "none" else ("12", "23")
+        self.align = nn.ModuleDict(
+            {pair: RegionAlignment(chosen.alignment, chosen.decoder_dim, chosen.tau) for pair in pairs}
+        )
         self.register_buffer("octants", octants, persistent=False)
         # in the checkpoint: the curricula depend on it
         self.register_buffer("progress", torch.zeros(()))
@@ -202,7 +223,7 @@ class MiM(Method):
     def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
         features, prediction = self.decode(images, orders, visible)
-        target = patch_targets(images, orders, visible, self.spec, normalize=True, unbiased=True)
+        target = patch_targets(images, orders, visible, self.spec)
         return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
 
     def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
@@ -226,11 +247,11 @@ class MiM(Method):
 
     def current_weights(self) -> dict[str, Tensor | float]:
         """Loss weights at the present state of the curriculum."""
-        if self.curriculum == "concurrent":
+        if self.options.curriculum == "concurrent":
             return self.weights
         angle = self.progress * (math.pi / 2)
         factors = {"loss_level1": 1 + angle.cos(), "loss_level3": angle.sin()}
-        if self.curriculum == "fine_to_coarse":
+        if self.options.curriculum == "fine_to_coarse":
             factors = dict(zip(factors, reversed(factors.values()), strict=True))
         return {name: weight * factors.get(name, 1.0) for name, weight in self.weights.items()}
 
@@ -244,5 +265,5 @@ class MiM(Method):
         for level in LEVELS:
             images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
             _, prediction = self.decode(images, orders, self.visible[level])
-            made[f"level{level}"] = picture(images, orders, prediction, self.spec, normalize=True, unbiased=True)
+            made[f"level{level}"] = picture(images, orders, prediction, self.spec)
         return made

@@ -1,4 +1,4 @@
-"""MiM's geometry: octants of a crop, patches enlarged to a crop, and what a worker draws (METHODS §3)."""
+"""MiM's geometry: octants of a crop, patches enlarged to a crop, and what a worker draws (docs/methods.md, "MiM")."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""GL-MAE's views: boxes of random scale, resized to a fixed size, and their masks (METHODS §4)."""
+"""GL-MAE's views: boxes of random scale, resized to a fixed size, and their masks (docs/methods.md, "GL-MAE")."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -80,7 +80,13 @@ def hiendmae(request):
         encoder["heads"],
         in_channels=config["in_chans"],
     )
-    method = HiEndMAE(spec, config["mask_ratio"], decoder["embed"], decoder["heads"], decoder["self_depth"])
+    method = HiEndMAE(
+        spec,
+        mask_ratio=config["mask_ratio"],
+        decoder_dim=decoder["embed"],
+        decoder_heads=decoder["heads"],
+        self_depth=decoder["self_depth"],
+    )
     state = fixture.state_dict("module.")
     names = hiendmae_names(state)
     method.load_state_dict({names[k]: v for k, v in state.items()})
@@ -140,7 +146,7 @@ def mae3d():
     spec = EncoderSpec(config["img_size"], config["patch_size"], config["embed"], config["depth"], config["heads"])
     method = MAE3D(
         spec,
-        config["mask_ratio"],
+        mask_ratio=config["mask_ratio"],
         decoder_dim=decoder["embed"],
         decoder_depth=decoder["depth"],
         decoder_heads=decoder["heads"],
