@@ -225,9 +225,9 @@ class GLMAE(Method):
             # cross-entropy is linear in its target: the mean over pairs is the one with the mean of the teacher's views
             self._teacher_output = outputs.mean(1)
             measured["teacher_entropy"] = torch.special.entr(outputs).sum(-1).mean()
-        image, order = views[kind][:, view], views[f"{kind}_order"][:, view]
-        tokens, prediction = self.predict(kind, image, order)
-        target = patch_targets(image, order, self.visible[kind], self.specs[kind], self.options.normalize_target)
+        image, ids_shuffle = views[kind][:, view], views[f"{kind}_ids_shuffle"][:, view]
+        tokens, prediction = self.predict(kind, image, ids_shuffle)
+        target = patch_targets(image, ids_shuffle, self.visible[kind], self.specs[kind], self.options.normalize_target)
         reconstruction = F.mse_loss(prediction.float(), target) / self.counts[kind]
         logits = self.head(self.embed(tokens)).float() / self.options.student_temperature
         consistency = F.cross_entropy(logits, self._teacher_output) / self.num_parts
@@ -257,10 +257,10 @@ class GLMAE(Method):
             return tokens[:, 0]
         return tokens[:, self.encoder.num_prefix_tokens :].mean(1)
 
-    def predict(self, kind: str, image: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, kind: str, image: Tensor, ids_shuffle: Tensor) -> tuple[Tensor, Tensor]:
         """Student's tokens (B, [1+]K, E) and predicted masked patches (B, N − K, P) of a global or local view."""
-        tokens, _ = self.encoder(image, order[:, : self.visible[kind]])
-        return tokens, self.decoder(tokens, order, self.specs[kind].grid)
+        tokens, _ = self.encoder(image, ids_shuffle[:, : self.visible[kind]])
+        return tokens, self.decoder(tokens, ids_shuffle, self.specs[kind].grid)
 
     def synchronize(self, mean_over_processes) -> None:
         self.centre.synchronize(mean_over_processes)
@@ -279,7 +279,7 @@ class GLMAE(Method):
         """The first global and the first local view."""
         made = {}
         for kind, spec in self.specs.items():
-            image, order = views[kind][:, 0], views[f"{kind}_order"][:, 0]
-            _, prediction = self.predict(kind, image, order)
-            made[kind] = picture(image, order, prediction, spec, self.options.normalize_target)
+            image, ids_shuffle = views[kind][:, 0], views[f"{kind}_ids_shuffle"][:, 0]
+            _, prediction = self.predict(kind, image, ids_shuffle)
+            made[kind] = picture(image, ids_shuffle, prediction, spec, self.options.normalize_target)
         return made

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import split_order
+from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import option
@@ -106,14 +106,14 @@ class HiEndMAE(MaskedCropMethod):
         for part in (self.queries, self.tap_embeds, self.self_blocks, self.cross_blocks, self.norm, self.head):
             init_transformer(part)
 
-    def predict(self, image: Tensor, order: Tensor) -> Tensor:
-        keep, _ = split_order(order, self.visible)
-        tokens, taps = self.encoder(image, keep)
-        return self.head(self.decode(tokens, taps, order)[:, tokens.shape[1] :])
+    def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
+        ids_keep, _ = split_shuffle(ids_shuffle, self.visible)
+        tokens, taps = self.encoder(image, ids_keep)
+        return self.head(self.decode(tokens, taps, ids_shuffle)[:, tokens.shape[1] :])
 
-    def decode(self, tokens: Tensor, taps: list[Tensor], order: Tensor) -> Tensor:
-        """Normed tokens and taps (B, [1+]K, E) → normed decoder tokens (B, [1+]N, F) in the order of `order`."""
-        x = self.queries(tokens, order)
+    def decode(self, tokens: Tensor, taps: list[Tensor], ids_shuffle: Tensor) -> Tensor:
+        """Normed tokens and taps (B, [1+]K, E) → normed decoder tokens (B, [1+]N, F) in the order of `ids_shuffle`."""
+        x = self.queries(tokens, ids_shuffle)
         for block in self.self_blocks:
             x = block(x)
         keys = [embed(tap) for embed, tap in zip(self.tap_embeds, taps, strict=True)]

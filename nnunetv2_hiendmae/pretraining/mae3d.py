@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import split_order
+from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.options import option
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
@@ -35,7 +35,7 @@ class MAE3D(MaskedCropMethod):
         self.normalize_target = chosen.normalize_target
         self.decoder = MAEDecoder(spec, chosen.decoder_dim, chosen.decoder_depth, chosen.decoder_heads)
 
-    def predict(self, image: Tensor, order: Tensor) -> Tensor:
-        keep, _ = split_order(order, self.visible)
-        tokens, _ = self.encoder(image, keep)
-        return self.decoder(tokens, order)
+    def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
+        ids_keep, _ = split_shuffle(ids_shuffle, self.visible)
+        tokens, _ = self.encoder(image, ids_keep)
+        return self.decoder(tokens, ids_shuffle)

@@ -37,68 +37,73 @@ class MaskedCropMethod(Method):
         self.encoder = build_encoder(spec)
 
     @abstractmethod
-    def predict(self, image: Tensor, order: Tensor) -> Tensor:
+    def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
         """Crop (B, C, D, H, W) and token permutation (B, N) → predicted masked patches (B, N − K, P)."""
 
     def views(self) -> MaskedCrop:
         return MaskedCrop(self.spec.img_size, self.spec.num_tokens)
 
     def forward(self, views: Batch, part: int = 0) -> LossDict:
-        image, order = views["image"], views["order"]
-        prediction = self.predict(image, order)
-        target = patch_targets(image, order, self.visible, self.spec, self.normalize_target, self.unbiased_target)
+        image, ids_shuffle = views["image"], views["ids_shuffle"]
+        prediction = self.predict(image, ids_shuffle)
+        target = patch_targets(image, ids_shuffle, self.visible, self.spec, self.normalize_target, self.unbiased_target)
         return {"loss": F.mse_loss(prediction.float(), target)}
 
     @torch.no_grad()
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
-        image, order = views["image"], views["order"]
-        prediction = self.predict(image, order)
-        return {"crop": picture(image, order, prediction, self.spec, self.normalize_target, self.unbiased_target)}
+        image, ids_shuffle = views["image"], views["ids_shuffle"]
+        prediction = self.predict(image, ids_shuffle)
+        return {"crop": picture(image, ids_shuffle, prediction, self.spec, self.normalize_target, self.unbiased_target)}
 
 
 def patch_targets(
-    image: Tensor, order: Tensor, visible: int, spec: EncoderSpec, normalize: bool = True, unbiased: bool = True
+    image: Tensor, ids_shuffle: Tensor, visible: int, spec: EncoderSpec, normalize: bool = True, unbiased: bool = True
 ) -> Tensor:
     """Masked patches of a crop as the loss wants them.
 
     Args:
         image: (B, C, D, H, W).
-        order: (B, N) token permutation; the first `visible` (K) are not masked.
+        ids_shuffle: (B, N) token permutation; the first `visible` (K) are not masked.
         normalize: each patch by its own mean and standard deviation; `unbiased`: that of its variance.
 
     Returns:
         (B, N − K, P), float32.
     """
-    patches = _masked_patches(image, order, visible, spec)
+    patches = _masked_patches(image, ids_shuffle, visible, spec)
     return normalize_patches(patches, unbiased) if normalize else patches
 
 
 def picture(
-    image: Tensor, order: Tensor, prediction: Tensor, spec: EncoderSpec, normalize: bool = True, unbiased: bool = True
+    image: Tensor,
+    ids_shuffle: Tensor,
+    prediction: Tensor,
+    spec: EncoderSpec,
+    normalize: bool = True,
+    unbiased: bool = True,
 ) -> Reconstruction:
     """Crop, crop without its masked patches, and crop with what was predicted for them.
 
     Args:
         image: (B, C, D, H, W).
-        order: (B, N) token permutation, visible ones first.
+        ids_shuffle: (B, N) token permutation, visible ones first.
         prediction: (B, N − K, P) of what `patch_targets` gives with the same `normalize` and `unbiased`; scaled with
             the true mean and spread of its patch where those are normalised.
     """
-    visible = order.shape[1] - prediction.shape[1]
+    visible = ids_shuffle.shape[1] - prediction.shape[1]
     prediction = prediction.float()
     if normalize:
-        hidden = _masked_patches(image, order, visible, spec)
+        hidden = _masked_patches(image, ids_shuffle, visible, spec)
         var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
-    shown = take_tokens(patchify(image, spec.patch_size), order[:, :visible]).float()
+    shown = take_tokens(patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
 
     def assemble(patches: Tensor) -> Tensor:
         tokens = torch.cat([shown, patches], dim=1)
-        return unpatchify(put_tokens(tokens, order), spec.grid, spec.patch_size)
+        return unpatchify(put_tokens(tokens, ids_shuffle), spec.grid, spec.patch_size)
 
     blank = torch.full_like(prediction, float(image.min()))
     return Reconstruction(image, assemble(blank), assemble(prediction))
 
 
-def _masked_patches(image: Tensor, order: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
-    return take_tokens(patchify(image, spec.patch_size), order[:, visible:]).float()
+def _masked_patches(image: Tensor, ids_shuffle: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
+    return take_tokens(patchify(image, spec.patch_size), ids_shuffle[:, visible:]).float()

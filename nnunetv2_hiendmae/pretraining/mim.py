@@ -189,10 +189,10 @@ class MiM(Method):
         level, chosen = self.parts[part]
         if part == 0:
             self._regions = {}
-        images, orders = self.level_views(views, level, chosen)
-        shape = orders.shape[:2]
-        orders = orders.flatten(0, 1)
-        features, loss = self.reconstruction_loss(images.flatten(0, 1), orders, self.visible[level])
+        images, ids_shuffle = self.level_views(views, level, chosen)
+        shape = ids_shuffle.shape[:2]
+        ids_shuffle = ids_shuffle.flatten(0, 1)
+        features, loss = self.reconstruction_loss(images.flatten(0, 1), ids_shuffle, self.visible[level])
         values = {f"loss_level{level}": loss}
         if self.align and level > 1:
             pair = f"{level - 1}{level}"
@@ -200,36 +200,36 @@ class MiM(Method):
             loss, found = self.align[pair](features.mean(1), regions, origin)
             values |= {f"loss_align{pair}": loss, f"accuracy_{pair}": found}
         if self.align and level < 3:
-            self._keep(level, put_tokens(features.detach(), orders).unflatten(0, shape))
+            self._keep(level, put_tokens(features.detach(), ids_shuffle).unflatten(0, shape))
         return {name: value.unflatten(0, shape) for name, value in values.items()}
 
     def level_views(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
-        """Chosen views of a level as the encoder sees them: (B, V, C, *crop), and their token orders (B, V, N)."""
+        """Chosen views of a level as the encoder sees them (B, V, C, *crop), and token permutations (B, V, N)."""
         if level == 1:
-            return views["level1"][:, None], views["order1"][:, None]
+            return views["level1"][:, None], views["ids_shuffle1"][:, None]
         start, stop = chosen.start, chosen.stop
         if level == 2:
-            return views["level2"][:, start:stop], views["order2"][:, start:stop]
+            return views["level2"][:, start:stop], views["ids_shuffle2"][:, start:stop]
         crops = views["level2"][:, self._parents(chosen)].flatten(0, 1)
         patches = views["patches"].flatten(1)[:, start:stop]
         blocks = cut_blocks(crops, patches.reshape(-1, 1), self.spec.patch_size)[:, 0]
         images = resize(blocks, self.spec.img_size).unflatten(0, patches.shape)
-        return images, views["order3"].flatten(1, 2)[:, start:stop]
+        return images, views["ids_shuffle3"].flatten(1, 2)[:, start:stop]
 
     def _parents(self, chosen: range) -> list[int]:
         """Level-2 views that level-3 views were cut from."""
         return [view // self.crops.crops_level3 for view in chosen]
 
-    def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
-        features, prediction = self.decode(images, orders, visible)
-        target = patch_targets(images, orders, visible, self.spec)
+    def reconstruction_loss(self, images: Tensor, ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Decoder tokens (M, N, F), CLS left out, in the order of `ids_shuffle`; loss (M,) on masked tokens."""
+        features, prediction = self.decode(images, ids_shuffle, visible)
+        target = patch_targets(images, ids_shuffle, visible, self.spec)
         return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
 
-    def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    def decode(self, images: Tensor, ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F) and predicted masked patches (M, N − K, P)."""
-        tokens, _ = self.encoder(images, orders[:, :visible])
-        features = self.decoder.features(tokens, orders)[:, int(self.spec.cls_token) :]
+        tokens, _ = self.encoder(images, ids_shuffle[:, :visible])
+        features = self.decoder.features(tokens, ids_shuffle)[:, int(self.spec.cls_token) :]
         return features, self.decoder.head(features[:, visible:])
 
     def _candidates(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,7 @@ class MiM(Method):
         """The first view of each level."""
         made = {}
         for level in LEVELS:
-            images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
-            _, prediction = self.decode(images, orders, self.visible[level])
-            made[f"level{level}"] = picture(images, orders, prediction, self.spec)
+            images, ids_shuffle = (t[:, 0] for t in self.level_views(views, level, range(1)))
+            _, prediction = self.decode(images, ids_shuffle, self.visible[level])
+            made[f"level{level}"] = picture(images, ids_shuffle, prediction, self.spec)
         return made

@@ -38,8 +38,8 @@ def make_batch(method: GLMAE, samples: int = 3, spread: float = 1.0, seed: int =
         along = torch.linspace(0, 2 * math.pi, spec.img_size[0])
         image = spread * (brightness + torch.sin(along * waves + phase))
         batch[kind] = image[:, :, None, :, None, None] + 0.1 * torch.randn(shape, generator=generator)
-        orders = [torch.randperm(spec.num_tokens, generator=generator) for _ in range(samples * count)]
-        batch[f"{kind}_order"] = torch.stack(orders).unflatten(0, (samples, count))
+        ids_shuffle = [torch.randperm(spec.num_tokens, generator=generator) for _ in range(samples * count)]
+        batch[f"{kind}_ids_shuffle"] = torch.stack(ids_shuffle).unflatten(0, (samples, count))
     return batch
 
 
@@ -93,9 +93,9 @@ def test_losses_by_their_definition(options):
     pairs, errors = [], {"global": [], "local": []}
     for kind in ("global", "local"):
         for view in range(method.counts[kind]):
-            image, order = batch[kind][:, view], batch[f"{kind}_order"][:, view]
-            visible = order.shape[1] // 4
-            tokens, _ = method.encoder(image, order[:, :visible])
+            image, ids_shuffle = batch[kind][:, view], batch[f"{kind}_ids_shuffle"][:, view]
+            visible = ids_shuffle.shape[1] // 4
+            tokens, _ = method.encoder(image, ids_shuffle[:, :visible])
             student = (method.head(embedding(tokens)) / method.options.student_temperature).log_softmax(1)
             for teacher_view in batch["global"].unbind(1):
                 logits = method.teacher_head(embedding(method.teacher_encoder(teacher_view)[0])) - method.centre.mean
@@ -103,10 +103,10 @@ def test_losses_by_their_definition(options):
                 temperature = (method.options.teacher_temperature_start + method.options.teacher_temperature) / 2
                 pairs.append(-((logits / temperature).softmax(1) * student).sum(1).mean())
             grid = [s // p for s, p in zip(image.shape[2:], patch, strict=True)]
-            prediction = method.decoder(tokens, order, grid)
+            prediction = method.decoder(tokens, ids_shuffle, grid)
             target = patchify(image, patch)
             target = normalize_patches(target, unbiased=True) if method.options.normalize_target else target
-            hidden = torch.stack([t[o[visible:]] for t, o in zip(target, order, strict=True)])
+            hidden = torch.stack([t[o[visible:]] for t, o in zip(target, ids_shuffle, strict=True)])
             errors[kind].append((prediction - hidden).pow(2).mean())
     losses = all_parts(method, batch)
     expected = {f"loss_reconstruction_{kind}": torch.stack(e).mean() for kind, e in errors.items()}
@@ -242,9 +242,9 @@ def test_student_sees_no_masked_voxel_and_the_teacher_sees_all():
     batch = make_batch(method)
     covered = method.reconstruct(batch)
     for kind in ("global", "local"):
-        image, order = batch[kind][:, 0], batch[f"{kind}_order"][:, 0]
-        plain, _ = method.predict(kind, image, order)
-        masked, _ = method.predict(kind, covered[kind].masked, order)
+        image, ids_shuffle = batch[kind][:, 0], batch[f"{kind}_ids_shuffle"][:, 0]
+        plain, _ = method.predict(kind, image, ids_shuffle)
+        masked, _ = method.predict(kind, covered[kind].masked, ids_shuffle)
         assert torch.equal(plain, masked)
     hidden = torch.stack([covered["global"].masked, batch["global"][:, 1]], dim=1)
     assert not torch.allclose(method.teach(hidden), method.teach(batch["global"]), atol=1e-3)
@@ -256,10 +256,10 @@ def test_pictures_show_the_first_view_of_each_kind():
     made = method.reconstruct(batch)
     assert set(made) == {"global", "local"}
     for kind, picture in made.items():
-        image, order = batch[kind][:, 0], batch[f"{kind}_order"][:, 0]
+        image, ids_shuffle = batch[kind][:, 0], batch[f"{kind}_ids_shuffle"][:, 0]
         assert torch.equal(picture.image, image) and picture.reconstruction.shape == image.shape
         shown = (patchify(picture.reconstruction, (8, 8, 8)) == patchify(image, (8, 8, 8))).all(2)
-        assert all(torch.equal(s.nonzero()[:, 0], o[: len(o) // 4].sort().values) for s, o in zip(shown, order))  # noqa: B905
+        assert all(torch.equal(s.nonzero()[:, 0], o[: len(o) // 4].sort().values) for s, o in zip(shown, ids_shuffle))  # noqa: B905
 
 
 def train(steps: int = 30, **options) -> list[dict[str, float]]:
@@ -297,10 +297,10 @@ def test_decoder_positions_of_another_grid():
     queries = DecoderQueries(TINY_SPEC, 12)
     assert queries.positions() is queries.positions((2, 2, 2)) is queries.pos_embed
     assert torch.equal(queries.positions((3, 4, 5)), sincos_positions((3, 4, 5), 12))
-    order = torch.randperm(60)[None]
-    x = queries(torch.zeros(1, 16, TINY_SPEC.embed_dim), order, (3, 4, 5))
+    ids_shuffle = torch.randperm(60)[None]
+    x = queries(torch.zeros(1, 16, TINY_SPEC.embed_dim), ids_shuffle, (3, 4, 5))
     embedded = torch.cat([queries.embed.bias.expand(1, 15, -1), queries.mask_token.expand(1, 45, -1)], dim=1)
-    torch.testing.assert_close(x[:, 1:] - embedded, sincos_positions((3, 4, 5), 12)[:, order[0]])
+    torch.testing.assert_close(x[:, 1:] - embedded, sincos_positions((3, 4, 5), 12)[:, ids_shuffle[0]])
 
 
 @pytest.mark.parametrize(

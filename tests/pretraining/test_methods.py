@@ -92,7 +92,7 @@ def test_loss_ignores_what_is_masked_in_the_encoder(name):
     """Changing masked voxels changes no visible token."""
     method = build(name).eval()
     batch = make_batch(method, samples=1)
-    keep = batch["order"][:, : method.visible]
+    keep = batch["ids_shuffle"][:, : method.visible]
     tokens, _ = method.encoder(batch["image"], keep)
     made = method.reconstruct(batch)["crop"]
     tokens_masked, _ = method.encoder(made.masked, keep)

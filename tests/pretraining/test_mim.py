@@ -158,10 +158,10 @@ def test_the_positive_is_the_region_the_view_came_from(spec):
     run_parts(method, batch)
     octants = octant_tokens(spec.grid)
 
-    def coarse(image, order, level):
+    def coarse(image, ids_shuffle, level):
         """Decoder tokens (N, F) of one view in raster order, alone in its batch."""
-        features, _ = method.decode(image[None], order[None], method.visible[level])
-        return put_tokens(features, order[None])[0].detach()
+        features, _ = method.decode(image[None], ids_shuffle[None], method.visible[level])
+        return put_tokens(features, ids_shuffle[None])[0].detach()
 
     def views_in_order(pair, per_volume):
         """(features, regions, origin) of the hook → volume-major lists, parts put together."""
@@ -172,17 +172,17 @@ def test_the_positive_is_the_region_the_view_came_from(spec):
 
     features, regions, origin = views_in_order("12", 4)
     for b, v in np.ndindex(3, 4):
-        tokens = coarse(batch["level1"][b], batch["order1"][b], 1)
+        tokens = coarse(batch["level1"][b], batch["ids_shuffle1"][b], 1)
         octant = batch["octants"][b, v]
         assert origin[b, v] == octant and regions[b, v].shape == (8, 12)
         torch.testing.assert_close(regions[b, v, octant], tokens[octants[octant]].mean(0), rtol=1e-4, atol=1e-5)
-        mean = coarse(batch["level2"][b, v], batch["order2"][b, v], 2).mean(0)
+        mean = coarse(batch["level2"][b, v], batch["ids_shuffle2"][b, v], 2).mean(0)
         torch.testing.assert_close(features[b, v], mean, rtol=1e-4, atol=1e-5)
 
     _, regions, origin = views_in_order("23", 16)
     for b, v in np.ndindex(3, 16):
         parent, patch = v // 4, batch["patches"][b, v // 4, v % 4]
-        tokens = coarse(batch["level2"][b, parent], batch["order2"][b, parent], 2)
+        tokens = coarse(batch["level2"][b, parent], batch["ids_shuffle2"][b, parent], 2)
         assert origin[b, v] == patch and regions[b, v].shape == (spec.num_tokens, 12)
         torch.testing.assert_close(regions[b, v], tokens, rtol=1e-4, atol=1e-5)
 
@@ -277,8 +277,8 @@ def test_masked_voxels_change_no_visible_token(spec):
     made = method.reconstruct(batch)
     assert list(made) == ["level1", "level2", "level3"]
     for level, name in enumerate(made, start=1):
-        images, orders = (t[:, 0] for t in method.level_views(batch, level, range(1)))
-        keep = orders[:, : method.visible[level]]
+        images, ids_shuffle = (t[:, 0] for t in method.level_views(batch, level, range(1)))
+        keep = ids_shuffle[:, : method.visible[level]]
         assert torch.equal(made[name].image, images)
         assert not torch.equal(made[name].masked, images)
         tokens = method.encoder(images, keep)[0]
