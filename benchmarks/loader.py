@@ -90,7 +90,7 @@ class OneView:
         self.crop = crop
 
     def draw(self, volume, rng):
-        return dict(zip(("image", "order"), self.crop.draw(volume, rng), strict=True))
+        return dict(zip(("image", "ids_shuffle"), self.crop.draw(volume, rng), strict=True))
 
 
 def glmae_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[float]]:
@@ -131,7 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--crop", type=int, default=96, help="crop edge in voxels")
     parser.add_argument(
-        "--patch", type=int, default=16, help="ViT patch edge in voxels (decides the token order's length)"
+        "--patch", type=int, default=16, help="ViT patch edge in voxels (decides the token permutation's length)"
     )
     parser.add_argument("--volumes", type=int, default=4)
     parser.add_argument("--crops", type=int, default=160, help="crops per repeat")

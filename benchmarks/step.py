@@ -67,8 +67,8 @@ def spec_of(width: int, **changes) -> EncoderSpec:
 
 def our_method(method: nn.Module) -> tuple[nn.Module, Loss]:
     def loss(image: Tensor) -> Tensor:
-        order = torch.rand(len(image), method.spec.num_tokens, device=image.device).argsort(dim=1)
-        return method({"image": image, "order": order})["loss"]
+        ids_shuffle = torch.rand(len(image), method.spec.num_tokens, device=image.device).argsort(dim=1)
+        return method({"image": image, "ids_shuffle": ids_shuffle})["loss"]
 
     return method, loss
 

@@ -28,9 +28,8 @@ def list_methods(as_json: bool = False) -> str:
     for name, about in methods.items():
         lines = [f"{name}: {about['title']} ({about['source']})"]
         for part in _PARTS:
-            noted = (f" ({about['notes'][k]})" if k in about["notes"] else "" for k in about[part])
-            pairs = zip(about[part].items(), noted, strict=True)
-            lines.append(f"  {part}: " + ", ".join(f"{k}={v}{note}" for (k, v), note in pairs))
+            notes = {k: f" ({note})" for k, note in about["notes"].items()}
+            lines.append(f"  {part}: " + ", ".join(f"{k}={v}{notes.get(k, '')}" for k, v in about[part].items()))
         blocks.append("\n".join(lines))
     notes = (
         "options are changed with --set key=value; None means derived from the encoder. batch_size counts samples per "
@@ -43,15 +42,15 @@ _PARTS = ("options", "recipe", "volumes")
 
 
 def _method(name: str) -> dict[str, Any]:
-    method, volumes = METHODS[name], RECIPES[name]
+    method, recipe = METHODS[name], RECIPES[name]
     return {
         "title": method.title,
         "source": method.source,
-        "options": method.options(),
+        "options": method.defaults(),
         "recipe": vars(method.recipe),
-        "volumes": {"spacing_mm": volumes.volume.spacing_mm, "window_hu": volumes.volume.window_hu},
-        "notes": dict(method.notes),
-        "citations": list(method.citations),
+        "volumes": {"spacing_mm": recipe.volume.spacing_mm, "window_hu": recipe.volume.window_hu},
+        "notes": method.notes(),
+        "citations": list(recipe.citations),
     }
 
 

@@ -1,6 +1,7 @@
 """Tiny preprocessed datasets as nnU-Net leaves them, written directly, and settings of tiny runs."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from nnunetv2_hiendmae.pretraining.checkpoint import PretrainSettings
 
 PLANS = "TinyPlans"
 TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
-TINY_OPTIONS = {
-    "hiendmae": {"decoder_dim": 12, "self_depth": 1},
-    "mim": {
+# a method that is not named here gets its defaults
+TINY_OPTIONS = defaultdict(
+    dict,
+    hiendmae={"decoder_dim": 12, "self_depth": 1},
+    mim={
         "decoder_dim": 12,
         "decoder_depth": 1,
         "decoder_heads": 2,
@@ -21,7 +24,7 @@ TINY_OPTIONS = {
         "crops_level3": 2,
         "views_per_part": 2,
     },
-    "glmae": {
+    glmae={
         "global_views": 2,
         "local_views": 1,
         "head_hidden": 12,
@@ -35,8 +38,8 @@ TINY_OPTIONS = {
         "teacher_temperature_start": 0.3,
         "consistency_weight": 0.25,
     },
-    "mae3d": {"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
-}
+    mae3d={"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+)
 WINDOW = (-175.0, 250.0)
 
 

@@ -56,9 +56,9 @@ def test_methods(capsys):
     assert all(m.title in text and m.source in text for m in METHODS.values())
     # units, and which defaults are ours, beside what they are said of
     for method, block in zip(METHODS.values(), text.split("\n\n"), strict=False):
-        values = {**method.options(), **vars(method.recipe)}
+        values = {**method.defaults(), **vars(method.recipe)}
         assert all(f"{key}={value}" in block for key, value in values.items())
-        assert all(f"{key}={values[key]} ({note})" in block for key, note in method.notes.items())
+        assert all(f"{key}={values[key]} ({note})" in block for key, note in method.notes().items())
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_methods(capsys):
     ],
 )
 def test_defaults_that_nobody_published_are_called_ours(method, unpublished):
-    """METHODS §3 and §4."""
-    assert [key for key in unpublished if "ours" not in METHODS[method].notes.get(key, "")] == []
+    """docs/methods.md, "MiM" and "GL-MAE"."""
+    assert [key for key in unpublished if "ours" not in METHODS[method].notes().get(key, "")] == []
 
 
 def test_presets(capsys):

@@ -74,9 +74,9 @@ def num_visible(num_tokens: int, mask_ratio: float) -> int:
     return int(num_tokens * (1 - mask_ratio))
 
 
-def split_order(order: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Token permutation (B, N) → keep indices (B, K) and masked indices (B, N − K)."""
-    return order[:, :visible], order[:, visible:]
+def split_shuffle(ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    """Token permutation (B, N) → visible ones `ids_keep` (B, K) and masked ones `ids_mask` (B, N − K)."""
+    return ids_shuffle[:, :visible], ids_shuffle[:, visible:]
 
 
 def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:

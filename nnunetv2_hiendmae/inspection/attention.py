@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_hiendmae.architectures.tokens import split_order
+from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
 
 
@@ -54,13 +54,13 @@ def encoder_attention(encoder: nn.Module, image: Tensor, blocks: Sequence[int], 
 
 @torch.no_grad()
 def decoder_cross_attention(
-    method: HiEndMAE, image: Tensor, order: Tensor, blocks: Sequence[int], query: int | None
+    method: HiEndMAE, image: Tensor, ids_shuffle: Tensor, blocks: Sequence[int], query: int | None
 ) -> list[Tensor]:
     """What a token of Hi-End-MAE's decoder attends to in the encoder's layers.
 
     Args:
         image: (1, C, D, H, W) of the encoder's size.
-        order: (1, N) token permutation, visible tokens first.
+        ids_shuffle: (1, N) token permutation, visible tokens first.
         blocks: 0-based cross blocks; block i reads tap −1−i, the deepest first.
         query: token in raster numbering, visible or masked; None: the CLS token.
 
@@ -69,15 +69,15 @@ def decoder_cross_attention(
         has not seen; every row sums to one.
     """
     prefix = method.encoder.num_prefix_tokens
-    keep, _ = split_order(order, method.visible)
-    row = 0 if query is None else prefix + int((order[0] == query).nonzero())
+    keep, _ = split_shuffle(ids_shuffle, method.visible)
+    row = 0 if query is None else prefix + int((ids_shuffle[0] == query).nonzero())
     layers = [method.cross_blocks[i].cross_attn for i in blocks]
     with _recording(layers) as calls:
-        method.predict(image, order)
+        method.predict(image, ids_shuffle)
     rows = []
     for layer in layers:
         weights = cross_attention(layer, *calls[layer])[0, :, row]
-        spread = weights.new_zeros(len(weights), prefix + order.shape[1])
+        spread = weights.new_zeros(len(weights), prefix + ids_shuffle.shape[1])
         spread[:, :prefix] = weights[:, :prefix]
         spread[:, prefix + keep[0]] = weights[:, prefix:]
         rows.append(spread)

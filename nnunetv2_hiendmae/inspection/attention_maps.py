@@ -109,8 +109,8 @@ def attention_pictures(
         rows = encoder_attention(load_encoder(source)[0], tensor, blocks, token)
         names = [f"layer{i:02d}" for i in blocks]
     else:
-        order = _order(metadata.spec.num_tokens, crop.token, seed)
-        rows = decoder_cross_attention(load_method(run_dir, settings), tensor, order, blocks, token)
+        ids_shuffle = _shuffle(metadata.spec.num_tokens, crop.token, seed)
+        rows = decoder_cross_attention(load_method(run_dir, settings), tensor, ids_shuffle, blocks, token)
         names = [f"cross{i}_layer{metadata.spec.taps[-1 - i]:02d}" for i in blocks]
     maps = [m for name, row in zip(names, rows, strict=True) for m in _maps(name, row, heads, metadata.spec)]
     _write_record(output, image, query, point, crop, maps)
@@ -192,10 +192,10 @@ def _cut(raw: RawImage, metadata: EncoderMetadata, point: np.ndarray) -> Crop:
     return Crop(crop_and_pad_nd(volume, box, 0).astype(np.float32), grid.cropped(lower, size), int(token))
 
 
-def _order(tokens: int, masked: int, seed: int) -> Tensor:
-    """Random token order (1, N) whose last token, which is always masked, is `masked`."""
-    order = np.random.default_rng(seed).permutation(tokens)
-    return torch.from_numpy(np.append(order[order != masked], masked))[None]
+def _shuffle(tokens: int, masked: int, seed: int) -> Tensor:
+    """Random token permutation (1, N) whose last token, which is always masked, is `masked`."""
+    ids_shuffle = np.random.default_rng(seed).permutation(tokens)
+    return torch.from_numpy(np.append(ids_shuffle[ids_shuffle != masked], masked))[None]
 
 
 def _maps(name: str, row: Tensor, heads: Sequence[int | str], spec: EncoderSpec) -> list[AttentionMap]:

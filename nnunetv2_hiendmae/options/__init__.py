@@ -13,6 +13,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from nnunetv2_hiendmae.errors import UserError
 
 _KEY = "option"
+# a range that many options have
+SHARE = {"at_least": 0, "at_most": 1}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Option:
             and (self.at_most is None or number <= self.at_most)
             and (self.below is None or number < self.below)
         )
+
+    @property
+    def note(self) -> str:
+        """What is said beside a default that is listed: help, and that it is ours where help does not say so."""
+        return ", ".join(filter(None, (self.help, "ours" if self.ours and "ours" not in self.help else "")))
 
     @property
     def needed(self) -> str:
@@ -130,9 +137,10 @@ def parse_assignments(cls: type, texts: Sequence[str], whose: str) -> dict[str, 
 
 def _parse(kinds: Sequence[type], key: str, text: str) -> Any:
     """A text as what an option's annotation asks for: bool, int, float or str; `D,H,W` where that is a tuple."""
-    if "," in text and any(get_origin(kind) is tuple for kind in kinds):
-        return tuple(_parse((int,), key, part) for part in text.split(","))
-    wanted = next(kind for kind in kinds if get_origin(kind) is not tuple)
+    sequences = [kind for kind in kinds if get_origin(kind) is tuple]
+    if sequences and ("," in text or len(sequences) == len(kinds)):
+        return tuple(_parse(get_args(sequences[0])[:1], key, part) for part in text.split(","))
+    wanted = next(kind for kind in kinds if kind not in sequences)
     if wanted is bool:
         if text.lower() in ("true", "false"):
             return text.lower() == "true"

@@ -28,12 +28,12 @@ class DecoderQueries(nn.Module):
         table = sincos_positions(spec.grid, width).to(torch.get_default_device())
         self.pos_embed = nn.Parameter(table, requires_grad=False)
 
-    def forward(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Visible tokens (B, [1+]K, E) and token permutation (B, N) → (B, [1+]N, F); `grid` None: the spec's."""
         x = self.embed(tokens)
         cls, visible = x[:, : self.prefix], x[:, self.prefix :]
-        masked = self.mask_token.expand(len(x), order.shape[1] - visible.shape[1], -1).to(x.dtype)
-        queries = torch.cat([visible, masked], dim=1) + take_tokens(self.positions(grid), order)
+        masked = self.mask_token.expand(len(x), ids_shuffle.shape[1] - visible.shape[1], -1).to(x.dtype)
+        queries = torch.cat([visible, masked], dim=1) + take_tokens(self.positions(grid), ids_shuffle)
         return torch.cat([cls, queries], dim=1)
 
     def positions(self, grid: Sequence[int] | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def _fixed_positions(grid: tuple[int, int, int], width: int, device: torch.devic
 
 
 class MAEDecoder(nn.Module):
-    """The plain MAE decoder (METHODS §1): self-attention blocks over all tokens, then pixels of the masked ones."""
+    """The plain decoder of He et al. 2022: self-attention blocks over all tokens, then pixels of the masked ones."""
 
     def __init__(self, spec: EncoderSpec, width: int, depth: int, num_heads: int):
         super().__init__()
@@ -66,17 +66,17 @@ class MAEDecoder(nn.Module):
         self.head = nn.Linear(width, spec.patch_voxels)
         init_transformer(self)
 
-    def forward(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P).
 
         `grid` (d, h, w) is that of the crop; None: the spec's.
         """
         # the head is the widest layer of all: only what enters the loss goes through it
-        return self.head(self.features(tokens, order, grid)[:, tokens.shape[1] :])
+        return self.head(self.features(tokens, ids_shuffle, grid)[:, tokens.shape[1] :])
 
-    def features(self, tokens: Tensor, order: Tensor, grid: Sequence[int] | None = None) -> Tensor:
-        """The same → decoder tokens (B, [1+]N, F) after the norm, in the order of `order`."""
-        x = self.queries(tokens, order, grid)
+    def features(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """The same → decoder tokens (B, [1+]N, F) after the norm, in the order of `ids_shuffle`."""
+        x = self.queries(tokens, ids_shuffle, grid)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)

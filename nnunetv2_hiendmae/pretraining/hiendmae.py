@@ -1,8 +1,9 @@
-"""Hi-End-MAE: a decoder that cross-attends to the encoder's layers, deep to shallow (METHODS §2)."""
+"""Hi-End-MAE: a decoder that cross-attends to the encoder's layers, deep to shallow (docs/methods.md, "Hi-End-MAE")."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any
 
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
@@ -10,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import split_order
+from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.options import option
 from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.recipes import RECIPES
 
 # the released decoders: width by encoder width; 528 is no rule of 1536
 RELEASED_DECODER_DIM = {1536: 528, 768: 384}
@@ -61,35 +62,33 @@ class HiEndMAE(MaskedCropMethod):
 
     The paper's figure shows one self-attention block and post-norm; the released weights have two and
     pre-norm, which is what is built here.
-
-    Args:
-        mask_ratio: share of tokens that is hidden.
-        decoder_dim: width F; None: as released (528 for E=1536, 384 for 768), else (ours) half of E.
-        decoder_heads: attention heads of the decoder; None: those of the encoder.
-        self_depth: self-attention blocks before the cross blocks.
     """
 
     name = "hiendmae"
     title = "Hi-End-MAE"
     source = "Tang et al. 2025; decoder and recipe as in the authors' released code"
-    citations: ClassVar[tuple[str, ...]] = RECIPES["hiendmae"].citations
+    unbiased_target = False
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        mask_ratio: float = 0.75,
-        decoder_dim: int | None = None,
-        decoder_heads: int | None = None,
-        self_depth: int = 2,
-    ):
+    @dataclass(frozen=True)
+    class Options(MaskedCropMethod.Options):
+        """Width and attention heads of the decoder, and its self-attention blocks before the cross blocks."""
+
+        # None: as released (528 for an encoder of 1536, 384 for 768), else (ours) half of the encoder's width
+        decoder_dim: int | None = option(None)
+        # None: those of the encoder
+        decoder_heads: int | None = option(None)
+        self_depth: int = option(2)
+
+    def __init__(self, spec: EncoderSpec, **options: Any):
         if not spec.taps:
             raise UserError(
                 f"{self.name} cross-attends to layers of a plain ViT, the encoder is of kind '{spec.kind}' and has no "
                 "such layers; choose a vit_… with --encoder (see: hiendmae presets), or another --method"
             )
-        super().__init__(spec, mask_ratio, normalize_target=True, unbiased_target=False)
-        heads = spec.num_heads if decoder_heads is None else decoder_heads
-        dim = _default_decoder_dim(spec.embed_dim, heads) if decoder_dim is None else decoder_dim
+        super().__init__(spec, **options)
+        dim, heads, self_depth = self.options.decoder_dim, self.options.decoder_heads, self.options.self_depth
+        heads = spec.num_heads if heads is None else heads
+        dim = _default_decoder_dim(spec.embed_dim, heads) if dim is None else dim
         if heads < 1 or dim < 1 or dim % heads or self_depth < 0:
             raise ValueError(
                 f"decoder_dim {dim} must be a multiple of decoder_heads {heads}, both positive, and self_depth "
@@ -107,14 +106,14 @@ class HiEndMAE(MaskedCropMethod):
         for part in (self.queries, self.tap_embeds, self.self_blocks, self.cross_blocks, self.norm, self.head):
             init_transformer(part)
 
-    def predict(self, image: Tensor, order: Tensor) -> Tensor:
-        keep, _ = split_order(order, self.visible)
-        tokens, taps = self.encoder(image, keep)
-        return self.head(self.decode(tokens, taps, order)[:, tokens.shape[1] :])
+    def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
+        ids_keep, _ = split_shuffle(ids_shuffle, self.visible)
+        tokens, taps = self.encoder(image, ids_keep)
+        return self.head(self.decode(tokens, taps, ids_shuffle)[:, tokens.shape[1] :])
 
-    def decode(self, tokens: Tensor, taps: list[Tensor], order: Tensor) -> Tensor:
-        """Normed tokens and taps (B, [1+]K, E) → normed decoder tokens (B, [1+]N, F) in the order of `order`."""
-        x = self.queries(tokens, order)
+    def decode(self, tokens: Tensor, taps: list[Tensor], ids_shuffle: Tensor) -> Tensor:
+        """Normed tokens and taps (B, [1+]K, E) → normed decoder tokens (B, [1+]N, F) in the order of `ids_shuffle`."""
+        x = self.queries(tokens, ids_shuffle)
         for block in self.self_blocks:
             x = block(x)
         keys = [embed(tap) for embed, tap in zip(self.tap_embeds, taps, strict=True)]

@@ -1,19 +1,22 @@
 """The contract of a pretraining method: an encoder, its heads and losses, and nothing else."""
 
-import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.architectures.tokens import num_visible
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.options import check_ranges, declared, parse_assignments
 from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.recipes import RECIPES
 
 Batch = Mapping[str, Any]
 LossDict = dict[str, Tensor]
+_MEND = "; change --set {name}=…"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,49 @@ class PretrainRecipe:
 
 
 @dataclass(frozen=True)
+class MethodOptions:
+    """Options of a method: a frozen dataclass whose fields are made by `options.option`.
+
+    The defaults are the paper's, or marked as ours; the help says of what an option is, or in which unit, where its
+    name and the paper do not. `--set` reads values by the annotations.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+
+    def __post_init__(self):
+        check_ranges(self, told=lambda name, _: name, mend=_MEND)
+
+    def require(self, fits: bool, name: str, needed: str) -> None:
+        """Checks an option whose range depends on other options or on the encoder.
+
+        `fits` says what is right, as 0 < x, and not what is wrong: no comparison holds for NaN.
+
+        Raises:
+            UserError: it is false.
+        """
+        if not fits:
+            raise UserError(f"{name} is {getattr(self, name)}, needed {needed}{_MEND.format(name=name)}")
+
+    def visible(
+        self, name: str, total: int, what: str = "tokens", or_else: str = ", or --crop-size for more tokens"
+    ) -> int:
+        """How many of `total` stay visible at the mask ratio `name`: K = int(total·(1 − ratio)), as the authors do.
+
+        Raises:
+            UserError: nothing would be visible, or nothing masked.
+        """
+        ratio = getattr(self, name)
+        visible = num_visible(total, ratio)
+        if not 0 < visible < total:
+            raise UserError(
+                f"{name} {ratio} leaves {visible} of {total} {what} visible, needed at least 1 visible and 1 masked"
+                f"{_MEND.format(name=name)}{or_else}"
+            )
+        return visible
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """What a method made of a batch, for pictures; each (B, C, D, H, W), intensities as in the input."""
 
@@ -51,9 +97,8 @@ class Reconstruction:
 class Method(nn.Module, ABC):
     """A pretraining method. It never calls backward and never touches devices, processes or files.
 
-    Keyword arguments of `__init__` after `spec` are the method's options; their defaults are the paper's.
-    Subclasses build `self.encoder`. `notes` says of options and recipe entries what their unit is and whether their
-    default is ours, wherever the name and the paper do not.
+    Subclasses declare their options in a class `Options`, which keyword arguments after `spec` become, and build
+    `self.encoder`. `recipe_notes` says of recipe entries what `MethodOptions` says of options.
 
     A method with more views than fit into memory gives its loss in `num_parts` parts: the loop calls `forward` for
     part 0, 1, … of the same batch in this order, goes backward after each, and adds the losses up. A part may keep
@@ -64,15 +109,21 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
-    citations: ClassVar[tuple[str, ...]]
     recipe: ClassVar[PretrainRecipe] = PretrainRecipe()
-    notes: ClassVar[Mapping[str, str]] = {}
+    recipe_notes: ClassVar[Mapping[str, str]] = {}
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
     encoder: nn.Module
     num_parts: int = 1
 
-    def __init__(self, spec: EncoderSpec):
+    def __init__(self, spec: EncoderSpec, **options: Any):
         super().__init__()
         self.spec = spec
+        self.options = self.Options(**options)
+
+    @property
+    def citations(self) -> tuple[str, ...]:
+        """BibTeX entries."""
+        return RECIPES[self.name].citations
 
     @abstractmethod
     def views(self) -> Views:
@@ -97,40 +148,21 @@ class Method(nn.Module, ABC):
         """Called after every optimizer step with the finished fraction of the run; moves a teacher."""
 
     @classmethod
-    def options(cls) -> dict[str, Any]:
+    def defaults(cls) -> dict[str, Any]:
         """Options with their defaults."""
-        parameters = inspect.signature(cls.__init__).parameters
-        return {n: p.default for n, p in parameters.items() if n not in ("self", "spec")}
+        return {name: field.default for name, (field, _) in declared(cls.Options).items()}
+
+    @classmethod
+    def notes(cls) -> dict[str, str]:
+        """What is to be said beside the defaults of options and recipe entries: unit, and whether they are ours."""
+        notes = {name: about.note for name, (_, about) in declared(cls.Options).items() if about.note}
+        return {**notes, **cls.recipe_notes}
 
 
-def parse_options(method: type[Method], texts: list[str]) -> dict[str, Any]:
-    """`key=value` texts of the command line as options of a method, typed as its `__init__` says.
+def parse_options(method: type[Method], texts: Sequence[str]) -> dict[str, Any]:
+    """`key=value` texts of the command line as options of a method.
 
     Raises:
         UserError: no '=', an unknown key, or a value of another type.
     """
-    known, chosen = method.options(), {}
-    annotations = get_type_hints(method.__init__)
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals or key not in known:
-            listed = ", ".join(f"{k}={v}" for k, v in known.items())
-            raise UserError(f"--set {text} is no option of {method.name}, needed key=value of: {listed}")
-        chosen[key] = _parse(annotations[key], key, value)
-    return chosen
-
-
-def _parse(annotation: Any, key: str, value: str) -> Any:
-    """A text as what an option's annotation asks for: bool, int, float or str; `D,H,W` where that is a sequence."""
-    kinds = get_args(annotation) or (annotation,)
-    if Sequence[int] in kinds and "," in value:
-        return tuple(_parse(int, key, part) for part in value.split(","))
-    wanted = kinds[0]
-    if wanted is bool:
-        if value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        raise UserError(f"--set {key}={value}: needed true or false")
-    try:
-        return wanted(value)
-    except ValueError as e:
-        raise UserError(f"--set {key}={value}: needed a value of type {wanted.__name__}") from e
+    return parse_assignments(method.Options, texts, method.name)

@@ -1,24 +1,67 @@
-"""MiM: masked autoencoding on three nested levels of one crop, aligned with each other (METHODS §3)."""
+"""MiM: masked autoencoding on three nested levels of one crop, aligned with each other (docs/methods.md, "MiM")."""
 
 import math
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import put_tokens
-from nnunetv2_hiendmae.pretraining.alignment import ALIGNMENTS, RegionAlignment
-from nnunetv2_hiendmae.pretraining.checks import require, visible_of
+from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.tokens import put_tokens, take_tokens
+from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
-from nnunetv2_hiendmae.recipes import RECIPES
 
+ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
 LEVELS = (1, 2, 3)
+
+
+class RegionAlignment(nn.Module):
+    """Alignment of one pair of levels (the paper's equation is not published, this one is ours).
+
+    "infonce": cosines of query and region keys over τ, cross-entropy with the region of origin; the other regions of
+    the same crop are the negatives. Query and keys have an MLP (width-width-width, GELU) each.
+    "byol": 2 − 2·cos of query and region of origin. Only the query has an MLP: one on the coarse side would get no
+    gradient.
+
+    Args:
+        kind: "infonce" or "byol".
+        width: of the features.
+        tau: temperature of "infonce".
+    """
+
+    def __init__(self, kind: str, width: int, tau: float):
+        super().__init__()
+        self.kind, self.tau = kind, tau
+        self.query = Mlp(width, width)
+        self.key = Mlp(width, width) if kind == "infonce" else nn.Identity()
+        init_transformer(self)
+
+    def forward(self, features: Tensor, regions: Tensor, origin: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss per view, and whether the region of origin is the most similar one.
+
+        Args:
+            features: (M, F) of the finer views.
+            regions: (M, R, F) of the coarser crops, without gradient.
+            origin: (M,) region that each view was cut from.
+
+        Returns:
+            (M,) float32 each.
+        """
+        query, keys = self.query(features).float(), self.key(regions).float()
+        # not a matrix product: autocast would round the cosines to half precision, too coarse for neighbouring tokens
+        cosines = F.cosine_similarity(query[:, None], keys, dim=-1)
+        found = (cosines.detach().argmax(dim=1) == origin).float()
+        if self.kind == "infonce":
+            return F.cross_entropy(cosines / self.tau, origin, reduction="none"), found
+        return 2 - 2 * take_tokens(cosines[:, :, None], origin[:, None])[:, 0, 0], found
 
 
 class MiM(Method):
@@ -26,27 +69,11 @@ class MiM(Method):
 
     Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level
     3 are masked patches of level 2, enlarged. Each level is reconstructed (MSE on masked tokens, patch-normalised);
-    levels 1 and 2, and levels 2 and 3, are aligned (see `alignment.RegionAlignment`).
+    levels 1 and 2, and levels 2 and 3, are aligned (see `RegionAlignment`).
 
     Memory is bounded by parts (see `Method`): level 1, then the views of level 2, then those of level 3,
     `views_per_part` of every volume at a time. The coarser side of the alignment is detached by definition, so that a
     part needs only values of the parts before it, never their activations.
-
-    Args:
-        mask_ratio_level1: share of the 8 octants that is hidden.
-        mask_ratio_level2, mask_ratio_level3: share of tokens that is hidden.
-        crops_level2: masked octants per volume that become level-2 views.
-        crops_level3: masked patches per level-2 view that become level-3 views.
-        alignment: "infonce" (ours: the paper's equation is not published), "byol" or "none".
-        tau: temperature of "infonce" (ours).
-        weight_level1, weight_level2, weight_level3: of the reconstruction losses.
-        weight_align12, weight_align23: of the alignment losses.
-        curriculum: "concurrent"; "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t),
-            t being the finished fraction of the run; "fine_to_coarse" (ours) exchanges the two.
-        foreground_share: of crops that are centred on foreground (ours: see `NestedCrops`).
-        decoder_dim, decoder_depth, decoder_heads: of the decoder; the same for both published encoders.
-        views_per_part: views of each volume that are in memory together (ours). More is faster on a GPU that a
-            micro-batch of volumes does not fill.
     """
 
     name = "mim"
@@ -55,93 +82,87 @@ class MiM(Method):
         "Zhuang et al. 2024. A sample is a volume with 21 views: 24 volumes stand for the paper's 512 views. Published "
         "lr: 1e-4 · views / 256"
     )
-    citations: ClassVar[tuple[str, ...]] = RECIPES["mim"].citations
     recipe = PretrainRecipe(encoder="convvit_base", epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
-    notes: ClassVar[dict[str, str]] = {
-        "mask_ratio_level1": "share of octants",
-        "mask_ratio_level2": "share of tokens",
-        "mask_ratio_level3": "share of tokens",
-        "crops_level2": "per volume",
-        "crops_level3": "per level-2 view",
-        "alignment": "infonce, byol or none; ours, the equation is unpublished",
-        "tau": "of infonce, ours",
-        "curriculum": f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours",
-        "foreground_share": "share of crops, ours",
-        "views_per_part": "views of each volume in memory at once, ours",
+    recipe_notes: ClassVar[dict[str, str]] = {
         "steps_per_epoch": "ours",
         "batch_size": "volumes",
         "accumulate": "micro-batches, ours",
     }
 
-    def __init__(
-        self,
-        spec: EncoderSpec,
-        mask_ratio_level1: float = 0.5,
-        mask_ratio_level2: float = 0.6,
-        mask_ratio_level3: float = 0.5,
-        crops_level2: int = 4,
-        crops_level3: int = 4,
-        alignment: str = "infonce",
-        tau: float = 0.1,
-        weight_level1: float = 1.0,
-        weight_level2: float = 1.0,
-        weight_level3: float = 1.0,
-        weight_align12: float = 0.1,
-        weight_align23: float = 0.1,
-        curriculum: str = "concurrent",
-        foreground_share: float = 0.0,
-        decoder_dim: int = 576,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        views_per_part: int = 1,
-    ):
-        super().__init__(spec)
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """What is hidden, views per volume, the alignment, weights of all losses, the decoder's size."""
+
+        # share that is hidden
+        mask_ratio_level1: float = option(0.5, "share of octants", **SHARE)
+        mask_ratio_level2: float = option(0.6, "share of tokens", **SHARE)
+        mask_ratio_level3: float = option(0.5, "share of tokens", **SHARE)
+        # masked octants and masked patches that become views; the mask ratios say how many there are
+        crops_level2: int = option(4, "per volume")
+        crops_level3: int = option(4, "per level-2 view")
+        alignment: str = option(
+            "infonce", "infonce, byol or none; ours, the equation is unpublished", ours=True, choices=ALIGNMENTS
+        )
+        # temperature
+        tau: float = option(0.1, "of infonce", ours=True, above=0)
+        # of the reconstruction losses, of the alignment losses
+        weight_level1: float = option(1.0, at_least=0)
+        weight_level2: float = option(1.0, at_least=0)
+        weight_level3: float = option(1.0, at_least=0)
+        weight_align12: float = option(0.1, at_least=0)
+        weight_align23: float = option(0.1, at_least=0)
+        # "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t), t being the finished
+        # fraction of the run; "fine_to_coarse" exchanges the two
+        curriculum: str = option(
+            CURRICULA[0], f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours", choices=CURRICULA
+        )
+        # centred on foreground (see `NestedCrops`)
+        foreground_share: float = option(0.0, "share of crops", ours=True, **SHARE)
+        # the same for both published encoders
+        decoder_dim: int = option(576)
+        decoder_depth: int = option(8)
+        decoder_heads: int = option(16)
+        # more is faster on a GPU that a micro-batch of volumes does not fill
+        views_per_part: int = option(1, "views of each volume in memory at once", ours=True, at_least=1)
+
+        def __post_init__(self):
+            super().__post_init__()
+            reconstructs = self.weight_level1 + self.weight_level2 + self.weight_level3 > 0
+            aligns = self.alignment != "none" and self.weight_align12 + self.weight_align23 > 0
+            self.require(reconstructs or aligns, "weight_level1", "more than 0: every part of the loss is off")
+
+    def __init__(self, spec: EncoderSpec, **options: Any):
+        super().__init__(spec, **options)
+        chosen = self.options
         octants = octant_tokens(spec.grid)
-        n = spec.num_tokens
-        visible_octants = visible_of(OCTANTS, "mask_ratio_level1", mask_ratio_level1, "octants", mend="")
+        visible_octants = chosen.visible("mask_ratio_level1", OCTANTS, "octants", or_else="")
         self.visible = {
             1: visible_octants * octants.shape[1],
-            2: visible_of(n, "mask_ratio_level2", mask_ratio_level2),
-            3: visible_of(n, "mask_ratio_level3", mask_ratio_level3),
+            2: chosen.visible("mask_ratio_level2", spec.num_tokens),
+            3: chosen.visible("mask_ratio_level3", spec.num_tokens),
         }
-        for option, value, most, what in (
-            ("crops_level2", crops_level2, OCTANTS - visible_octants, "masked octants"),
-            ("crops_level3", crops_level3, n - self.visible[2], "masked tokens of a level-2 view"),
-        ):
-            require(1 <= value <= most, option, value, f"1 to {most} ({what})")
-        require(alignment in ALIGNMENTS, "alignment", alignment, f"one of {', '.join(ALIGNMENTS)}")
-        require(curriculum in CURRICULA, "curriculum", curriculum, f"one of {', '.join(CURRICULA)}")
-        require(0 < tau < math.inf, "tau", tau, "more than 0")
-        require(views_per_part >= 1, "views_per_part", views_per_part, "at least 1")
-        require(0 <= foreground_share <= 1, "foreground_share", foreground_share, "0 to 1")
-        weights = {
-            "level1": weight_level1,
-            "level2": weight_level2,
-            "level3": weight_level3,
-            "align12": weight_align12,
-            "align23": weight_align23,
-        }
-        for name, weight in weights.items():
-            require(0 <= weight < math.inf, f"weight_{name}", weight, "0 or more")
-        reconstructs = weight_level1 + weight_level2 + weight_level3 > 0
-        aligns = alignment != "none" and weight_align12 + weight_align23 > 0
-        require(reconstructs or aligns, "weight_level1", weight_level1, "more than 0: every part of the loss is off")
-        self.weights = {f"loss_{name}": weight for name, weight in weights.items()}
-        self.curriculum = curriculum
+        crops2, crops3 = chosen.crops_level2, chosen.crops_level3
+        most2, most3 = OCTANTS - visible_octants, spec.num_tokens - self.visible[2]
+        chosen.require(1 <= crops2 <= most2, "crops_level2", f"1 to {most2} (masked octants)")
+        chosen.require(1 <= crops3 <= most3, "crops_level3", f"1 to {most3} (masked tokens of a level-2 view)")
+        losses = (*(f"level{level}" for level in LEVELS), "align12", "align23")
+        self.weights = {f"loss_{name}": getattr(chosen, f"weight_{name}") for name in losses}
         self.crops = NestedCrops(
-            spec.img_size, spec.grid, visible_octants, self.visible[2], crops_level2, crops_level3, foreground_share
+            spec.img_size, spec.grid, visible_octants, self.visible[2], crops2, crops3, chosen.foreground_share
         )
-        self.num_views = {1: 1, 2: crops_level2, 3: crops_level2 * crops_level3}
+        self.num_views = {1: 1, 2: crops2, 3: crops2 * crops3}
         self.parts = [
-            (level, range(start, min(start + views_per_part, self.num_views[level])))
+            (level, range(start, min(start + chosen.views_per_part, self.num_views[level])))
             for level in LEVELS
-            for start in range(0, self.num_views[level], views_per_part)
+            for start in range(0, self.num_views[level], chosen.views_per_part)
         ]
         self.num_parts = len(self.parts)
         self.encoder = build_encoder(spec)
-        self.decoder = MAEDecoder(spec, decoder_dim, decoder_depth, decoder_heads)
-        pairs = () if alignment == "none" else ("12", "23")
-        self.align = nn.ModuleDict({pair: RegionAlignment(alignment, decoder_dim, tau) for pair in pairs})
+        self.decoder = MAEDecoder(spec, chosen.decoder_dim, chosen.decoder_depth, chosen.decoder_heads)
+        pairs = () if chosen.alignment == "none" else ("12", "23")
+        self.align = nn.ModuleDict(
+            {pair: RegionAlignment(chosen.alignment, chosen.decoder_dim, chosen.tau) for pair in pairs}
+        )
         self.register_buffer("octants", octants, persistent=False)
         # in the checkpoint: the curricula depend on it
         self.register_buffer("progress", torch.zeros(()))
@@ -168,10 +189,10 @@ class MiM(Method):
         level, chosen = self.parts[part]
         if part == 0:
             self._regions = {}
-        images, orders = self.level_views(views, level, chosen)
-        shape = orders.shape[:2]
-        orders = orders.flatten(0, 1)
-        features, loss = self.reconstruction_loss(images.flatten(0, 1), orders, self.visible[level])
+        images, ids_shuffle = self.level_views(views, level, chosen)
+        shape = ids_shuffle.shape[:2]
+        ids_shuffle = ids_shuffle.flatten(0, 1)
+        features, loss = self.reconstruction_loss(images.flatten(0, 1), ids_shuffle, self.visible[level])
         values = {f"loss_level{level}": loss}
         if self.align and level > 1:
             pair = f"{level - 1}{level}"
@@ -179,36 +200,36 @@ class MiM(Method):
             loss, found = self.align[pair](features.mean(1), regions, origin)
             values |= {f"loss_align{pair}": loss, f"accuracy_{pair}": found}
         if self.align and level < 3:
-            self._keep(level, put_tokens(features.detach(), orders).unflatten(0, shape))
+            self._keep(level, put_tokens(features.detach(), ids_shuffle).unflatten(0, shape))
         return {name: value.unflatten(0, shape) for name, value in values.items()}
 
     def level_views(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
-        """Chosen views of a level as the encoder sees them: (B, V, C, *crop), and their token orders (B, V, N)."""
+        """Chosen views of a level as the encoder sees them (B, V, C, *crop), and token permutations (B, V, N)."""
         if level == 1:
-            return views["level1"][:, None], views["order1"][:, None]
+            return views["level1"][:, None], views["ids_shuffle1"][:, None]
         start, stop = chosen.start, chosen.stop
         if level == 2:
-            return views["level2"][:, start:stop], views["order2"][:, start:stop]
+            return views["level2"][:, start:stop], views["ids_shuffle2"][:, start:stop]
         crops = views["level2"][:, self._parents(chosen)].flatten(0, 1)
         patches = views["patches"].flatten(1)[:, start:stop]
         blocks = cut_blocks(crops, patches.reshape(-1, 1), self.spec.patch_size)[:, 0]
         images = resize(blocks, self.spec.img_size).unflatten(0, patches.shape)
-        return images, views["order3"].flatten(1, 2)[:, start:stop]
+        return images, views["ids_shuffle3"].flatten(1, 2)[:, start:stop]
 
     def _parents(self, chosen: range) -> list[int]:
         """Level-2 views that level-3 views were cut from."""
         return [view // self.crops.crops_level3 for view in chosen]
 
-    def reconstruction_loss(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-        """Decoder tokens (M, N, F), CLS left out, in the order of `orders`; loss (M,) on masked tokens."""
-        features, prediction = self.decode(images, orders, visible)
-        target = patch_targets(images, orders, visible, self.spec, normalize=True, unbiased=True)
+    def reconstruction_loss(self, images: Tensor, ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+        """Decoder tokens (M, N, F), CLS left out, in the order of `ids_shuffle`; loss (M,) on masked tokens."""
+        features, prediction = self.decode(images, ids_shuffle, visible)
+        target = patch_targets(images, ids_shuffle, visible, self.spec)
         return features, F.mse_loss(prediction.float(), target, reduction="none").mean((1, 2))
 
-    def decode(self, images: Tensor, orders: Tensor, visible: int) -> tuple[Tensor, Tensor]:
+    def decode(self, images: Tensor, ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
         """Decoder tokens (M, N, F) and predicted masked patches (M, N − K, P)."""
-        tokens, _ = self.encoder(images, orders[:, :visible])
-        features = self.decoder.features(tokens, orders)[:, int(self.spec.cls_token) :]
+        tokens, _ = self.encoder(images, ids_shuffle[:, :visible])
+        features = self.decoder.features(tokens, ids_shuffle)[:, int(self.spec.cls_token) :]
         return features, self.decoder.head(features[:, visible:])
 
     def _candidates(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
@@ -226,11 +247,11 @@ class MiM(Method):
 
     def current_weights(self) -> dict[str, Tensor | float]:
         """Loss weights at the present state of the curriculum."""
-        if self.curriculum == "concurrent":
+        if self.options.curriculum == "concurrent":
             return self.weights
         angle = self.progress * (math.pi / 2)
         factors = {"loss_level1": 1 + angle.cos(), "loss_level3": angle.sin()}
-        if self.curriculum == "fine_to_coarse":
+        if self.options.curriculum == "fine_to_coarse":
             factors = dict(zip(factors, reversed(factors.values()), strict=True))
         return {name: weight * factors.get(name, 1.0) for name, weight in self.weights.items()}
 
@@ -242,7 +263,7 @@ class MiM(Method):
         """The first view of each level."""
         made = {}
         for level in LEVELS:
-            images, orders = (t[:, 0] for t in self.level_views(views, level, range(1)))
-            _, prediction = self.decode(images, orders, self.visible[level])
-            made[f"level{level}"] = picture(images, orders, prediction, self.spec, normalize=True, unbiased=True)
+            images, ids_shuffle = (t[:, 0] for t in self.level_views(views, level, range(1)))
+            _, prediction = self.decode(images, ids_shuffle, self.visible[level])
+            made[f"level{level}"] = picture(images, ids_shuffle, prediction, self.spec)
         return made

@@ -1,4 +1,4 @@
-"""MiM's geometry: octants of a crop, patches enlarged to a crop, and what a worker draws (METHODS §3)."""
+"""MiM's geometry: octants of a crop, patches enlarged to a crop, and what a worker draws (docs/methods.md, "MiM")."""
 
 import math
 from collections.abc import Sequence
@@ -56,10 +56,10 @@ class NestedCrops:
     """A crop of twice the encoder's edge, its octants at full resolution, and masks for all three levels.
 
     Gives
-        "level1" (C, *crop) float32: the whole crop, halved; "order1" (N,): visible octants first;
-        "level2" (V2, C, *crop): masked octants "octants" (V2,) of it; "order2" (V2, N);
-        "patches" (V2, V3): masked tokens of each level-2 crop, which are level 3; "order3" (V2, V3, N).
-    Orders are token permutations, visible tokens first. Level-3 patches are enlarged by the method: they are voxels of
+        "level1" (C, *crop) float32: the whole crop, halved; "ids_shuffle1" (N,): visible octants first;
+        "level2" (V2, C, *crop): masked octants "octants" (V2,) of it; "ids_shuffle2" (V2, N);
+        "patches" (V2, V3): masked tokens of each level-2 crop, which are level 3; "ids_shuffle3" (V2, V3, N).
+    These are token permutations, visible tokens first. Level-3 patches are enlarged by the method: they are voxels of
     level 2 already, and enlarged ones would be three quarters of what a worker sends.
 
     Args:
@@ -90,21 +90,21 @@ class NestedCrops:
         size = self.padded_below
         lower = draw_corner(volume, size, self.foreground_share, rng)
         whole = torch.from_numpy(volume.read(lower, size))[None]
-        tokens, order = octant_tokens(self.grid), torch.from_numpy(rng.permutation(OCTANTS))
-        octants = order[self.visible_octants :][: self.crops_level2]
-        order2 = self._orders(rng, self.crops_level2)
-        order3 = self._orders(rng, self.crops_level2 * self.crops_level3)
+        tokens, shuffled = octant_tokens(self.grid), torch.from_numpy(rng.permutation(OCTANTS))
+        octants = shuffled[self.visible_octants :][: self.crops_level2]
+        ids_shuffle2 = self._shuffles(rng, self.crops_level2)
+        ids_shuffle3 = self._shuffles(rng, self.crops_level2 * self.crops_level3)
         return {
             "level1": resize(whole, self.crop_size)[0],
-            "order1": tokens[order].flatten(),
+            "ids_shuffle1": tokens[shuffled].flatten(),
             "level2": cut_blocks(whole, octants[None], self.crop_size)[0],
-            "order2": order2,
+            "ids_shuffle2": ids_shuffle2,
             "octants": octants,
-            # the first masked tokens of a random order: a random choice among them
-            "patches": order2[:, self.visible_level2 :][:, : self.crops_level3].contiguous(),
-            "order3": order3.unflatten(0, (self.crops_level2, self.crops_level3)),
+            # the first masked tokens of a random permutation: a random choice among them
+            "patches": ids_shuffle2[:, self.visible_level2 :][:, : self.crops_level3].contiguous(),
+            "ids_shuffle3": ids_shuffle3.unflatten(0, (self.crops_level2, self.crops_level3)),
         }
 
-    def _orders(self, rng: np.random.Generator, count: int) -> Tensor:
+    def _shuffles(self, rng: np.random.Generator, count: int) -> Tensor:
         tokens = math.prod(self.grid)
         return torch.from_numpy(np.stack([rng.permutation(tokens) for _ in range(count)]))

@@ -1,4 +1,4 @@
-"""GL-MAE's views: boxes of random scale, resized to a fixed size, and their masks (METHODS §4)."""
+"""GL-MAE's views: boxes of random scale, resized to a fixed size, and their masks (docs/methods.md, "GL-MAE")."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ SLAB_VOXELS = 4_000_000
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """A box whose edges are one random share of the volume's edges, resized to `size`, and an order of its tokens.
+    """A box whose edges are one random share of the volume's edges, resized to `size`, and a permutation of its tokens.
 
     The share is the same for all three axes, as published ("edge scale"): a volume that is not a cube is squeezed into
     one. The box lies anywhere in the volume, never outside, so that nothing is padded.
@@ -51,7 +51,7 @@ class ResizedCrop:
 class GlobalLocalCrops:
     """Several global and several local views of one volume.
 
-    Gives "global" (g, C, *size) float32 and "global_order" (g, N) int64, and "local" and "local_order" likewise.
+    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local".
     """
 
     global_crop: ResizedCrop
@@ -69,8 +69,8 @@ class GlobalLocalCrops:
         sample = {}
         groups = {"global": (self.global_crop, self.global_views), "local": (self.local_crop, self.local_views)}
         for name, (crop, count) in groups.items():
-            images, orders = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
-            sample |= {name: torch.stack(images), f"{name}_order": torch.stack(orders)}
+            images, shuffles = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
+            sample |= {name: torch.stack(images), f"{name}_ids_shuffle": torch.stack(shuffles)}
         return sample
 
 

@@ -102,9 +102,10 @@ def _pipeline(augmentation: Augmentation, turns: tuple[int, ...]) -> BasicTransf
 
 @dataclass(frozen=True)
 class MaskedCrop:
-    """One augmented crop and a random order of its tokens; the first K tokens of the order are visible.
+    """One augmented crop and a random permutation of its tokens, of which the first K are visible.
 
-    Gives "image" (C, D, H, W) float32, "order" (N,) int64 and "lower" (3,) int64, the crop's corner in the volume.
+    Gives "image" (C, D, H, W) float32, "ids_shuffle" (N,) int64, and "lower" (3,) int64: the crop's corner in the
+    volume.
 
     Args:
         foreground_share: of crops that are centred on foreground, the others lie anywhere (METHODS §2: 3:1).
@@ -129,8 +130,8 @@ class MaskedCrop:
             transform = self.augmentation.transform(self.crop_size, volume.spacing_mm)
             with seeded_globals(int(rng.integers(2**31))):
                 image = transform(image=image)["image"]
-        order = torch.from_numpy(rng.permutation(self.num_tokens))
-        return {"image": image.contiguous(), "order": order, "lower": torch.tensor(lower)}
+        ids_shuffle = torch.from_numpy(rng.permutation(self.num_tokens))
+        return {"image": image.contiguous(), "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
 
 
 def draw_corner(

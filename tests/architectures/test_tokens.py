@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.architectures.tokens import (
     put_tokens,
     resample_positions,
     sincos_positions,
-    split_order,
+    split_shuffle,
     take_tokens,
     token_grid,
     unpatchify,
@@ -145,9 +145,9 @@ def test_num_visible_stays_in_range(tokens, ratio):
 @given(batch=st.integers(1, 3), tokens=st.integers(2, 12), data=st.data())
 def test_taking_and_putting_tokens(batch, tokens, data):
     visible = data.draw(st.integers(1, tokens))
-    order = torch.stack([torch.tensor(data.draw(st.permutations(range(tokens)))) for _ in range(batch)])
+    ids_shuffle = torch.stack([torch.tensor(data.draw(st.permutations(range(tokens)))) for _ in range(batch)])
     x = torch.rand(batch, tokens, 5)
-    keep, masked = split_order(order, visible)
+    keep, masked = split_shuffle(ids_shuffle, visible)
     assert keep.shape == (batch, visible)
     assert masked.shape == (batch, tokens - visible)
     taken = take_tokens(x, keep)
@@ -155,7 +155,7 @@ def test_taking_and_putting_tokens(batch, tokens, data):
         assert torch.equal(taken[b], x[b, keep[b]])
     # a table of one sample serves the whole batch
     assert torch.equal(take_tokens(x[:1], keep), x[:1].expand_as(x).gather(1, keep[..., None].expand(-1, -1, 5)))
-    assert torch.equal(put_tokens(take_tokens(x, order), order), x)
+    assert torch.equal(put_tokens(take_tokens(x, ids_shuffle), ids_shuffle), x)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])

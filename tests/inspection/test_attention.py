@@ -95,11 +95,11 @@ def test_relative_positions_count():
 
 def test_cross_attention_is_that_of_the_decoder():
     method = randomised(METHODS["hiendmae"](TINY_SPEC, decoder_dim=12, self_depth=1))
-    image, order = torch.rand(1, 1, 16, 16, 16), torch.tensor([[3, 6, 0, 1, 2, 7, 5, 4]])
-    got = decoder_cross_attention(method, image, order, [0, 2], query=7)
+    image, ids_shuffle = torch.rand(1, 1, 16, 16, 16), torch.tensor([[3, 6, 0, 1, 2, 7, 5, 4]])
+    got = decoder_cross_attention(method, image, ids_shuffle, [0, 2], query=7)
     with torch.no_grad():
-        tokens, taps = method.encoder(image, order[:, :2])
-        x = method.self_blocks[0](method.queries(tokens, order))
+        tokens, taps = method.encoder(image, ids_shuffle[:, :2])
+        x = method.self_blocks[0](method.queries(tokens, ids_shuffle))
         for i, block in enumerate(method.cross_blocks):
             y = method.tap_embeds[-1 - i](taps[-1 - i])
             x = x + block.self_attn(block.norm_self(x))
@@ -108,7 +108,7 @@ def test_cross_attention_is_that_of_the_decoder():
                 cross.q.weight, cross.q.bias, cross.kv.weight, cross.kv.bias, 2, block.norm_cross(x), y
             )  # fmt: skip
             if i in (0, 2):
-                # token 7 is the sixth of the order, after CLS; visible are CLS, 3 and 6
+                # token 7 is the sixth of the permutation, after CLS; visible are CLS, 3 and 6
                 rows = got[i // 2]
                 assert torch.allclose(rows[:, [0, 4, 7]], full[:, 6], atol=1e-6)
                 assert torch.allclose(rows.sum(1), torch.ones(2), atol=1e-6)

@@ -1,6 +1,7 @@
 """What every method must hold, whatever it does inside."""
 
 import math
+from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from run_data import TINY_OPTIONS, TINY_SPEC
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.options import declared, kinds_of
 from nnunetv2_hiendmae.pretraining import METHODS, Method
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
 from nnunetv2_hiendmae.pretraining.method import parse_options
@@ -90,7 +92,7 @@ def test_loss_ignores_what_is_masked_in_the_encoder(name):
     """Changing masked voxels changes no visible token."""
     method = build(name).eval()
     batch = make_batch(method, samples=1)
-    keep = batch["order"][:, : method.visible]
+    keep = batch["ids_shuffle"][:, : method.visible]
     tokens, _ = method.encoder(batch["image"], keep)
     made = method.reconstruct(batch)["crop"]
     tokens_masked, _ = method.encoder(made.masked, keep)
@@ -122,17 +124,40 @@ def test_autocast_gives_a_finite_loss_close_to_float32(name):
 
 @methods
 def test_options_are_typed(name):
-    ratio = next(option for option in METHODS[name].options() if option.startswith("mask_ratio"))
-    assert parse_options(METHODS[name], [f"{ratio}=0.5"]) == {ratio: 0.5}
-    for wrong in (ratio, "no_such_option=1", f"{ratio}=many"):
-        with pytest.raises(UserError, match="--set"):
-            parse_options(METHODS[name], [wrong])
+    method, wrong = METHODS[name], ["no_such_option=1"]
+    for option in method.defaults():
+        wrong.append(option)
+        if kinds_of(method.Options, option) == (float,):
+            assert parse_options(method, [f"{option}=0.5"]) == {option: 0.5}
+            wrong.append(f"{option}=many")
+    for text in wrong:
+        with pytest.raises(UserError, match=rf"^--set {text}\b"):
+            parse_options(method, [text])
+
+
+@methods
+def test_options_are_checked_and_cannot_be_changed_afterwards(name):
+    """Every declared bound, by a value beyond it and by NaN; what is no option is no argument either."""
+    options = METHODS[name].Options
+    assert options() == options(**METHODS[name].defaults())
+    for option, (_, about) in declared(options).items():
+        beyond = [about.at_least - 1] if about.at_least is not None else []
+        beyond += [about.above] if about.above is not None else []
+        beyond += [about.at_most + 1] if about.at_most is not None else []
+        beyond += ["no such choice"] if about.choices else []
+        for wrong in [*beyond, math.nan] if beyond else []:
+            with pytest.raises(UserError, match=rf"^{option} \S+ {wrong}\b.*--set {option}=…$"):
+                options(**{option: wrong})
+        with pytest.raises(FrozenInstanceError):
+            setattr(options(), option, 1)
+    with pytest.raises(TypeError, match="no_such_option"):
+        METHODS[name](TINY_SPEC, no_such_option=1)
 
 
 @methods
 def test_notes_are_about_options_and_recipe(name):
     method = METHODS[name]
-    assert set(method.notes) <= {*method.options(), *vars(method.recipe)}
+    assert set(method.notes()) <= {*method.defaults(), *vars(method.recipe)}
 
 
 @pytest.mark.parametrize(
@@ -195,14 +220,14 @@ def test_notes_are_about_options_and_recipe(name):
     ],
 )
 def test_defaults_are_the_methods_facts(name, options, recipe):
-    """METHODS §3 and §4; what is not listed here is ours and may change."""
+    """docs/methods.md, "MiM" and "GL-MAE"; what is not listed here is ours and may change."""
     method = METHODS[name]
-    assert {k: method.options()[k] for k in options} == options
+    assert {k: method.defaults()[k] for k in options} == options
     assert {k: vars(method.recipe)[k] for k in recipe} == recipe
 
 
 def test_hiendmae_needs_layers_to_cross_attend_to():
-    with torch.device("meta"), pytest.raises(UserError, match=r"kind 'convvit'.*--encoder"):
+    with torch.device("meta"), pytest.raises(UserError, match=r"hiendmae.*'convvit'.*--encoder"):
         METHODS["hiendmae"](PRESETS["convvit_tiny"])
 
 

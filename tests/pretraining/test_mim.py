@@ -1,6 +1,7 @@
 """MiM: losses in parts, alignment with the region a view was cut from, curricula. Geometry is in test_nested.py."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import put_tokens
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import MiM
-from nnunetv2_hiendmae.pretraining.alignment import RegionAlignment
+from nnunetv2_hiendmae.pretraining.mim import RegionAlignment
 from nnunetv2_hiendmae.pretraining.nested import octant_tokens
 
 CONV_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), 24, 2, 2, kind="convvit", stem_dims=(6, 12), stem_depths=(1, 1))
@@ -157,10 +158,10 @@ def test_the_positive_is_the_region_the_view_came_from(spec):
     run_parts(method, batch)
     octants = octant_tokens(spec.grid)
 
-    def coarse(image, order, level):
+    def coarse(image, ids_shuffle, level):
         """Decoder tokens (N, F) of one view in raster order, alone in its batch."""
-        features, _ = method.decode(image[None], order[None], method.visible[level])
-        return put_tokens(features, order[None])[0].detach()
+        features, _ = method.decode(image[None], ids_shuffle[None], method.visible[level])
+        return put_tokens(features, ids_shuffle[None])[0].detach()
 
     def views_in_order(pair, per_volume):
         """(features, regions, origin) of the hook → volume-major lists, parts put together."""
@@ -171,17 +172,17 @@ def test_the_positive_is_the_region_the_view_came_from(spec):
 
     features, regions, origin = views_in_order("12", 4)
     for b, v in np.ndindex(3, 4):
-        tokens = coarse(batch["level1"][b], batch["order1"][b], 1)
+        tokens = coarse(batch["level1"][b], batch["ids_shuffle1"][b], 1)
         octant = batch["octants"][b, v]
         assert origin[b, v] == octant and regions[b, v].shape == (8, 12)
         torch.testing.assert_close(regions[b, v, octant], tokens[octants[octant]].mean(0), rtol=1e-4, atol=1e-5)
-        mean = coarse(batch["level2"][b, v], batch["order2"][b, v], 2).mean(0)
+        mean = coarse(batch["level2"][b, v], batch["ids_shuffle2"][b, v], 2).mean(0)
         torch.testing.assert_close(features[b, v], mean, rtol=1e-4, atol=1e-5)
 
     _, regions, origin = views_in_order("23", 16)
     for b, v in np.ndindex(3, 16):
         parent, patch = v // 4, batch["patches"][b, v // 4, v % 4]
-        tokens = coarse(batch["level2"][b, parent], batch["order2"][b, parent], 2)
+        tokens = coarse(batch["level2"][b, parent], batch["ids_shuffle2"][b, parent], 2)
         assert origin[b, v] == patch and regions[b, v].shape == (spec.num_tokens, 12)
         torch.testing.assert_close(regions[b, v], tokens, rtol=1e-4, atol=1e-5)
 
@@ -276,8 +277,8 @@ def test_masked_voxels_change_no_visible_token(spec):
     made = method.reconstruct(batch)
     assert list(made) == ["level1", "level2", "level3"]
     for level, name in enumerate(made, start=1):
-        images, orders = (t[:, 0] for t in method.level_views(batch, level, range(1)))
-        keep = orders[:, : method.visible[level]]
+        images, ids_shuffle = (t[:, 0] for t in method.level_views(batch, level, range(1)))
+        keep = ids_shuffle[:, : method.visible[level]]
         assert torch.equal(made[name].image, images)
         assert not torch.equal(made[name].masked, images)
         tokens = method.encoder(images, keep)[0]
@@ -286,32 +287,37 @@ def test_masked_voxels_change_no_visible_token(spec):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "facts"),
     [
-        ({"mask_ratio_level1": 0.05}, "mask_ratio_level1 0.05 leaves 7 of 8 octants|crops_level2 is 4, needed 1 to 1"),
-        ({"mask_ratio_level1": 1.0}, r"leaves 0 of 8 octants visible.*change --set mask_ratio_level1=…$"),
-        ({"mask_ratio_level2": 1.0}, "leaves 0 of 8 tokens visible"),
-        ({"mask_ratio_level3": 0.0}, "mask_ratio_level3 0.0 leaves 8 of 8"),
-        ({"crops_level2": 5}, r"crops_level2 is 5, needed 1 to 4 \(masked octants\)"),
-        ({"crops_level3": 6}, r"crops_level3 is 6, needed 1 to 5 \(masked tokens of a level-2 view\)"),
-        ({"alignment": "clip"}, "alignment is clip, needed one of infonce, byol, none"),
-        ({"curriculum": "x"}, "curriculum is x, needed one of concurrent"),
-        ({"crops_level2": 0}, "crops_level2 is 0, needed 1 to 4"),
-        ({"mask_ratio_level2": math.nan}, "mask_ratio_level2 is nan, needed a share"),
-        ({"mask_ratio_level3": -0.5}, "mask_ratio_level3 is -0.5, needed a share between 0 and 1"),
-        ({"tau": 0.0}, "tau is 0.0, needed more than 0; change --set tau"),
-        ({"tau": math.inf}, "tau is inf"),
-        ({"weight_level2": -1.0}, "weight_level2 is -1.0, needed 0 or more"),
-        ({"weight_align12": math.nan}, "weight_align12 is nan"),
-        ({"weight_align23": math.inf}, "weight_align23 is inf"),
+        ({"mask_ratio_level1": 0.05}, ("crops_level2", "4", "1 to 1", "octants", "--set crops_level2=")),
+        ({"mask_ratio_level1": 1.0}, ("mask_ratio_level1", "1.0", "0 of 8 octants", "--set mask_ratio_level1=")),
+        ({"mask_ratio_level2": 1.0}, ("mask_ratio_level2", "0 of 8 tokens", "--set mask_ratio_level2=", "--crop-size")),
+        ({"mask_ratio_level3": 0.0}, ("mask_ratio_level3", "0.0", "8 of 8 tokens", "--set mask_ratio_level3=")),
+        ({"crops_level2": 5}, ("crops_level2", "5", "1 to 4", "masked octants", "--set crops_level2=")),
+        ({"crops_level3": 6}, ("crops_level3", "6", "1 to 5", "masked tokens", "level-2", "--set crops_level3=")),
+        ({"alignment": "clip"}, ("alignment", "clip", "infonce, byol, none", "--set alignment=")),
+        ({"curriculum": "x"}, ("curriculum", "x", "concurrent, coarse_to_fine, fine_to_coarse", "--set curriculum=")),
+        ({"crops_level2": 0}, ("crops_level2", "0", "1 to 4", "--set crops_level2=")),
+        ({"mask_ratio_level2": math.nan}, ("mask_ratio_level2", "nan", "0 to 1", "--set mask_ratio_level2=")),
+        ({"mask_ratio_level3": -0.5}, ("mask_ratio_level3", "-0.5", "0 to 1", "--set mask_ratio_level3=")),
+        ({"tau": 0.0}, ("tau", "0.0", "0", "--set tau=")),
+        ({"tau": math.inf}, ("tau", "inf", "--set tau=")),
+        ({"weight_level2": -1.0}, ("weight_level2", "-1.0", "0", "--set weight_level2=")),
+        ({"weight_align12": math.nan}, ("weight_align12", "nan", "--set weight_align12=")),
+        ({"weight_align23": math.inf}, ("weight_align23", "inf", "--set weight_align23=")),
         (
             {f"weight_level{level}": 0.0 for level in (1, 2, 3)} | {"alignment": "none"},
-            "weight_level1 is 0.0, needed more than 0: every part of the loss is off",
+            ("weight_level1", "0.0", "0", "every part of the loss", "--set weight_level1="),
         ),
-        ({"views_per_part": 0}, "views_per_part is 0, needed at least 1"),
-        ({"foreground_share": 1.5}, "foreground_share is 1.5, needed 0 to 1"),
+        ({"views_per_part": 0}, ("views_per_part", "0", "1", "--set views_per_part=")),
+        ({"foreground_share": 1.5}, ("foreground_share", "1.5", "0 to 1", "--set foreground_share=")),
     ],
 )
-def test_bad_options(options, message):
-    with pytest.raises(UserError, match=message):
+def test_bad_options(options, facts):
+    with pytest.raises(UserError, match="^" + ".*".join(re.escape(fact) for fact in facts)):
         build(**options)
+
+
+def test_another_crop_gives_no_more_octants():
+    with pytest.raises(UserError, match=r"mask_ratio_level1=…$"):
+        build(mask_ratio_level1=1.0)

@@ -80,7 +80,13 @@ def hiendmae(request):
         encoder["heads"],
         in_channels=config["in_chans"],
     )
-    method = HiEndMAE(spec, config["mask_ratio"], decoder["embed"], decoder["heads"], decoder["self_depth"])
+    method = HiEndMAE(
+        spec,
+        mask_ratio=config["mask_ratio"],
+        decoder_dim=decoder["embed"],
+        decoder_heads=decoder["heads"],
+        self_depth=decoder["self_depth"],
+    )
     state = fixture.state_dict("module.")
     names = hiendmae_names(state)
     method.load_state_dict({names[k]: v for k, v in state.items()})
@@ -89,21 +95,21 @@ def hiendmae(request):
 
 def test_hiendmae_forward(hiendmae):
     fixture, method, _ = hiendmae
-    order = fixture["shuffle_indices"]
+    ids_shuffle = fixture["shuffle_indices"]
     visible = fixture.meta["config"]["sel_length"]
     assert method.visible == visible
-    tokens, taps = method.encoder(fixture.image, order[:, :visible])
+    tokens, taps = method.encoder(fixture.image, ids_shuffle[:, :visible])
     fixture.check("enc_out", tokens)
     for layer, tap, embed in zip((3, 6, 9), taps, method.tap_embeds, strict=True):
         fixture.check("enc_hidden", tap, fixture["enc_hidden"][layer])
         fixture.check(f"dec_in_{layer}", embed(tap))
-    fixture.check("dec_in_12", method.queries(tokens, order))
-    fixture.check("dec_out", method.head(method.decode(tokens, taps, order)))
+    fixture.check("dec_in_12", method.queries(tokens, ids_shuffle))
+    fixture.check("dec_out", method.head(method.decode(tokens, taps, ids_shuffle)))
 
 
 def test_hiendmae_loss_and_gradients(hiendmae):
     fixture, method, names = hiendmae
-    loss = method({"image": fixture.image, "order": fixture["shuffle_indices"]})["loss"]
+    loss = method({"image": fixture.image, "ids_shuffle": fixture["shuffle_indices"]})["loss"]
     fixture.check("loss", loss)
     loss.backward()
     check_gradients(fixture, method, names)
@@ -112,10 +118,10 @@ def test_hiendmae_loss_and_gradients(hiendmae):
 def test_hiendmae_reconstruction(hiendmae):
     """Visible patches are the input's; masked ones are the de-normalised prediction."""
     fixture, method, _ = hiendmae
-    image, order = fixture.image, fixture["shuffle_indices"]
-    made = method.reconstruct({"image": image, "order": order})["crop"]
+    image, ids_shuffle = fixture.image, fixture["shuffle_indices"]
+    made = method.reconstruct({"image": image, "ids_shuffle": ids_shuffle})["crop"]
     patches, given = (patchify(x, method.spec.patch_size) for x in (made.reconstruction, image))
-    keep, masked = order[:, : method.visible], order[:, method.visible :]
+    keep, masked = ids_shuffle[:, : method.visible], ids_shuffle[:, method.visible :]
     torch.testing.assert_close(take_tokens(patches, keep), take_tokens(given, keep), rtol=0, atol=0)
     if "recon_0" in fixture.tensors:
         # the authors' picture uses the unbiased deviation and adds 1e-6 outside the root, and predicts visible
@@ -140,7 +146,7 @@ def mae3d():
     spec = EncoderSpec(config["img_size"], config["patch_size"], config["embed"], config["depth"], config["heads"])
     method = MAE3D(
         spec,
-        config["mask_ratio"],
+        mask_ratio=config["mask_ratio"],
         decoder_dim=decoder["embed"],
         decoder_depth=decoder["depth"],
         decoder_heads=decoder["heads"],
@@ -155,17 +161,17 @@ def mae3d():
 
 def test_mae3d_forward(mae3d):
     fixture, method, _ = mae3d
-    order = fixture["noise"].argsort(dim=1)
-    check_mask(fixture, "", order, method.visible)
-    tokens, _ = method.encoder(fixture.image, order[:, : method.visible])
+    ids_shuffle = fixture["noise"].argsort(dim=1)
+    check_mask(fixture, "", ids_shuffle, method.visible)
+    tokens, _ = method.encoder(fixture.image, ids_shuffle[:, : method.visible])
     fixture.check("latent", tokens)
-    masked = order[:, method.visible :]
-    fixture.check("pred", method.predict(fixture.image, order), take_tokens(fixture["pred"], masked))
+    masked = ids_shuffle[:, method.visible :]
+    fixture.check("pred", method.predict(fixture.image, ids_shuffle), take_tokens(fixture["pred"], masked))
 
 
 def test_mae3d_losses_and_gradients(mae3d):
     fixture, method, names = mae3d
-    views = {"image": fixture.image, "order": fixture["noise"].argsort(dim=1)}
+    views = {"image": fixture.image, "ids_shuffle": fixture["noise"].argsort(dim=1)}
     loss = method(views)["loss"]
     fixture.check("loss", loss)
     loss.backward()
@@ -206,11 +212,11 @@ def mim(name: str, **options):
     return fixture, method, names
 
 
-def check_mask(fixture: Fixture, prefix: str, order: torch.Tensor, visible: int) -> None:
-    """The visible ones of a token permutation (B, N) against the recorded mask (1 = removed) and its inverse order."""
-    mask = torch.ones_like(fixture[f"{prefix}mask"]).scatter(1, order[:, :visible], 0)
+def check_mask(fixture: Fixture, prefix: str, ids_shuffle: torch.Tensor, visible: int) -> None:
+    """The visible ones of a token permutation (B, N) against the recorded mask (1 = removed) and its inverse."""
+    mask = torch.ones_like(fixture[f"{prefix}mask"]).scatter(1, ids_shuffle[:, :visible], 0)
     assert torch.equal(mask, fixture[f"{prefix}mask"])
-    assert torch.equal(order.argsort(dim=1), fixture[f"{prefix}ids_restore"].long())
+    assert torch.equal(ids_shuffle.argsort(dim=1), fixture[f"{prefix}ids_restore"].long())
 
 
 def check_prediction(fixture: Fixture, prefix: str, prediction: torch.Tensor) -> None:
@@ -223,18 +229,18 @@ def check_prediction(fixture: Fixture, prefix: str, prediction: torch.Tensor) ->
 
 def test_mim_decoder_loss_and_gradients():
     fixture, method, names = mim("mim_pretrain")
-    order, visible = fixture["noise"].argsort(dim=1), method.visible[2]
+    ids_shuffle, visible = fixture["noise"].argsort(dim=1), method.visible[2]
     assert visible == fixture.meta["config"]["len_keep"]
-    check_mask(fixture, "", order, visible)
-    features, prediction = method.decode(fixture.image, order, visible)
-    fixture.check("dec_feature", put_tokens(features, order))
-    check_prediction(fixture, "", put_tokens(method.decoder.head(features), order))
+    check_mask(fixture, "", ids_shuffle, visible)
+    features, prediction = method.decode(fixture.image, ids_shuffle, visible)
+    fixture.check("dec_feature", put_tokens(features, ids_shuffle))
+    check_prediction(fixture, "", put_tokens(method.decoder.head(features), ids_shuffle))
     assert torch.equal(prediction, method.decoder.head(features[:, visible:]))
-    _, loss = method.reconstruction_loss(fixture.image, order, visible)
+    _, loss = method.reconstruction_loss(fixture.image, ids_shuffle, visible)
     fixture.check("loss", loss.mean())
     loss.mean().backward()
     check_gradients(fixture, method, names)
-    plain = patch_targets(fixture.image, order, visible, method.spec, normalize=False, unbiased=True)
+    plain = patch_targets(fixture.image, ids_shuffle, visible, method.spec, normalize=False, unbiased=True)
     fixture.check("loss_no_norm_pix", (prediction - plain).pow(2).mean())
 
 
@@ -242,27 +248,29 @@ def test_mim_three_levels():
     """From one crop through resizing, cutting and enlarging to each level's loss, with the authors' choice of blocks
     and masks (which are no true octants) and without their alignment."""
     fixture, method, _ = mim("mim_threelevel", crops_level2=2, crops_level3=2, views_per_part=4)
-    order = {name: fixture[f"{name}/ids_restore"].argsort(dim=1) for name in ("up", "mid", "down")}
+    ids_shuffle = {name: fixture[f"{name}/ids_restore"].argsort(dim=1) for name in ("up", "mid", "down")}
     crop, octants = method.spec.img_size, fixture["mid/selected"].long()
     views = {
         "level1": resize(fixture.image, crop),
         "level2": cut_blocks(fixture.image, octants, crop),
         "octants": octants,
         "patches": fixture["down/selected"].long()[None],
-        "order1": order["up"],
-        "order2": order["mid"][None],
-        "order3": order["down"].reshape(1, 2, 2, -1),
+        "ids_shuffle1": ids_shuffle["up"],
+        "ids_shuffle2": ids_shuffle["mid"][None],
+        "ids_shuffle3": ids_shuffle["down"].reshape(1, 2, 2, -1),
     }
     losses, total = [], 0.0
     for part, (level, name) in enumerate(((1, "up"), (2, "mid"), (3, "down"))):
-        images, orders = (t.flatten(0, 1) for t in method.level_views(views, level, range(method.num_views[level])))
+        images, ids_shuffle = (
+            t.flatten(0, 1) for t in method.level_views(views, level, range(method.num_views[level]))
+        )
         fixture.check(f"{name}/img_sub", images[..., ::8, ::8, ::8])
-        keep = orders[:, : method.visible[level]]
+        keep = ids_shuffle[:, : method.visible[level]]
         assert torch.equal(keep, fixture[f"{name}/ids_keep"].long())
-        check_mask(fixture, f"{name}/", orders, method.visible[level])
+        check_mask(fixture, f"{name}/", ids_shuffle, method.visible[level])
         fixture.check(f"{name}/latent", method.encoder(images, keep)[0][:, :16])
-        features, _ = method.decode(images, orders, method.visible[level])
-        check_prediction(fixture, f"{name}/", put_tokens(method.decoder.head(features), orders))
+        features, _ = method.decode(images, ids_shuffle, method.visible[level])
+        check_prediction(fixture, f"{name}/", put_tokens(method.decoder.head(features), ids_shuffle))
         found = method(views, part)
         found["loss"].backward()
         losses.append(found[f"loss_level{level}"])
@@ -307,6 +315,6 @@ def test_head_dimension_of_33_runs():
     """The released decoder has 528/16 = 33 channels per head, no multiple of 8: odd for fused attention."""
     spec = EncoderSpec((16, 16, 16), (8, 8, 8), 24, 4, 2)
     method = HiEndMAE(spec, decoder_dim=66, decoder_heads=2)
-    loss = method({"image": torch.rand(1, 1, 16, 16, 16), "order": torch.arange(8)[None]})["loss"]
+    loss = method({"image": torch.rand(1, 1, 16, 16, 16), "ids_shuffle": torch.arange(8)[None]})["loss"]
     loss.backward()
     assert torch.isfinite(loss) and torch.isfinite(method.cross_blocks[0].cross_attn.q.weight.grad).all()

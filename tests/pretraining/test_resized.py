@@ -151,14 +151,14 @@ def test_a_sample_holds_all_views_of_any_volume(shape):
     sample = views().draw(volume, rng())
     assert {k: tuple(v.shape) for k, v in sample.items()} == {
         "global": (2, 3, 24, 24, 24),
-        "global_order": (2, 27),
+        "global_ids_shuffle": (2, 27),
         "local": (3, 3, 16, 16, 16),
-        "local_order": (3, 8),
+        "local_ids_shuffle": (3, 8),
     }
-    assert sample["global"].dtype == torch.float32 and sample["global_order"].dtype == torch.int64
+    assert sample["global"].dtype == torch.float32 and sample["global_ids_shuffle"].dtype == torch.int64
     assert sample["global"].min() >= 1 - 1e-4
     for kind, tokens in (("global", 27), ("local", 8)):
-        assert (sample[f"{kind}_order"].sort(dim=1).values == torch.arange(tokens)).all()
+        assert (sample[f"{kind}_ids_shuffle"].sort(dim=1).values == torch.arange(tokens)).all()
         assert not torch.equal(sample[kind][0], sample[kind][1]) or max(shape) < 4
 
 

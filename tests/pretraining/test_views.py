@@ -127,7 +127,9 @@ def test_samples_depend_on_the_generator_alone():
     second = views.draw(volume, rng(5))
     assert all(torch.equal(first[k], second[k]) for k in first)
     other = views.draw(volume, rng(6))
-    assert not torch.equal(first["order"], other["order"]) or not torch.equal(first["image"], other["image"])
+    assert not torch.equal(first["ids_shuffle"], other["ids_shuffle"]) or not torch.equal(
+        first["image"], other["image"]
+    )
 
 
 def test_global_generators_are_left_alone():
@@ -140,9 +142,9 @@ def test_global_generators_are_left_alone():
     assert torch.equal(torch.rand(3), expected[0]) and (np.random.rand(3) == expected[1]).all()  # noqa: NPY002
 
 
-def test_order_is_a_uniform_permutation():
+def test_ids_shuffle_is_a_uniform_permutation():
     """Each of 8 tokens is first in one of eight draws; 4000 draws keep that within 4 standard deviations (.021)."""
     volume, views, generator = IndexVolume(), MaskedCrop((16, 16, 16), 8, augmentation=None), rng(11)
-    orders = torch.stack([views.draw(volume, generator)["order"] for _ in range(4000)])
-    assert (orders.sort(dim=1).values == torch.arange(8)).all()
-    assert (orders[:, 0].bincount(minlength=8) / 4000 - 0.125).abs().max() < 0.021
+    ids_shuffle = torch.stack([views.draw(volume, generator)["ids_shuffle"] for _ in range(4000)])
+    assert (ids_shuffle.sort(dim=1).values == torch.arange(8)).all()
+    assert (ids_shuffle[:, 0].bincount(minlength=8) / 4000 - 0.125).abs().max() < 0.021
