@@ -1,4 +1,4 @@
-"""Writing files so that nothing on disk is ever half-written."""
+"""Writing files so that nothing on disk is ever half-written, and keeping folders for one process."""
 
 import errno
 import hashlib
@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from nnunetv2_hiendmae.errors import UserError
 
@@ -65,6 +67,29 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
 
 
+@contextmanager
+def locked(lock: Path, in_use: str, timeout_s: float = 0) -> Iterator[None]:
+    """Keeps what a lock file stands for for this process.
+
+    Args:
+        in_use: what to tell where another process still has it after `timeout_s`.
+
+    Raises:
+        UserError: another process has it, or its folder is not writable.
+    """
+    with telling_disk_errors(lock.parent):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(lock)
+        try:
+            held.acquire(timeout=timeout_s)
+        except Timeout as e:
+            raise UserError(in_use) from e
+    try:
+        yield
+    finally:
+        held.release()
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     digest = hashlib.sha256()
@@ -72,6 +97,19 @@ def sha256(path: Path) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def telling_damage(path: Path, needed: str) -> Iterator[None]:
+    """What goes wrong when reading `path` and taking it apart inside is told in one line.
+
+    Raises:
+        UserError: it is not what was needed.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}), needed {needed}") from e
 
 
 def _flush(path: Path) -> None:
