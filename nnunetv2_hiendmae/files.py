@@ -99,6 +99,19 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@contextmanager
+def telling_damage(path: Path, needed: str) -> Iterator[None]:
+    """What goes wrong when reading `path` and taking it apart inside is told in one line.
+
+    Raises:
+        UserError: it is not what was needed.
+    """
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}), needed {needed}") from e
+
+
 def _flush(path: Path) -> None:
     with path.open("rb") as f:
         os.fsync(f.fileno())

@@ -32,15 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from nnunetv2_hiendmae.evaluation.compare import compare
-    from nnunetv2_hiendmae.evaluation.tables import as_json, markdown, write_tables
+    from nnunetv2_hiendmae.evaluation.tables import as_json, markdown, write
 
     report = compare(args.dataset, runs=args.runs, baseline=args.baseline, folds=args.folds, seed=args.seed)
-    written = []
-    if args.output:
-        from nnunetv2_hiendmae.evaluation.figure import draw_comparison
-
-        written = [*write_tables(report, args.output), args.output / "comparison.png"]
-        draw_comparison(report, written[-1])
+    written = write(report, args.output) if args.output else []
     if args.json:
         print(json.dumps(as_json(report)))
         return

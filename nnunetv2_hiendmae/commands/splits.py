@@ -2,13 +2,14 @@
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nnunetv2_hiendmae.commands.arguments import add_json
 from nnunetv2_hiendmae.errors import UserError
 
 if TYPE_CHECKING:
-    from nnunetv2_hiendmae.evaluation.splits import DatasetSplits
+    from nnunetv2_hiendmae.evaluation.folds import Splits
 
 HELP = "append few-shot folds to splits_final.json"
 
@@ -39,40 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.evaluation.folds import FRACTION, SHOTS, Subset
-    from nnunetv2_hiendmae.evaluation.splits import append_folds, list_folds, remove_folds
+    from nnunetv2_hiendmae.evaluation.folds import FRACTION, SHOTS, Subset, append_folds, list_folds, remove_folds
 
-    if args.list:
-        return _print(list_folds(args.dataset), None, args.json)
-    if args.remove:
-        return _print(remove_folds(args.dataset, args.remove), None, args.json)
-    kind, values = (SHOTS, args.shots) if args.shots else (FRACTION, args.fraction)
-    try:
-        subsets = [Subset(kind, value, args.of_fold, args.seed) for value in values]
-    except ValueError as e:
-        raise UserError(str(e)) from e
-    found, numbers = append_folds(args.dataset, subsets)
-    return _print(found, numbers, args.json)
-
-
-def _print(found: "DatasetSplits", numbers: list[int] | None, as_json: bool) -> None:
-    """All folds when `numbers` is None."""
-    shown = range(len(found.splits.folds)) if numbers is None else numbers
-    folds = [_describe(found, number) for number in shown]
-    if as_json:
-        print(json.dumps({"dataset": found.dataset, "file": str(found.file), "folds": folds}))
+    new = []
+    if args.list or args.remove:
+        splits = remove_folds(args.dataset, args.remove) if args.remove else list_folds(args.dataset)
+    else:
+        kind, values = (SHOTS, args.shots) if args.shots else (FRACTION, args.fraction)
+        try:
+            subsets = [Subset(kind, value, args.of_fold, args.seed) for value in values]
+        except ValueError as e:
+            raise UserError(str(e)) from e
+        splits, new = append_folds(args.dataset, subsets)
+    folds = [_describe(splits, number) for number in new or range(len(splits.folds))]
+    if args.json:
+        print(json.dumps({"dataset": splits.folder.name, "file": str(splits.file), "folds": folds}))
         return
-    print(f"{found.file}:")
-    print(
-        "\n".join(f"  fold {f['fold']}: {f['meaning']}, {f['train']} to train, {f['val']} to validate" for f in folds)
-    )
-    if numbers:
-        train = f"nnUNetv2_train {found.dataset} 3d_fullres {numbers[0]} -p PLANS -tr TRAINER"
-        print(f"next:\n  {train}")
+    print(f"{splits.file}:")
+    for fold in folds:
+        print("  fold {fold}: {meaning}, {train} to train, {val} to validate".format(**fold))
+    if new:
+        print(f"next:\n  nnUNetv2_train {splits.folder.name} 3d_fullres {new[0]} -p PLANS -tr TRAINER")
 
 
-def _describe(found: "DatasetSplits", number: int) -> dict[str, object]:
-    fold, subset = found.splits.folds[number], found.splits.appended.get(number)
-    about = {} if subset is None else {k: getattr(subset, k) for k in ("kind", "value", "of_fold", "seed")}
-    counts = {"train": len(fold["train"]), "val": len(fold["val"])}
-    return {"fold": number, "meaning": found.splits.meaning(number), **about, **counts}
+def _describe(splits: "Splits", number: int) -> dict[str, object]:
+    fold, subset = splits.folds[number], splits.appended.get(number)
+    about = asdict(subset) if subset else {}
+    counts = {part: len(fold[part]) for part in ("train", "val")}
+    return {"fold": number, "meaning": splits.meaning(number), **about, **counts}

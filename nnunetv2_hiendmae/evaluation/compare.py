@@ -1,27 +1,66 @@
 """Comparison of the runs of a dataset: means, spread, ranks and paired tests, per setting of folds."""
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import combinations
+from dataclasses import asdict, dataclass
+from itertools import combinations, product
 
 import numpy as np
+import pandas as pd
 
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.folds import Setting, Splits, read_splits
-from nnunetv2_hiendmae.evaluation.report import MEAN, Comparison, Key, Report, RunResult, SettingResult
-from nnunetv2_hiendmae.evaluation.results import (
-    Run,
-    class_means,
-    collect_runs,
-    foreground_mean,
-    matching,
-    results_folder,
-    run_names,
-)
-from nnunetv2_hiendmae.evaluation.statistics import holm, mean_ranks, paired_test
+from nnunetv2_hiendmae.evaluation.folds import Splits, listed, read_splits
+from nnunetv2_hiendmae.evaluation.results import Run, collect_runs, matching, results_folder, run_names
+from nnunetv2_hiendmae.evaluation.statistics import foreground_mean, holm, mean_along, mean_ranks, paired_test, summary
+
+MEAN = "mean"  # stands where the name of a class could stand
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """All runs in one setting, for instance in 5-fold cross-validation or trained on one case. NaN is not available.
+
+    Args:
+        folds: number of the fold -> what it is.
+        common_cases: number of cases that all runs have.
+        runs: a row for each run: `run` (its full name), `folds` with results and `missing_folds`, number of `cases`;
+            `nnunet_foreground_mean` over the cases of all its folds, and `…_of_fold` of each; mean, std and number of
+            values over cases (each with its mean over the classes it has a value for) and over folds;
+            `mean_over_common_cases` and on these `mean_rank`, 1 is best; `per_class` over cases.
+        comparisons: a row for each pair: `first` − `second` on the `folds` and cases that both have, `measure` "mean",
+            and the fields of `PairedTest`; one family of tests for Holm's correction.
+        class_comparisons: the same for every class as `measure`, another family.
+        notes: what a reader must know before believing the numbers.
+    """
+
+    setting: str
+    folds: Mapping[int, str]
+    classes: Sequence[str]
+    common_cases: int
+    runs: pd.DataFrame
+    comparisons: pd.DataFrame
+    class_comparisons: pd.DataFrame
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `hiendmae compare` found, as data: the tables and the figure are made of this.
+
+    Args:
+        labels: full name of a run -> the shortest one that tells it from the others.
+        dice: of every case; index setting, run, fold, case; columns "mean" (over the classes that the case has a value
+            for) and the classes.
+    """
+
+    dataset: str
+    baseline: str | None
+    seed: int
+    notes: Sequence[str]
+    settings: Sequence[SettingResult]
+    labels: Mapping[str, str]
+    dice: pd.DataFrame
 
 
 def compare(
@@ -50,18 +89,35 @@ def compare(
         raise UserError(f"--seed is {seed}, needed 0 or more")
     folder = results_folder(dataset)
     splits = read_splits(nnunet_folder("nnUNet_preprocessed") / folder.name)
-    baseline = None if baseline is None else _baseline(baseline, run_names(folder))
+    if baseline is not None:
+        fitting = matching(baseline, run_names(folder), "--baseline")
+        if len(fitting) > 1:
+            raise UserError(f"--baseline {baseline} fits several runs, needed one of: {listed(fitting)}")
+        baseline = fitting[0]
     found = collect_runs(folder, None if runs is None else [*runs, *([baseline] if baseline else [])])
-    classes = _common_classes(found)
-    _check_folds(found, folds)
-    settings = [
-        _compare_setting(setting, numbers, found, splits, classes, baseline, seed)
-        for setting, numbers in _settings(found, splits, folds).items()
-    ]
+    names = [run.name for run in found]
+    pairs = list(combinations(names, 2) if baseline is None else product(names, [baseline]))
+    settings = _settings(found, splits, folds)
+    dice = _dice(found, settings)
+    classes, results = list(dice.columns[1:]), []
+    for setting, numbers in settings.items():
+        there = dice.loc[setting]
+        results.append(
+            SettingResult(
+                setting,
+                {fold: splits.meaning(fold) for fold in numbers},
+                classes,
+                int((there.groupby(["fold", "case"]).size() == there.index.unique("run").size).sum()),
+                _runs(there, numbers),
+                _comparisons(there, pairs, [MEAN], seed),
+                _comparisons(there, pairs, classes, seed),
+                list(_notes(there, numbers, found, splits, baseline)),
+            )
+        )
     notes = [f"{r.name}: fold_all is left out, it validates on its training cases" for r in found if r.has_fold_all]
     if not splits.folds:
         notes.append("no splits_final.json: which cases belong to which fold was not checked")
-    return Report(folder.name, short_names([run.name for run in found]), baseline, seed, tuple(settings), tuple(notes))
+    return Report(folder.name, baseline, seed, notes, results, short_names(names), dice)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -74,198 +130,142 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _baseline(wanted: str, names: Sequence[str]) -> str:
-    fitting = matching(wanted, names, "--baseline")
-    if len(fitting) > 1:
-        raise UserError(f"--baseline {wanted} fits several runs, needed one of: {', '.join(fitting)}")
-    return fitting[0]
-
-
-def _common_classes(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Names of the classes, which must be the same in all folds of all runs."""
-    known = [(f"{run.name} fold {fold}", dice.classes) for run in runs for fold, dice in run.folds.items()]
-    (first, classes), *others = known
-    for name, other in others:
-        if other != classes:
-            raise UserError(
-                f"{name} has the classes {', '.join(other)}, {first} has {', '.join(classes)}: "
-                f"their Dice cannot be compared; choose others with --runs"
-            )
-    names = next(run.class_names for run in runs if run.folds)
-    return tuple(names.get(key, f"label {key}") for key in classes)
-
-
-def _check_folds(runs: Sequence[Run], wanted: Sequence[int] | None) -> None:
+def _settings(runs: Sequence[Run], splits: Splits, wanted: Sequence[int] | None) -> dict[str, list[int]]:
+    """Settings with results, in the order in which they are shown -> all their folds, with results or without."""
     present = {fold for run in runs for fold in run.folds}
     if unknown := sorted(set(wanted or ()) - present):
-        listed, there = (", ".join(map(str, sorted(numbers))) for numbers in (unknown, present))
-        raise UserError(f"--folds {listed}: no run has results of it; there are results of: {there}")
-
-
-def _settings(runs: Sequence[Run], splits: Splits, wanted: Sequence[int] | None) -> dict[Setting, list[int]]:
-    """Settings with results, in the order in which they are shown -> all their folds, with results or without."""
-    grouped = defaultdict(set)
-    for fold in {*range(len(splits.folds)), *(fold for run in runs for fold in run.folds)}:
+        there = listed(sorted(present))
+        raise UserError(f"--folds {listed(unknown)}: no run has results of it; there are results of: {there}")
+    grouped = defaultdict(list)
+    for fold in sorted({*range(len(splits.folds)), *present}):
         if wanted is None or fold in wanted:
-            grouped[splits.setting(fold)].add(fold)
-    present = {fold for run in runs for fold in run.folds}
-    ordered = sorted(grouped.items(), key=lambda item: item[0].order)
-    return {setting: sorted(folds) for setting, folds in ordered if folds & present}
+            grouped[splits.setting(fold)].append(fold)
+    return {name: folds for (_, name), folds in sorted(grouped.items()) if present & set(folds)}
 
 
-def _compare_setting(
-    setting: Setting,
-    folds: Sequence[int],
-    found: Sequence[Run],
-    splits: Splits,
-    classes: tuple[str, ...],
-    baseline: str | None,
-    seed: int,
-) -> SettingResult:
-    rows = [_run_result(run, folds) for run in found if set(folds) & set(run.folds)]
-    common = sorted(set.intersection(*(set(row.dice) for row in rows)))
-    rows = _with_common(rows, common)
-    pairs = list(_pairs(rows, baseline))
-    overall = [_compare_pair(a, b, None, MEAN, seed) for a, b in pairs]
-    per_class = [_compare_pair(a, b, i, name, seed) for i, name in enumerate(classes) for a, b in pairs]
-    return SettingResult(
-        setting,
-        {fold: splits.meaning(fold) for fold in folds},
-        classes,
-        tuple(rows),
-        len(common),
-        _corrected(overall),
-        _corrected(per_class),
-        tuple(_notes(folds, found, rows, splits, classes, baseline)),
-    )
-
-
-def _run_result(run: Run, folds: Sequence[int]) -> RunResult:
-    own = tuple(fold for fold in folds if fold in run.folds)
-    dice = {
-        (fold, case): values
-        for fold in own
-        for case, values in zip(run.folds[fold].cases, run.folds[fold].values, strict=True)
+def _dice(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """As `Report.dice`; the classes must be the same in all folds of all runs."""
+    known = [(f"{run.name} fold {fold}", list(table)) for run in runs for fold, table in run.folds.items()]
+    first, classes = known[0]
+    for name, other in known:
+        if other != classes:
+            raise UserError(
+                f"{name} has the classes {listed(other)}, {first} has {listed(classes)}: their Dice cannot be "
+                "compared; choose others with --runs"
+            )
+    # a class may not be called like the mean
+    names = {key: name for key, name in next(run for run in runs if run.folds).class_names.items() if name != MEAN}
+    tables = {
+        (setting, run.name, fold): run.folds[fold]
+        for setting, folds in settings.items()
+        for run, fold in product(runs, folds)
+        if fold in run.folds
     }
-    return RunResult(
-        run.name,
-        own,
-        tuple(fold for fold in folds if fold not in run.folds),
-        dice,
-        nnunet_mean=foreground_mean(np.stack(list(dice.values()))),
-        fold_means={fold: foreground_mean(run.folds[fold].values) for fold in own},
-    )
+    dice = pd.concat(tables, names=["setting", "run", "fold", "case"])
+    means = mean_along(np.ascontiguousarray(dice), 1)
+    dice.columns = [names.get(key, f"label {key}") for key in classes]
+    dice.insert(0, MEAN, means)
+    return dice
 
 
-def _with_common(rows: Sequence[RunResult], common: Sequence[Key]) -> list[RunResult]:
-    """With what is measured on the cases that all runs have."""
-    if not common:
-        return list(rows)
-    measured = [row.measure(None) for row in rows]
-    values = np.array([[cases[key] for key in common] for cases in measured])
-    complete = values[:, ~np.isnan(values).any(axis=0)]
-    means = complete.mean(axis=1) if complete.size else [math.nan] * len(rows)
-    ranks = mean_ranks(values) if len(rows) > 1 else [math.nan]
-    return [
-        replace(row, common_mean=float(mean), rank=float(rank))
-        for row, mean, rank in zip(rows, means, ranks, strict=True)
-    ]
+def _runs(dice: pd.DataFrame, folds: Sequence[int]) -> pd.DataFrame:
+    """As `SettingResult.runs`."""
+    complete = dice[MEAN].unstack("run").sort_index().dropna()
+    common_means = dict(zip(complete, mean_along(np.ascontiguousarray(complete), 0), strict=True))
+    ranks = dict(zip(complete, mean_ranks(complete.to_numpy().T), strict=True)) if len(complete.columns) > 1 else {}
+    rows = []
+    for run, table in dice.droplevel("run").groupby(dice.index.get_level_values("run"), sort=False):
+        classes, own = table.drop(columns=MEAN), [fold for fold in folds if fold in table.index.unique("fold")]
+        # numpy adds up in the order of memory; a fold class by class, as nnU-Net does it
+        fold_means = {fold: foreground_mean(np.asfortranarray(classes.loc[fold])) for fold in own}
+        rows.append(
+            {
+                "run": run,
+                "folds": own,
+                "missing_folds": [fold for fold in folds if fold not in own],
+                "cases": len(table),
+                "nnunet_foreground_mean": foreground_mean(np.ascontiguousarray(classes)),
+                **summary(table[MEAN], "cases"),
+                **summary(fold_means.values(), "folds"),
+                "nnunet_foreground_mean_of_fold": fold_means,
+                "mean_over_common_cases": common_means[run],
+                "mean_rank": ranks.get(run, np.nan),
+                "per_class": {name: summary(values, "cases") for name, values in classes.items()},
+            }
+        )
+    return pd.DataFrame(rows)
 
 
-def _pairs(rows: Sequence[RunResult], baseline: str | None) -> Iterator[tuple[RunResult, RunResult]]:
-    if baseline is None:
-        yield from combinations(rows, 2)
-        return
-    for reference in (row for row in rows if row.name == baseline):
-        yield from ((row, reference) for row in rows if row is not reference)
-
-
-def _compare_pair(first: RunResult, second: RunResult, index: int | None, measure: str, seed: int) -> Comparison:
-    test = paired_test(*_paired(first.measure(index), second.measure(index)), seed)
-    folds = tuple(fold for fold in first.folds if fold in second.folds)
-    return Comparison(first.name, second.name, measure, folds, test)
-
-
-def _paired(first: Mapping[Key, float], second: Mapping[Key, float]) -> np.ndarray:
-    """(2, cases): both on their common cases that have a value. A case counts once, with its mean over the folds that
-    validate on it: its results in several folds are not independent."""
-    both = defaultdict(list)
-    for key in sorted(set(first) & set(second)):
-        if not math.isnan(first[key] - second[key]):
-            both[key[1]].append((first[key], second[key]))
-    return np.array([np.mean(pairs, axis=0) for pairs in both.values()]).reshape(-1, 2).T
-
-
-def _corrected(comparisons: Sequence[Comparison]) -> tuple[Comparison, ...]:
-    corrected = holm([c.test.p for c in comparisons])
-    return tuple(replace(c, test=replace(c.test, p_holm=p)) for c, p in zip(comparisons, corrected, strict=True))
+def _comparisons(
+    dice: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iterable[str], seed: int
+) -> pd.DataFrame:
+    """As `SettingResult.comparisons`, one family of tests; pairs of which a run is missing here are left out."""
+    by_run, folds = dice.unstack("run").sort_index(), dice.reset_index("fold").groupby("run")["fold"].unique()
+    rows = []
+    for measure, (first, second) in product(measures, pairs):
+        if first == second or not {first, second} <= {*folds.index}:
+            continue
+        both = by_run[measure][[first, second]].dropna()
+        # a case counts once, with its mean over the folds that validate on it: these are not independent
+        case, _ = pd.factorize(both.index.get_level_values("case"))
+        once = [np.bincount(case, both[run]) / np.bincount(case) for run in (first, second)]
+        shared = [fold for fold in folds[first].tolist() if fold in folds[second]]
+        test = asdict(paired_test(*once, seed))
+        rows.append({"first": first, "second": second, "measure": measure, "folds": shared, **test})
+    tests = pd.DataFrame(rows)
+    return tests.assign(p_holm=holm(tests["p_wilcoxon"])) if rows else tests
 
 
 def _notes(
-    folds: Sequence[int],
-    found: Sequence[Run],
-    rows: Sequence[RunResult],
-    splits: Splits,
-    classes: Sequence[str],
-    baseline: str | None,
+    dice: pd.DataFrame, folds: Sequence[int], found: Sequence[Run], splits: Splits, baseline: str | None
 ) -> Iterator[str]:
-    by_name = {row.name: row for row in rows}
-    missing = {run.name: by_name[run.name].missing if run.name in by_name else folds for run in found}
-    yield from _grouped({run.name: _notes_on_folds(run, missing[run.name]) for run in found})
-    yield from _grouped({row.name: _notes_on_cases(row, splits, classes) for row in rows})
-    if len({row.folds for row in rows}) > 1:
+    tables = {run: dice.xs(run, level="run") for run in dice.index.unique("run")}
+    on_folds = {run.name: _notes_on_folds(run, folds) for run in found}
+    on_cases = {run: _notes_on_cases(table, splits) for run, table in tables.items()}
+    for notes in (on_folds, on_cases):
+        about = defaultdict(list)
+        for run, own in notes.items():
+            for note in own:
+                about[note].append(run)
+        for note, names in about.items():
+            yield f"{'all runs here' if 1 < len(names) == len(notes) else listed(names)}: {note}"
+    if len({tuple(table.index.unique("fold")) for table in tables.values()}) > 1:
         yield (
             "the runs stand on different folds: compare them by the column on common cases and by the paired tests, "
             "not by their own means"
         )
-    elif len({frozenset(row.dice) for row in rows}) > 1:
+    elif len({frozenset(table.index) for table in tables.values()}) > 1:
         yield "the runs have different validation cases; only common ones are paired"
-    if baseline is not None and baseline not in by_name:
+    if baseline is not None and baseline not in tables:
         yield f"the baseline {baseline} has no result here, so nothing is tested"
 
 
-def _grouped(notes: Mapping[str, Iterable[str]]) -> Iterator[str]:
-    """Run -> its notes, told once for all runs that share one."""
-    about = defaultdict(list)
-    for name, own in notes.items():
-        for note in own:
-            about[note].append(name)
-    for note, names in about.items():
-        yield f"{'all runs here' if 1 < len(names) == len(notes) else _listed(names)}: {note}"
+def _notes_on_folds(run: Run, folds: Sequence[int]) -> Iterator[str]:
+    if missing := [fold for fold in folds if fold not in run.folds]:
+        started = listed(fold for fold in missing if fold in run.unfinished)
+        note = f" (started, without validation/summary.json: {started})" if started else ""
+        yield f"no result of fold {listed(missing)}{note}"
 
 
-def _notes_on_folds(run: Run, missing: Sequence[int]) -> Iterator[str]:
-    if missing:
-        started = [fold for fold in missing if fold in run.unfinished]
-        note = f" (started, without validation/summary.json: {_listed(started)})" if started else ""
-        yield f"no result of fold {_listed(missing)}{note}"
-
-
-def _notes_on_cases(row: RunResult, splits: Splits, classes: Sequence[str]) -> Iterator[str]:
-    for fold in row.folds:
-        cases = {case for number, case in row.dice if number == fold}
+def _notes_on_cases(table: pd.DataFrame, splits: Splits) -> Iterator[str]:
+    names = table.index.get_level_values("case")
+    values = table.drop(columns=MEAN).groupby("fold").count()  # (folds, classes)
+    for fold in values.index:
+        cases = set(table.loc[fold].index)
         expected = set(splits.folds[fold]["val"]) if fold < len(splits.folds) else cases
         if cases != expected:
             yield (
                 f"the {len(cases)} validation cases of fold {fold} are not the {len(expected)} of splits_final.json; "
                 "was it trained with other splits?"
             )
-    never = [name for name, mean in zip(classes, class_means(row.values), strict=True) if math.isnan(mean)]
-    if never:
-        yield f"neither truth nor prediction holds {_listed(never)}, so nnU-Net's foreground mean is n/a"
-    undefined = [fold for fold, mean in row.fold_means.items() if math.isnan(mean)]
-    if undefined and not never:
-        yield f"a class does not occur in fold {_listed(undefined)}; left out of mean ± std over folds"
-    empty = [case for (_, case), value in row.measure(None).items() if math.isnan(value)]
-    if empty:
-        yield f"nothing to segment and nothing found in {_listed(empty)}; left out"
-    repeated = len(row.dice) - len({case for _, case in row.dice})
-    if repeated:
+    if never := listed(values.columns[values.sum() == 0]):
+        yield f"neither truth nor prediction holds {never}, so nnU-Net's foreground mean is n/a"
+    elif undefined := listed(values.index[(values == 0).any(axis="columns")]):
+        yield f"a class does not occur in fold {undefined}; left out of mean ± std over folds"
+    if empty := listed(names[table[MEAN].isna()]):
+        yield f"nothing to segment and nothing found in {empty}; left out"
+    if repeated := names.duplicated().sum():
         yield (
             f"{repeated} results are of cases that an earlier fold validated too: means over cases count them again, "
             "the paired tests take a case's mean over its folds"
         )
-
-
-def _listed(items: Sequence[object]) -> str:
-    return ", ".join(map(str, items))

@@ -5,10 +5,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
-from nnunetv2_hiendmae.evaluation.report import Report, RunResult, SettingResult
-from nnunetv2_hiendmae.evaluation.results import class_means
-from nnunetv2_hiendmae.evaluation.statistics import spread
+from nnunetv2_hiendmae.evaluation.compare import MEAN, Report, SettingResult
 from nnunetv2_hiendmae.files import write_with
 
 COLOURS = "tab10"
@@ -40,41 +39,36 @@ def draw_comparison(report: Report, path: Path) -> None:
     palette = colormaps[COLOURS]
     colours = {name: palette(i % palette.N) for i, name in enumerate(report.labels)}
     for (dots, bars), result in zip(axes, report.settings, strict=True):
-        labels = [_named(run, report.labels[run.name]) for run in result.runs]
-        shades = [colours[run.name] for run in result.runs]
-        _draw_cases(dots, result, labels, shades)
+        labels = [_label(report.labels[run.run], run.folds, run.missing_folds) for run in result.runs.itertuples()]
+        shades = [colours[run] for run in result.runs["run"]]
+        _draw_cases(dots, report.dice.loc[result.setting][MEAN], labels, shades)
+        _finish(dots, f"{result.setting}\ncases, mean of classes", labels)
         _draw_classes(bars, result, labels, shades)
+        _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", [*map(_shortened, result.classes)])
     figure.suptitle(report.dataset, fontsize=11)
     write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
-def _draw_cases(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
-    measured = [run.measure(None) for run in result.runs]
+def _draw_cases(axis, dice: pd.Series, labels: Sequence[str], colours: Sequence) -> None:
+    measured = [values.droplevel("run") for _, values in dice.groupby("run", sort=False)]
     for i, (left, right) in enumerate(pairwise(measured)):
-        both = [key for key in left if key in right]
-        ends = [[left[key] for key in both], [right[key] for key in both]]
-        axis.plot([i, i + 1], ends, color="0.85", linewidth=0.6, zorder=1)
+        both = left.index[left.index.isin(right.index)]
+        axis.plot([i, i + 1], [left[both], right[both]], color="0.85", linewidth=0.6, zorder=1)
     for i, (values, colour) in enumerate(zip(measured, colours, strict=True)):
-        known = np.array([v for v in values.values() if not np.isnan(v)])
+        known = values.dropna().to_numpy()
         axis.scatter(np.full(known.size, i), known, s=14, color=colour, alpha=0.7, linewidth=0, zorder=2)
         if known.size:
             axis.hlines(known.mean(), i - 0.25, i + 0.25, color="black", linewidth=1.5, zorder=3)
-    axis.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
-    axis.set_xlim(-0.6, len(labels) - 0.4)
     low, high = axis.get_ylim()
     middle = min(max((low + high) / 2, SMALLEST_SPAN / 2), 1 - SMALLEST_SPAN / 2)
     axis.set_ylim(min(low, middle - SMALLEST_SPAN / 2), max(high, middle + SMALLEST_SPAN / 2))
-    axis.set_title(f"{result.setting.name}\ncases, mean of classes", fontsize=9)
-    _finish(axis)
 
 
 def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
     width = GROUP_WIDTH / len(labels)
-    positions = np.arange(len(result.classes))
-    for i, (run, label, colour) in enumerate(zip(result.runs, labels, colours, strict=True)):
-        x = positions - GROUP_WIDTH / 2 + (i + 0.5) * width
-        means = class_means(run.values)
-        spreads = [spread(column) for column in run.values.T]
+    for i, (per_class, label, colour) in enumerate(zip(result.runs["per_class"], labels, colours, strict=True)):
+        x = np.arange(len(result.classes)) - GROUP_WIDTH / 2 + (i + 0.5) * width
+        means, spreads, _ = pd.DataFrame(per_class).to_numpy()
         axis.bar(x, np.nan_to_num(means), width, color=colour, label=label)
         # Dice ends at 0 and 1, and so do the whiskers
         below = np.minimum(np.nan_to_num(spreads), np.nan_to_num(means))
@@ -82,16 +76,15 @@ def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: S
         axis.errorbar(x, means, [below, above], fmt="none", ecolor="0.25", elinewidth=0.8)
         for position in x[np.isnan(means)]:
             axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
-    axis.set_xticks(positions, [_shortened(name) for name in result.classes], rotation=25, ha="right", fontsize=8)
-    axis.set_xlim(-0.6, len(result.classes) - 0.4)
     # bars start at nothing; the dots beside them show what happens near the top
     axis.set_ylim(0, 1)
-    axis.set_title(f"{result.setting.name}\nclasses, mean ± std over cases", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    _finish(axis)
 
 
-def _finish(axis) -> None:
+def _finish(axis, title: str, names: Sequence[str]) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
+    axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_ylabel("Dice", fontsize=8)
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(axis="y", color="0.9", linewidth=0.6)
@@ -99,11 +92,10 @@ def _finish(axis) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _named(run: RunResult, label: str) -> str:
+def _label(name: str, folds: Sequence[int], missing: Sequence[int]) -> str:
     # a figure travels without the notes of the table
-    short = _shortened(label)
-    there, all_of_them = len(run.folds), len(run.folds) + len(run.missing)
-    return f"{short}\n({there} of {all_of_them} folds)" if run.missing else short
+    lacking = f"\n({len(folds)} of {len(folds) + len(missing)} folds)" if missing else ""
+    return f"{_shortened(name)}{lacking}"
 
 
 def _shortened(text: str) -> str:

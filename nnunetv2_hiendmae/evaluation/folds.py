@@ -1,23 +1,26 @@
-"""What the folds of `splits_final.json` mean: nnU-Net's file, and our record of the folds that were appended to it."""
+"""Few-shot folds: appended to nnU-Net's `splits_final.json`, and a record beside it of what they mean."""
 
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from itertools import combinations
 from math import floor
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
+import numpy as np
 
-SPLITS_FILE = "splits_final.json"
-RECORD_FILE = "splits_hiendmae.json"
+from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
+from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.files import locked, telling_damage, write_text
+
+SPLITS_FILE, RECORD_FILE = "splits_final.json", "splits_hiendmae.json"
 SHOTS, FRACTION = "shots", "fraction"
-ABOUT = "Folds that `hiendmae splits` appended to splits_final.json: do not edit either file by hand."
+NNUNET_SEED, NNUNET_FOLDS = 12345, 5  # what nnUNetTrainer.do_split asks for
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +53,9 @@ class Subset:
             raise ValueError(f"--shots {self.value} must be a whole number of cases, at least 1")
         if self.kind == FRACTION and not 0 < self.value <= 1:
             raise ValueError(f"--fraction {self.value:g} must lie above 0 and not above 1 (0.1 is 10 percent)")
-        if not (isinstance(self.of_fold, int) and self.of_fold >= 0):
-            raise ValueError(f"--of-fold {self.of_fold} must be the number of a fold, 0 or above")
-        if not (isinstance(self.seed, int) and self.seed >= 0):
-            raise ValueError(f"--seed {self.seed} must be a whole number, 0 or above")
+        for option, value in (("--of-fold", self.of_fold), ("--seed", self.seed)):
+            if not (isinstance(value, int) and value >= 0):
+                raise ValueError(f"{option} {value} must be a whole number, 0 or above")
 
     @property
     def amount(self) -> str:
@@ -72,66 +74,117 @@ class Subset:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What folds have in common so that their results may be put together.
-
-    Args:
-        order: settings are shown in this order.
-        name: e.g. "5-fold cross-validation", "1-shot (seed 0)".
-    """
-
-    order: tuple[float, ...]
-    name: str
-
-
-@dataclass(frozen=True)
 class Splits:
-    """Content of `splits_final.json` and of our record.
+    """Folds of a dataset: `splits_final.json` and our record.
 
     Args:
+        folder: where both are, `$nnUNet_preprocessed/<dataset>`.
         folds: as in the file, in its order; empty when there is none.
         appended: number of a fold that `hiendmae splits` appended -> its meaning.
         lost: number -> digest of folds that the record knows and the file lacks (nnU-Net made it anew, for instance).
     """
 
+    folder: Path
     folds: Sequence[Fold] = ()
     appended: Mapping[int, Subset] = field(default_factory=dict)
     lost: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def file(self) -> Path:
+        """nnU-Net's file."""
+        return self.folder / SPLITS_FILE
 
     @property
     def original(self) -> list[int]:
         """Numbers of the folds that are not ours."""
         return [i for i in range(len(self.folds)) if i not in self.appended]
 
-    def setting(self, fold: int) -> Setting:
-        """To which setting results of `fold` belong. Folds of the same setting validate on the cases of one split."""
-        if fold in self.appended:
-            subset = self.appended[fold]
-            order = (1.0 if subset.kind == SHOTS else 2.0, float(subset.value), float(subset.seed))
-            return Setting(order, f"{subset.amount} (seed {subset.seed})")
-        if fold in self.original:
-            return Setting((0.0,), self._original_name())
-        if not self.folds and fold < 5:
-            return Setting((0.0,), "folds 0 to 4, no splits_final.json")
-        return Setting((3.0, float(fold)), f"fold {fold}, not in splits_final.json")
+    def setting(self, fold: int) -> tuple[tuple[float, ...], str]:
+        """Place in the order of settings, and name, of the folds that may be averaged: they validate on one split."""
+        if subset := self.appended.get(fold):
+            place = (1.0 if subset.kind == SHOTS else 2.0, float(subset.value), float(subset.seed))
+            return place, f"{subset.amount} (seed {subset.seed})"
+        if fold < len(self.folds):
+            return (0.0,), self._original_name()
+        if not self.folds and fold < NNUNET_FOLDS:
+            return (0.0,), f"folds 0 to 4, no {SPLITS_FILE}"
+        return (3.0, float(fold)), f"fold {fold}, not in {SPLITS_FILE}"
 
     def meaning(self, fold: int) -> str:
         """One fold in words."""
-        if fold in self.appended:
-            return str(self.appended[fold])
-        return self._original_name() if fold in self.original else self.setting(fold).name
+        return str(self.appended.get(fold) or self.setting(fold)[1])
 
     def _original_name(self) -> str:
         validation = [set(self.folds[i]["val"]) for i in self.original]
         if len(validation) == 1:
             return "single split"
-        disjoint = all(not a & b for a, b in combinations(validation, 2))
-        if disjoint:
+        if not any(a & b for a, b in combinations(validation, 2)):
             return f"{len(validation)}-fold cross-validation"
-        sizes = sorted({len(self.folds[i]["train"]) for i in self.original})
         # a copy of the file without our record may hold few-shot folds: the sizes show it
-        span = f"{sizes[0]} to {sizes[-1]}" if sizes[1:] else sizes[0]
+        sizes = [len(self.folds[i]["train"]) for i in self.original]
+        span = " to ".join(map(str, sorted({min(sizes), max(sizes)})))
         return f"{len(validation)} overlapping splits, {span} training cases"
+
+
+def list_folds(dataset: str | int) -> Splits:
+    """All folds as they are on disk; changes nothing.
+
+    Raises:
+        UserError: no such dataset, no splits yet, or a damaged file.
+    """
+    folder = nnunet_folder("nnUNet_preprocessed") / dataset_name(dataset)
+    splits = read_splits(folder)
+    if not splits.folds:
+        raise UserError(f"{folder} has no {SPLITS_FILE} yet; run: hiendmae splits -d {folder.name} --shots 1")
+    return splits
+
+
+def append_folds(dataset: str | int, subsets: Sequence[Subset]) -> tuple[Splits, list[int]]:
+    """Appends one fold for each subset that has none yet, and gives the numbers of all of them in order.
+
+    Where there is no `splits_final.json` it is first made as nnU-Net would make it: a copy of the one in the raw
+    dataset, else nnU-Net's own 5 folds. Folds that are there are never touched.
+
+    Raises:
+        UserError: an unknown fold, more shots than training cases, damaged files, or results that were trained
+            under the number of a new fold before it had a meaning.
+    """
+    with _changing(dataset) as splits:
+        before = splits = _with_nnunet_folds(splits)
+        for subset in subsets:
+            if subset not in splits.appended.values():
+                splits = _with(splits, subset)
+        if splits is not before:
+            _write(splits)
+    numbers = {subset: number for number, subset in splits.appended.items()}
+    return splits, [numbers[subset] for subset in subsets]
+
+
+def remove_folds(dataset: str | int, numbers: Sequence[int]) -> Splits:
+    """Removes appended folds from the end of the list.
+
+    A fold in the middle stays, because those behind it would get other numbers, and nnU-Net knows folds by number.
+    So does a fold with results, because they would lose their meaning.
+
+    Raises:
+        UserError: a fold that is not ours, not at the end, or has results.
+    """
+    gone = sorted(set(numbers))
+    with _changing(dataset) as splits:
+        if foreign := [number for number in gone if number not in splits.appended]:
+            ours = listed(splits.appended) or "none"
+            raise UserError(f"--remove {foreign[0]}: not a fold that hiendmae splits appended (those are: {ours})")
+        kept = len(splits.folds) - len(gone)
+        if gone != list(range(kept, len(splits.folds))):
+            raise UserError(
+                f"--remove {' '.join(map(str, gone))}: only the last folds can go (the last one is "
+                f"{len(splits.folds) - 1}), because those behind would get other numbers; remove these as well"
+            )
+        for number in gone:
+            _refuse_results(splits, number, f"would leave them without a meaning; they are '{splits.appended[number]}'")
+        splits = Splits(splits.folder, splits.folds[:kept], {n: s for n, s in splits.appended.items() if n < kept})
+        _write(splits, shrinking=True)
+    return splits
 
 
 def read_splits(folder: Path) -> Splits:
@@ -140,81 +193,28 @@ def read_splits(folder: Path) -> Splits:
     Raises:
         UserError: a file is damaged, or a fold is no longer what the record describes.
     """
-    folds = read_folds(folder / SPLITS_FILE)
-    path = folder / RECORD_FILE
+    folds, path = _read_folds(folder / SPLITS_FILE), folder / RECORD_FILE
     if not path.is_file():
-        return Splits(folds)
-    try:
+        return Splits(folder, folds)
+    appendix = f"the folds that were appended to {SPLITS_FILE}"
+    with telling_damage(path, f"what `hiendmae splits` wrote; put it back, or remove it together with {appendix}"):
         record = json.loads(path.read_text(encoding="utf-8"))
         digests = {int(number): digest for number, digest in record["sha256"].items()}
-        appended = {int(number): Subset(**_known(entry)) for number, entry in record["appended"].items()}
+        appended = {
+            int(number): Subset(*(entry[known.name] for known in fields(Subset)))
+            for number, entry in record["appended"].items()
+        }
         if strange := appended.keys() - digests.keys():
             raise ValueError(f"fold {min(strange)} without its sha256")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{path} is damaged ({type(e).__name__}: {e}), needed what `hiendmae splits` wrote; put it back, or remove "
-            f"it together with the folds that were appended to {SPLITS_FILE}"
-        ) from e
     lost = {number: digest for number, digest in digests.items() if number >= len(folds)}
-    changed = [
-        number for number, digest in digests.items() if number not in lost and digest != digest_of(folds[number])
-    ]
-    if changed:
-        listed = ", ".join(map(str, changed))
+    if changed := [n for n, digest in digests.items() if n not in lost and digest != digest_of(folds[n])]:
         raise UserError(
-            f"{folder / SPLITS_FILE} was changed by something else: fold {listed} is not what {RECORD_FILE} describes; "
-            f"put the file back, or remove {path} if the meaning of appended folds is no longer needed"
+            f"{folder / SPLITS_FILE} was changed by something else: fold {listed(changed)} is not what {RECORD_FILE} "
+            f"describes; put the file back, or remove {path} if the meaning of appended folds is no longer needed"
         )
     for number in sorted(lost.keys() & appended.keys()):
         logger.warning("%s lacks fold %d, which was %s", folder / SPLITS_FILE, number, appended[number])
-    return Splits(folds, {n: subset for n, subset in sorted(appended.items()) if n not in lost}, lost)
-
-
-def read_folds(path: Path) -> list[dict[str, Any]]:
-    """Folds of a `splits_final.json`, [] when there is none.
-
-    Raises:
-        UserError: not what nnU-Net reads.
-    """
-    if not path.is_file():
-        return []
-    try:
-        folds = json.loads(path.read_text(encoding="utf-8"))
-        if not folds:
-            raise ValueError("no folds")
-        for fold in folds:
-            # a text is no list of cases, though its letters are text too
-            if not all(isinstance(fold[part], list) for part in ("train", "val")):
-                raise ValueError("cases that are no list")
-            if not all(isinstance(case, str) for part in ("train", "val") for case in fold[part]):
-                raise ValueError("a case that is no name")
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f'{path} is damaged ({type(e).__name__}: {e}), needed a list of folds with "train" and "val"; put it back, '
-            "or remove it: nnU-Net makes its own 5 folds anew"
-        ) from e
-    return folds
-
-
-def write_splits(folder: Path, splits: Splits, *, shrinking: bool = False) -> None:
-    """Writes both files, in the order in which a fold of ours is never without its record."""
-    kept = [(number, digest) for number, digest in splits.lost.items() if number >= len(splits.folds)]
-    record = {
-        "about": ABOUT,
-        "appended": {
-            str(number): {**asdict(subset), "meaning": str(subset), "train_cases": len(splits.folds[number]["train"])}
-            for number, subset in splits.appended.items()
-        },
-        # of every fold, so that a change by another hand is noticed
-        "sha256": {str(number): digest for number, digest in [*enumerate(map(digest_of, splits.folds)), *kept]},
-    }
-    texts = [
-        (folder / RECORD_FILE, json.dumps(record, indent=4) + "\n"),
-        # as nnU-Net writes it
-        (folder / SPLITS_FILE, json.dumps(list(splits.folds), indent=4)),
-    ]
-    for path, text in reversed(texts) if shrinking else texts:
-        write_text(path, text)
+    return Splits(folder, folds, {n: subset for n, subset in sorted(appended.items()) if n not in lost}, lost)
 
 
 def digest_of(fold: Fold) -> str:
@@ -223,5 +223,128 @@ def digest_of(fold: Fold) -> str:
     return hashlib.sha256(cases.encode()).hexdigest()
 
 
-def _known(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: entry[key] for key in ("kind", "value", "of_fold", "seed")}
+def draw(fold: Fold, subset: Subset) -> dict[str, list[str]]:
+    """The new fold: the first cases of an order that depends on nothing but the case names, `of_fold` and `seed`.
+
+    Hence what is drawn for less is part of what is drawn for more, whether by shots or by fraction.
+
+    Raises:
+        UserError: fewer training cases than shots, or a fold that trains on validation cases.
+    """
+    cases, number = sorted(set(fold["train"])), subset.of_fold
+    if both := sorted(set(cases) & set(fold["val"])):
+        raise UserError(f"fold {number} trains on validation cases ({some(both)}); take another one")
+    if (wanted := subset.num_cases(len(cases))) > len(cases):
+        raise UserError(f"fold {number} has {len(cases)} training cases, fewer than --shots {wanted}; ask for fewer")
+    order = np.random.default_rng([subset.seed, number]).permutation(len(cases))
+    return {"train": sorted(cases[i] for i in order[:wanted]), "val": list(fold["val"])}
+
+
+def _with(splits: Splits, subset: Subset) -> Splits:
+    if subset.of_fold not in splits.original:
+        there = f"the original folds of {SPLITS_FILE}, needed: {listed(splits.original)}"
+        raise UserError(f"--of-fold {subset.of_fold} is not one of {there}")
+    number, fold = len(splits.folds), draw(splits.folds[subset.of_fold], subset)
+    if splits.lost.get(number) != digest_of(fold):
+        _refuse_results(splits, number, f"would make them results of '{subset}'")
+    return replace(splits, folds=[*splits.folds, fold], appended={**splits.appended, number: subset})
+
+
+def _with_nnunet_folds(splits: Splits) -> Splits:
+    """Where there are no folds, those that nnU-Net would make; else the first must be those of the raw dataset."""
+    raw = nnunet_folder("nnUNet_raw") / splits.folder.name
+    first = _read_folds(raw / SPLITS_FILE)
+    if not splits.folds:
+        return replace(splits, folds=first or _nnunet_folds(raw, splits.folder))
+    if [*map(digest_of, first)] != [*map(digest_of, splits.folds[: len(first)])]:
+        raise UserError(
+            f"{raw / SPLITS_FILE} and {splits.file} contradict each other, and nnU-Net will refuse to plan; remove the "
+            "one you do not want"
+        )
+    return splits
+
+
+def _nnunet_folds(raw: Path, preprocessed: Path) -> list[Fold]:
+    """The 5 of nnU-Net; both folders must hold the same cases, for nnU-Net splits those that are preprocessed."""
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+
+    lists, images = {}, str(raw / "imagesTr")
+    if (file := raw / "dataset.json").is_file():
+        with telling_damage(raw, f"imagesTr, and its file_ending or the cases in {file.name}; mend one of them"):
+            about = json.loads(file.read_text(encoding="utf-8"))
+            found = about.get("dataset") or get_identifiers_from_splitted_dataset_folder(images, about["file_ending"])
+            lists[raw] = sorted(map(str, found))
+    # each of nnU-Net's storage formats has one such file for every case
+    for path in sorted(preprocessed.glob("*/*.pkl")):
+        lists.setdefault(path.parent, []).append(path.stem)
+    if not lists:
+        raise UserError(f"{raw.name} has neither raw nor preprocessed cases; run: hiendmae doctor")
+    first, cases = next(iter(lists.items()))
+    for folder, found in lists.items():
+        if different := set(found) ^ set(cases):
+            raise UserError(
+                f"{folder} holds {len(found)} cases, {first} {len(cases)}, different first at {min(different)}; "
+                "preprocess again, so that the folds are those of all cases"
+            )
+    if len(cases) < NNUNET_FOLDS:
+        raise UserError(
+            f"{raw.name} has {len(cases)} training cases, nnU-Net's own split needs {NNUNET_FOLDS}; "
+            f"write {raw / SPLITS_FILE} yourself"
+        )
+    # numpy's strings become plain ones
+    return json.loads(json.dumps(generate_crossval_split(cases, seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)))
+
+
+def _refuse_results(splits: Splits, number: int, reason: str) -> None:
+    if found := sorted((nnunet_folder("nnUNet_results") / splits.folder.name).glob(f"*/fold_{number}")):
+        raise UserError(
+            f"there are results of fold {number} in {some(found, 1)}, and this {reason}; "
+            "remove or move them, then run the command again"
+        )
+
+
+@contextmanager
+def _changing(dataset: str | int) -> Iterator[Splits]:
+    folder = nnunet_folder("nnUNet_preprocessed") / dataset_name(dataset)
+    busy = f"another process is changing {folder / SPLITS_FILE}; wait for it to end"
+    with locked(folder / ".splits_final.lock", busy, timeout_s=60):
+        yield read_splits(folder)
+
+
+def _read_folds(path: Path) -> list[dict[str, Any]]:
+    """[] when there is no file."""
+    if not path.is_file():
+        return []
+    needed = 'a list of folds with "train" and "val"'
+    with telling_damage(path, f"{needed}; put it back, or remove it: nnU-Net makes its own 5 folds anew"):
+        folds = json.loads(path.read_text(encoding="utf-8"))
+        if not folds:
+            raise ValueError("no folds")
+        for cases in (fold[part] for fold in folds for part in ("train", "val")):
+            # a text is no list of cases, though its letters are text too
+            if not (isinstance(cases, list) and all(isinstance(case, str) for case in cases)):
+                raise ValueError("cases that are no list of names")
+    return folds
+
+
+def _write(splits: Splits, *, shrinking: bool = False) -> None:
+    """Both files, in the order in which a fold of ours is never without its record."""
+    record = {
+        "about": f"Folds that `hiendmae splits` appended to {SPLITS_FILE}: do not edit either file by hand.",
+        "appended": {
+            number: {**asdict(subset), "meaning": str(subset), "train_cases": len(splits.folds[number]["train"])}
+            for number, subset in splits.appended.items()
+        },
+        # of every fold, so that a change by another hand is noticed
+        "sha256": dict(sorted({**splits.lost, **dict(enumerate(map(digest_of, splits.folds)))}.items())),
+    }
+    # the second as nnU-Net writes it
+    texts = {RECORD_FILE: json.dumps(record, indent=4) + "\n", SPLITS_FILE: json.dumps([*splits.folds], indent=4)}
+    for name in reversed(texts) if shrinking else texts:
+        write_text(splits.folder / name, texts[name])
+
+
+def listed(items: Iterable[object]) -> str:
+    """'a, b, c'."""
+    return ", ".join(map(str, items))

@@ -2,35 +2,20 @@
 
 import json
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import telling_damage
 
 SUMMARY = Path("validation") / "summary.json"
 BACKGROUND = "0"
-
-
-@dataclass(frozen=True)
-class FoldDice:
-    """Dice of one fold's validation cases.
-
-    Args:
-        cases: names, in the order of the file.
-        classes: foreground labels or regions as nnU-Net writes them, e.g. "1" or "(1, 2)".
-        values: (cases, classes), between 0 and 1; NaN where truth and prediction hold none of the class.
-    """
-
-    cases: tuple[str, ...]
-    classes: tuple[str, ...]
-    values: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -39,34 +24,19 @@ class Run:
 
     Args:
         name: TRAINER__PLANS__CONFIGURATION, nnU-Net's folder name.
-        folds: number of the fold -> its Dice.
+        folds: number of the fold -> Dice of its validation cases, a row for each case in the order of the file, a
+            column for each foreground label or region as nnU-Net writes it ("1" or "(1, 2)"), sorted by label; values
+            between 0 and 1, NaN where truth and prediction hold none of the class.
         unfinished: folds that were started and have no `summary.json`.
-        class_names: key as in `FoldDice.classes` -> name in dataset.json.
+        class_names: column as in `folds` -> name in dataset.json.
         has_fold_all: there is a `fold_all`, which validates on its training cases and is left out.
     """
 
     name: str
-    folds: Mapping[int, FoldDice]
-    unfinished: tuple[int, ...]
+    folds: Mapping[int, pd.DataFrame]
+    unfinished: Sequence[int]
     class_names: Mapping[str, str]
     has_fold_all: bool = False
-
-
-def class_means(values: np.ndarray) -> np.ndarray:
-    """Mean per class over cases (cases, classes) -> (classes,), NaN values left out, as nnU-Net does."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
-        return np.nanmean(values, axis=0)
-
-
-def case_means(values: np.ndarray) -> np.ndarray:
-    """Mean per case over the classes that truth or prediction hold: (cases, classes) -> (cases,)."""
-    return class_means(values.T)
-
-
-def foreground_mean(values: np.ndarray) -> float:
-    """nnU-Net's foreground mean: the mean of the classes' means; NaN if a class has no value in any case."""
-    return float(np.mean(class_means(values)))
 
 
 def results_folder(dataset: str | int) -> Path:
@@ -133,62 +103,37 @@ def matching(wanted: str, names: Sequence[str], option: str = "--runs") -> list[
 
 
 def _read_run(folder: Path) -> Run:
-    folds, unfinished = {}, []
-    description = _description(folder)
-    for path in folder.glob("fold_*"):
-        if not (number := re.fullmatch(r"fold_(\d+)", path.name)):
-            continue
-        if (path / SUMMARY).is_file():
-            folds[int(number[1])] = _read_summary(path / SUMMARY, description.get("file_ending", ""))
-        else:
-            unfinished.append(int(number[1]))
+    try:
+        about = dict(json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        about = {}  # only names are lost
+    numbered = {int(p.name[5:]): p for p in folder.glob("fold_*") if re.fullmatch(r"fold_\d+", p.name)}
+    finished = {n: path / SUMMARY for n, path in sorted(numbered.items()) if (path / SUMMARY).is_file()}
     return Run(
         folder.name,
-        dict(sorted(folds.items())),
-        tuple(sorted(unfinished)),
-        _class_names(description),
+        {n: _read_summary(path, about.get("file_ending", "")) for n, path in finished.items()},
+        sorted(numbered.keys() - finished.keys()),
+        {str(tuple(v) if isinstance(v, list) else v): name for name, v in about.get("labels", {}).items()},
         (folder / "fold_all").is_dir(),
     )
 
 
-def _read_summary(path: Path, file_ending: str) -> FoldDice:
-    try:
+def _read_summary(path: Path, file_ending: str) -> pd.DataFrame:
+    fold = path.parents[1]
+    again = f"validate {fold.parent.name} fold {fold.name.removeprefix('fold_')} again: nnUNetv2_train … --val"
+    with telling_damage(path, f"nnU-Net's Dice per case; {again}"):
         rows = json.loads(path.read_text(encoding="utf-8"))["metric_per_case"]
-        classes = tuple(key for key in rows[0]["metrics"] if key != BACKGROUND)
-        cases = tuple(_case_name(row["prediction_file"], file_ending) for row in rows)
-        values = np.array([[row["metrics"][c]["Dice"] for c in classes] for row in rows], dtype=float)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
-        fold = path.parents[1]
-        raise UserError(
-            f"{path} is damaged ({type(e).__name__}: {e}), needed nnU-Net's Dice per case; "
-            f"validate {fold.parent.name} fold {fold.name.removeprefix('fold_')} again: nnUNetv2_train … --val"
-        ) from e
-    if not classes or len(set(cases)) != len(cases):
-        raise UserError(f"{path} has no foreground class, or a case twice; validate again: nnUNetv2_train … --val")
-    # sorted by label, not as text: 2 before 10
-    order = sorted(range(len(classes)), key=lambda i: _labels(classes[i]))
-    return FoldDice(cases, tuple(classes[i] for i in order), values[:, order])
+        # by label, not as text: 2 before 10
+        keys = sorted(rows[0]["metrics"], key=lambda key: [*map(int, re.findall(r"\d+", key))])
+        keys = [key for key in keys if key != BACKGROUND]
+        cases = [_case_name(row["prediction_file"], file_ending) for row in rows]
+        values = np.array([[row["metrics"][key]["Dice"] for key in keys] for row in rows], dtype=float)
+    if not keys or len(set(cases)) != len(cases):
+        raise UserError(f"{path} has no foreground class, or a case twice; {again}")
+    return pd.DataFrame(values, index=cases, columns=keys)
 
 
 def _case_name(file: str, ending: str) -> str:
     # the summary may have been written on another system
     name = re.split(r"[\\/]", file)[-1]
     return name.removesuffix(ending) if ending and name.endswith(ending) else name.split(".")[0]
-
-
-def _labels(key: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", key))
-
-
-def _description(folder: Path) -> dict[str, Any]:
-    """dataset.json as nnU-Net copied it into the run's folder; {} where it is missing: only names are lost."""
-    try:
-        content = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _class_names(description: Mapping[str, Any]) -> dict[str, str]:
-    labels = description.get("labels", {})
-    return {str(tuple(v) if isinstance(v, list) else v): name for name, v in labels.items()}

@@ -1,10 +1,13 @@
-"""Paired statistics of runs on the same cases."""
+"""Means, spreads, ranks and paired tests of runs on the same cases; NaN is a case without a value."""
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 # with 5 differences the smallest two-sided p of the exact test is 2 / 2^5 = 0.0625
@@ -19,18 +22,17 @@ class PairedTest:
 
     Args:
         pairs: number of such cases.
-        difference: mean of first − second; NaN without pairs.
-        low, high: bootstrap 95% percentile interval of `difference`; NaN with fewer than 2 pairs.
-        p: two-sided Wilcoxon signed-rank, NaN where it makes no sense.
-        p_holm: `p` corrected for the family of tests it belongs to, NaN like `p`.
+        mean_difference: of first − second; NaN without pairs.
+        interval_95: low and high, bootstrap percentile interval of the mean difference; NaN with fewer than 2 pairs.
+        p_wilcoxon: two-sided Wilcoxon signed-rank, NaN where it makes no sense.
+        p_holm: corrected for the family of tests it belongs to, NaN like `p_wilcoxon`.
         reason: why there is no p, "" where there is one.
     """
 
     pairs: int
-    difference: float
-    low: float
-    high: float
-    p: float
+    mean_difference: float
+    interval_95: tuple[float, float]
+    p_wilcoxon: float
     p_holm: float = math.nan
     reason: str = ""
 
@@ -45,31 +47,27 @@ def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedT
         first, second: Dice of the same cases in the same order, (cases,).
         seed: of the bootstrap.
     """
-    difference = np.asarray(first, float) - np.asarray(second, float)
-    difference = difference[~np.isnan(difference)]
-    if not difference.size:
-        return PairedTest(0, math.nan, math.nan, math.nan, math.nan, reason="no case in common")
-    low, high = _bootstrap(difference, seed)
+    difference = pd.Series(np.subtract(first, second), dtype=float).dropna()
     changed = difference[difference != 0]
     p, reason = math.nan, ""
-    if not changed.size:
+    if difference.empty:
+        reason = "no case in common"
+    elif changed.empty:
         reason = f"all {difference.size} pairs are equal"
     elif changed.size < MIN_DIFFERENCES:
         reason = f"only {changed.size} pairs that differ, needed {MIN_DIFFERENCES}"
     else:
         p = float(stats.wilcoxon(changed).pvalue)
-    return PairedTest(difference.size, float(difference.mean()), low, high, p, reason=reason)
+    interval = _bootstrap(difference.to_numpy(), seed)
+    return PairedTest(difference.size, float(difference.mean()), interval, p, reason=reason)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction; NaN values are no tests and do not count."""
-    known = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
-    corrected = [math.nan] * len(p_values)
-    largest = 0.0
-    for rank, (p, i) in enumerate(known):
-        largest = max(largest, min(1.0, (len(known) - rank) * p))
-        corrected[i] = largest
-    return corrected
+    p = pd.Series(p_values, dtype=float)
+    known = p.dropna().sort_values()
+    corrected = (known * np.arange(len(known), 0, -1)).clip(upper=1).cummax()
+    return corrected.reindex(p.index).tolist()
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
@@ -81,29 +79,35 @@ def mean_ranks(values: np.ndarray) -> np.ndarray:
     Returns:
         (runs,), NaN without such a case.
     """
-    complete = values[:, ~np.isnan(values).any(axis=0)]
-    if not complete.shape[1]:
-        return np.full(len(values), np.nan)
-    return stats.rankdata(-complete, axis=0).mean(axis=1)
+    complete = pd.DataFrame(values).dropna(axis="columns")
+    return complete.rank(ascending=False).mean(axis="columns").to_numpy()
 
 
-def spread(values: np.ndarray) -> float:
-    """Sample standard deviation (n − 1) of the values that are not NaN; NaN for fewer than two."""
-    known = np.asarray(values, float)
-    known = known[~np.isnan(known)]
-    return float(known.std(ddof=1)) if known.size > 1 else math.nan
+def summary(values: Iterable[float], over: str) -> dict[str, Any]:
+    """Mean, sample standard deviation (n − 1) and number of the values that are not NaN, under the names of the output.
+
+    The mean is NaN without a value, the standard deviation for fewer than two.
+    """
+    known = pd.Series(list(values), dtype=float).dropna()
+    return {f"mean_over_{over}": known.mean(), f"std_over_{over}": known.std(), f"{over}_with_value": len(known)}
+
+
+def foreground_mean(values: np.ndarray) -> float:
+    """nnU-Net's foreground mean of (cases, classes): the mean of the classes' means; NaN if a class has no value."""
+    return float(np.mean(mean_along(values, 0)))
+
+
+def mean_along(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of the values along an axis that are not NaN; NaN where there are none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.nanmean(values, axis=axis)
 
 
 def _bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float]:
     if difference.size < 2:
         return math.nan, math.nan
-    interval = stats.bootstrap(
-        (difference,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        batch=1000,
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(interval.low), float(interval.high)
+    options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "batch": 1000}
+    found = stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options)
+    low, high = found.confidence_interval
+    return float(low), float(high)

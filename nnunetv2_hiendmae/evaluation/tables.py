@@ -1,21 +1,18 @@
-"""A comparison as Markdown, CSV and JSON."""
+"""A comparison as files: Markdown, CSV, JSON and a figure."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
-from nnunetv2_hiendmae.evaluation.report import MEAN, Comparison, Report, RunResult, SettingResult
-from nnunetv2_hiendmae.evaluation.results import case_means
-from nnunetv2_hiendmae.evaluation.statistics import RESAMPLES, spread
+from nnunetv2_hiendmae.evaluation.compare import MEAN, Report, SettingResult
+from nnunetv2_hiendmae.evaluation.figure import draw_comparison
+from nnunetv2_hiendmae.evaluation.statistics import RESAMPLES
 from nnunetv2_hiendmae.files import write_text
 
-NOT_AVAILABLE = "n/a"
 CONVENTIONS = (
     "Dice of the foreground classes, between 0 and 1, as nnU-Net measured it on each fold's validation cases. Where "
     "truth and prediction hold none of a class, the case has no Dice for it and is left out of that class's mean; "
@@ -30,6 +27,12 @@ TESTS = (
     "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test, {holm}."
 )
 
+# columns of runs.csv
+RUN_MEASURES = (
+    *("mean_over_cases", "std_over_cases", "cases_with_value", "mean_over_folds", "std_over_folds", "folds_with_value"),
+    *("nnunet_foreground_mean", "mean_over_common_cases", "mean_rank"),
+)
+
 
 def markdown(report: Report) -> str:
     """The whole report for a reader."""
@@ -41,180 +44,101 @@ def markdown(report: Report) -> str:
         _list(report.notes),
     ]
     for result in report.settings:
-        blocks += [f"## {result.setting.name}", *_setting(result, report)]
+        blocks += [f"## {result.setting}", *_setting(result, report)]
     return "\n\n".join(filter(None, blocks)) + "\n"
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """Everything as plain values; what is not available is None."""
-    return {
-        "dataset": report.dataset,
-        "baseline": report.baseline,
-        "seed": report.seed,
-        "notes": list(report.notes),
-        "settings": [
-            {
-                "setting": result.setting.name,
-                "folds": {str(fold): meaning for fold, meaning in result.fold_meanings.items()},
-                "classes": list(result.classes),
-                "common_cases": result.common_cases,
-                "runs": [_run_json(run, result.classes) for run in result.runs],
-                "comparisons": [_comparison_json(c) for c in result.comparisons],
-                "class_comparisons": [_comparison_json(c) for c in result.class_comparisons],
-                "notes": list(result.notes),
-            }
-            for result in report.settings
-        ],
-    }
+    """Everything but the Dice of single cases, as plain values; what is not available is None."""
+    content = {name: value for name, value in vars(report).items() if name not in ("labels", "dice")}
+    text = json.dumps(content, default=lambda v: v.to_dict("records") if isinstance(v, pd.DataFrame) else vars(v))
+    # JSON has no NaN
+    return json.loads(text, parse_constant=lambda _: None)
 
 
-def write_tables(report: Report, folder: Path) -> list[Path]:
-    """Writes comparison.md, comparison.json, runs.csv, tests.csv and cases.csv; gives their paths."""
+def write(report: Report, folder: Path) -> list[Path]:
+    """Writes comparison.md, comparison.json, comparison.png, runs.csv, tests.csv and cases.csv; gives their paths."""
+    cases = [
+        dice.melt(var_name="class", value_name="dice", ignore_index=False)
+        for _, dice in report.dice.groupby(["setting", "run"], sort=False)
+    ]
     texts = {
         "comparison.md": markdown(report),
         "comparison.json": json.dumps(as_json(report), indent=2) + "\n",
         "runs.csv": _csv(_run_rows(report)),
         "tests.csv": _csv(_test_rows(report)),
-        "cases.csv": _csv(_case_rows(report)),
+        "cases.csv": pd.concat(cases).to_csv(lineterminator="\n"),
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    return [folder / name for name in texts]
+    draw_comparison(report, folder / "comparison.png")
+    return [folder / name for name in (*texts, "comparison.png")]
 
 
 def _setting(result: SettingResult, report: Report) -> list[str]:
+    runs, tests, labels = result.runs.to_dict("records"), result.comparisons.to_dict("records"), report.labels
     head = ["run", "folds", "missing", "cases", "nnU-Net's mean", "over cases", "over folds"]
     head += [f"over the {result.common_cases} common", "rank"]
     overview = [
         [
-            report.labels[run.name],
-            _listed(run.folds),
-            _listed(run.missing) or "none",
-            str(len(run.dice)),
-            number(run.nnunet_mean),
-            _mean_std(case_means(run.values)),
-            _mean_std(run.fold_means.values()),
-            number(run.common_mean),
-            number(run.rank, 2),
+            labels[run["run"]],
+            _listed(run["folds"]),
+            _listed(run["missing_folds"]) or "none",
+            str(run["cases"]),
+            _number(run["nnunet_foreground_mean"]),
+            _mean_std(run, "cases", run["cases"]),
+            _mean_std(run, "folds", len(run["folds"])),
+            _number(run["mean_over_common_cases"]),
+            _number(run["mean_rank"], ".2f"),
         ]
-        for run in result.runs
+        for run in runs
     ]
-    per_class = [[name, *(_mean_std(run.values[:, i]) for run in result.runs)] for i, name in enumerate(result.classes)]
-    told = any(meaning != result.setting.name for meaning in result.fold_meanings.values())
+    per_class = [
+        [name, *(_mean_std(run["per_class"][name], "cases", run["cases"]) for run in runs)] for name in result.classes
+    ]
+    told = any(meaning != result.setting for meaning in result.folds.values())
     blocks = [
-        "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.fold_meanings.items()) if told else "",
+        "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.folds.items()) if told else "",
         _table(head, overview),
         "Per class, over cases:",
-        _table(["class", *(report.labels[run.name] for run in result.runs)], per_class),
+        _table(["class", *(labels[run["run"]] for run in runs)], per_class),
     ]
-    if result.comparisons:
-        count = sum(not math.isnan(c.test.p) for c in result.comparisons)
-        tests = [_comparison_row(c, report) for c in result.comparisons]
+    if tests:
+        count = result.comparisons["p_wilcoxon"].count()
         holm = f"Holm's correction over the {count} tests of this table" if count else "not possible here"
-        blocks += [
-            TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm),
-            _table(["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"], tests),
-        ]
+        head = ["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"]
+        rows = [[f"{labels[test['first']]} − {labels[test['second']]}", *_test_cells(test)] for test in tests]
+        blocks += [TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm), _table(head, rows)]
     return [*blocks, _list(result.notes)]
 
 
-def _comparison_row(comparison: Comparison, report: Report) -> list[str]:
-    test = comparison.test
-    p = [_p(test.p), _p(test.p_holm)] if not test.reason else [f"{NOT_AVAILABLE} ({test.reason})", NOT_AVAILABLE]
-    return [
-        f"{report.labels[comparison.first]} − {report.labels[comparison.second]}",
-        _listed(comparison.folds) or "none",
-        str(test.pairs),
-        f"{number(test.difference, sign='+')} [{number(test.low, sign='+')}, {number(test.high, sign='+')}]",
-        *p,
-    ]
-
-
-def _run_json(run: RunResult, classes: Sequence[str]) -> dict[str, Any]:
-    cases = case_means(run.values)
-    return {
-        "run": run.name,
-        "folds": list(run.folds),
-        "missing_folds": list(run.missing),
-        "cases": len(run.dice),
-        "nnunet_foreground_mean": _plain(run.nnunet_mean),
-        **_statistics(cases, "cases"),
-        **_statistics(run.fold_means.values(), "folds"),
-        "nnunet_foreground_mean_of_fold": {str(fold): _plain(mean) for fold, mean in run.fold_means.items()},
-        "mean_over_common_cases": _plain(run.common_mean),
-        "mean_rank": _plain(run.rank),
-        "per_class": {name: _statistics(run.values[:, i], "cases") for i, name in enumerate(classes)},
-    }
-
-
-def _comparison_json(comparison: Comparison) -> dict[str, Any]:
-    test = comparison.test
-    return {
-        "first": comparison.first,
-        "second": comparison.second,
-        "measure": comparison.measure,
-        "folds": list(comparison.folds),
-        "pairs": test.pairs,
-        "mean_difference": _plain(test.difference),
-        "interval_95": [_plain(test.low), _plain(test.high)],
-        "p_wilcoxon": _plain(test.p),
-        "p_holm": _plain(test.p_holm),
-        "reason": test.reason,
-    }
+def _test_cells(test: Mapping[str, Any]) -> list[str]:
+    difference, low, high = (_number(value, "+.4f") for value in (test["mean_difference"], *test["interval_95"]))
+    p, p_holm = (_number(test[name], ".2g") for name in ("p_wilcoxon", "p_holm"))
+    reason = f" ({test['reason']})" if test["reason"] else ""
+    return [_listed(test["folds"]) or "none", str(test["pairs"]), f"{difference} [{low}, {high}]", p + reason, p_holm]
 
 
 def _run_rows(report: Report) -> Iterable[dict[str, Any]]:
     for result in report.settings:
-        for run in result.runs:
-            about = {"setting": result.setting.name, "run": run.name}
-            about |= {"folds": _listed(run.folds), "missing_folds": _listed(run.missing)}
-            cases, folds = (
-                _statistics(v, name)
-                for v, name in ((case_means(run.values), "cases"), (run.fold_means.values(), "folds"))
-            )
-            extra = {"nnunet_foreground_mean": _plain(run.nnunet_mean)}
-            extra |= {"mean_over_common_cases": _plain(run.common_mean), "mean_rank": _plain(run.rank)}
-            yield {**about, "class": MEAN, **cases, **folds, **extra}
-            for i, name in enumerate(result.classes):
-                yield {**about, "class": name, **_statistics(run.values[:, i], "cases")}
+        for run in result.runs.to_dict("records"):
+            about = {"setting": result.setting, "run": run["run"]}
+            about |= {part: _listed(run[part]) for part in ("folds", "missing_folds")}
+            yield {**about, "class": MEAN, **{name: run[name] for name in RUN_MEASURES}}
+            for name, values in run["per_class"].items():
+                yield {**about, "class": name, **values}
 
 
 def _test_rows(report: Report) -> Iterable[dict[str, Any]]:
     for result in report.settings:
-        for comparison in (*result.comparisons, *result.class_comparisons):
-            row = _comparison_json(comparison)
-            low, high = row.pop("interval_95")
-            row |= {"folds": _listed(comparison.folds), "low_95": low, "high_95": high}
-            yield {"setting": result.setting.name, **row}
+        for test in (*result.comparisons.to_dict("records"), *result.class_comparisons.to_dict("records")):
+            low, high = test.pop("interval_95")
+            yield {"setting": result.setting, **test, "folds": _listed(test["folds"]), "low_95": low, "high_95": high}
 
 
-def _case_rows(report: Report) -> Iterable[dict[str, Any]]:
-    for result in report.settings:
-        for run in result.runs:
-            about = {"setting": result.setting.name, "run": run.name}
-            for index, name in ((None, MEAN), *enumerate(result.classes)):
-                for (fold, case), value in run.measure(index).items():
-                    yield {**about, "fold": fold, "case": case, "class": name, "dice": _plain(value)}
-
-
-def _statistics(values: Iterable[float], over: str) -> dict[str, Any]:
-    known = [v for v in map(float, values) if not math.isnan(v)]
-    mean = float(np.mean(known)) if known else math.nan
-    return {
-        f"mean_over_{over}": _plain(mean),
-        f"std_over_{over}": _plain(spread(known)),
-        f"{over}_with_value": len(known),
-    }
-
-
-def _csv(rows: Iterable[dict[str, Any]]) -> str:
-    rows = list(rows)
-    text = io.StringIO()
-    # the first row has every column; what is not available stays empty
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    # objects: counts stay whole where other rows have none
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -222,31 +146,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _list(items: Sequence[str]) -> str:
+def _list(items: Iterable[str]) -> str:
     return "\n".join(f"- {item}" for item in items)
-
-
-def number(value: float, digits: int = 4, sign: str = "") -> str:
-    """A number for a reader; 'n/a' for NaN."""
-    return NOT_AVAILABLE if math.isnan(value) else f"{value:{sign}.{digits}f}"
-
-
-def _mean_std(values: Iterable[float]) -> str:
-    values = [float(v) for v in values]
-    known = [v for v in values if not math.isnan(v)]
-    if not known:
-        return NOT_AVAILABLE
-    left_out = f" (n = {len(known)})" if len(known) < len(values) else ""
-    return f"{number(float(np.mean(known)))} ± {number(spread(known))}{left_out}"
-
-
-def _p(value: float) -> str:
-    return NOT_AVAILABLE if math.isnan(value) else f"{value:.2g}"
 
 
 def _listed(items: Iterable[object]) -> str:
     return " ".join(map(str, items))
 
 
-def _plain(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
+def _number(value: float, form: str = ".4f") -> str:
+    return "n/a" if math.isnan(value) else f"{value:{form}}"
+
+
+def _mean_std(values: Mapping[str, Any], over: str, total: int) -> str:
+    mean, std, known = (values[name] for name in (f"mean_over_{over}", f"std_over_{over}", f"{over}_with_value"))
+    left_out = f" (n = {known})" if known < total else ""
+    return f"{_number(mean)} ± {_number(std)}{left_out}" if known else _number(mean)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +14,17 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.evaluation.folds import FRACTION, SHOTS, Subset, digest_of, read_splits
-from nnunetv2_hiendmae.evaluation.splits import append_folds, draw, list_folds, remove_folds
+from nnunetv2_hiendmae.evaluation.folds import (
+    FRACTION,
+    SHOTS,
+    Subset,
+    append_folds,
+    digest_of,
+    draw,
+    list_folds,
+    read_splits,
+    remove_folds,
+)
 
 NAME = "Dataset007_Toy"
 CASES = [f"case_{i:03d}" for i in range(12)]
@@ -140,7 +150,7 @@ def test_folds_that_are_there_stay_and_nnunet_trains_the_new_one(folder):
     record = json.loads((folder / "splits_hiendmae.json").read_text())["appended"]["6"]
     assert record["meaning"] == "3-shot of fold 2 (seed 0)" and record["train_cases"] == 3
     assert {k: record[k] for k in ("kind", "value", "of_fold", "seed")} == vars(shots(3, of_fold=2))
-    assert read_splits(folder).appended == found.splits.appended
+    assert read_splits(folder).appended == found.appended
 
 
 def test_keys_that_others_put_into_the_file_stay(folder):
@@ -167,28 +177,28 @@ def test_planning_after_splits(toy, folder):
     raw = toy.raw / NAME / "splits_final.json"
     raw.write_text(json.dumps([{"train": CASES[:8], "val": CASES[8:]}]))
     found, numbers = append_folds(7, [shots(2)])
-    assert numbers == [1] and digest_of(found.splits.folds[0]) == digest_of(json.loads(raw.read_text())[0])
+    assert numbers == [1] and digest_of(found.folds[0]) == digest_of(json.loads(raw.read_text())[0])
     before = found.file.read_text()
     _maybe_copy_splits_file(str(raw), str(found.file))
     assert found.file.read_text() == before
     raw.write_text(json.dumps([{"train": CASES[4:], "val": CASES[:4]}]))
-    with pytest.raises(UserError, match="contradict each other"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(raw))} .*{re.escape(str(found.file))}"):
         append_folds(7, [shots(3)])
     assert found.file.read_text() == before
 
 
 def test_only_the_last_folds_can_be_removed(toy, folder):
     append_folds(7, [shots(1), shots(2), shots(3)])
-    with pytest.raises(UserError, match="only the last folds"):
+    with pytest.raises(UserError, match=r"--remove 6: .*\b7\b"):
         remove_folds(7, [6])
-    with pytest.raises(UserError, match="not a fold that hiendmae splits appended"):
+    with pytest.raises(UserError, match=r"--remove 4: .*\b5, 6, 7\b"):
         remove_folds(7, [4])
     result = toy.results / NAME / "T__P__C" / "fold_7"
     result.mkdir(parents=True)
-    with pytest.raises(UserError, match="there are results of fold 7"):
+    with pytest.raises(UserError, match=r"fold 7 in .*T__P__C/fold_7, .*'3-shot of fold 0 \(seed 0\)'"):
         remove_folds(7, [7, 6])
     result.rmdir()
-    assert list(remove_folds(7, [7, 6]).splits.appended) == [5]
+    assert list(remove_folds(7, [7, 6]).appended) == [5]
     assert len(json.loads((folder / "splits_final.json").read_text())) == 6
     assert append_folds(7, [shots(3)])[1] == [6]
 
@@ -215,9 +225,7 @@ def test_an_interrupted_write_leaves_no_fold_without_a_meaning(folder, monkeypat
 def test_results_without_a_meaning_do_not_get_one(toy, folder):
     """Before fold 5 exists, nnU-Net trains it on a random split of its own."""
     (toy.results / NAME / "T__P__C" / "fold_5").mkdir(parents=True)
-    with pytest.raises(
-        UserError, match=r"results of fold 5 .* would make them results of '1-shot of fold 0 \(seed 0\)'"
-    ):
+    with pytest.raises(UserError, match=r"fold 5 in .*T__P__C/fold_5, .*'1-shot of fold 0 \(seed 0\)'"):
         append_folds(7, [shots(1)])
     assert not (folder / "splits_final.json").exists()
 
@@ -230,9 +238,9 @@ def test_a_file_that_nnunet_made_anew_gets_its_folds_back(toy, folder, caplog):
         (toy.results / NAME / "T__P__C" / f"fold_{number}").mkdir(parents=True)
     found.file.unlink()
     nnunet_split(folder, 0)
-    assert list_folds(7).splits.appended == {}
+    assert list_folds(7).appended == {}
     assert "lacks fold 5, which was 1-shot of fold 0 (seed 0)" in caplog.text
-    with pytest.raises(UserError, match="there are results of fold 5"):
+    with pytest.raises(UserError, match=r"fold 5 in .*T__P__C/fold_5, .*'2-shot of fold 0 \(seed 0\)'"):
         append_folds(7, [shots(2)])
     # one after the other: the record of the second must outlive the first
     assert append_folds(7, [shots(1)])[1] + append_folds(7, [shots(2)])[1] == [5, 6]
@@ -246,7 +254,7 @@ def test_a_foreign_edit_is_noticed(folder, fold):
     content[fold]["train"][0] = "other"
     found.file.write_text(json.dumps(content))
     for action in (lambda: append_folds(7, [shots(2)]), lambda: list_folds(7), lambda: remove_folds(7, [5])):
-        with pytest.raises(UserError, match=f"changed by something else: fold {fold} is not what"):
+        with pytest.raises(UserError, match=rf"splits_final.json .*: fold {fold} .*splits_hiendmae.json"):
             action()
 
 
@@ -254,7 +262,7 @@ def test_folds_that_others_append_are_kept_apart(folder):
     found, _ = append_folds(7, [shots(1)])
     content = [*json.loads(found.file.read_text()), {"train": CASES[:1], "val": CASES[1:]}]
     found.file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="only the last"):
+    with pytest.raises(UserError, match=r"--remove 5: .*\b6\b"):
         remove_folds(7, [5])
     assert append_folds(7, [shots(2)])[1] == [7]
 
@@ -276,7 +284,7 @@ def test_damaged_files_are_refused_and_left_alone(folder, text):
     folder.mkdir()
     file = folder / "splits_final.json"
     file.write_text(text)
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match=rf'{re.escape(str(file))} .*"train" and "val"'):
         append_folds(7, [shots(1)])
     assert file.read_text() == text
 
@@ -294,47 +302,47 @@ def test_damaged_files_are_refused_and_left_alone(folder, text):
 def test_a_damaged_record_is_refused(folder, text):
     append_folds(7, [shots(1)])
     (folder / "splits_hiendmae.json").write_text(text)
-    with pytest.raises(UserError, match=r"splits_hiendmae.json is damaged"):
+    with pytest.raises(UserError, match=r"splits_hiendmae.json .*`hiendmae splits`.*splits_final.json"):
         list_folds(7)
 
 
 def test_a_partly_preprocessed_dataset_gives_no_folds(folder):
     preprocess(folder, CASES[:7])
-    with pytest.raises(UserError, match=r"holds 7 cases, .* 12, different first at case_007"):
+    with pytest.raises(UserError, match=r"P_3d_fullres .*\b7 cases, .*\b12, .*\bcase_007\b"):
         append_folds(7, [shots(1)])
 
 
 @pytest.mark.parametrize(
     "arguments, told",
     [
-        (["--shots", 1, "--of-fold", 9], "--of-fold 9 is not one of the original folds"),
-        (["--shots", 1, "--of-fold", -1], "--of-fold -1"),
-        (["--shots", 11], "fold 0 has 9 training cases, fewer than --shots 11"),
-        (["--shots", 0], "--shots 0"),
-        (["--fraction", 0], "--fraction 0"),
-        (["--fraction", 1.5], "--fraction 1.5"),
-        (["--fraction", "nan"], "--fraction nan"),
-        (["--shots", 1, "--seed", -3], "--seed -3"),
-        (["--list"], "no splits_final.json yet"),
-        (["--remove", 0], "--remove 0"),
+        (["--shots", 1, "--of-fold", 9], "--of-fold 9 .*splits_final.json, .*0, 1, 2, 3, 4"),
+        (["--shots", 1, "--of-fold", -1], "--of-fold -1 "),
+        (["--shots", 11], "fold 0 has 9 .*--shots 11"),
+        (["--shots", 0], "--shots 0 "),
+        (["--fraction", 0], "--fraction 0 "),
+        (["--fraction", 1.5], "--fraction 1.5 "),
+        (["--fraction", "nan"], "--fraction nan "),
+        (["--shots", 1, "--seed", -3], "--seed -3 "),
+        (["--list"], f"splits_final.json .*: hiendmae splits -d {NAME} --shots 1"),
+        (["--remove", 0], "--remove 0: .*none"),
     ],
 )
 def test_bad_input(toy, folder, capsys, arguments, told):
     code, _, err = run(capsys, *arguments)
-    assert code == 2 and told in err
+    assert code == 2 and re.search(told, err)
     assert not (folder / "splits_final.json").exists()
 
 
 def test_a_fold_of_a_few_shot_fold_is_refused(folder):
     append_folds(7, [shots(3)])
-    with pytest.raises(UserError, match="not one of the original folds"):
+    with pytest.raises(UserError, match=r"--of-fold 5 .*\b0, 1, 2, 3, 4$"):
         append_folds(7, [shots(1, of_fold=5)])
 
 
 def test_training_on_validation_cases_is_refused(folder):
     folder.mkdir()
     (folder / "splits_final.json").write_text(json.dumps([{"train": ["a", "b"], "val": ["b"]}]))
-    with pytest.raises(UserError, match="trains on validation cases"):
+    with pytest.raises(UserError, match=r"fold 0 .*\(b\)"):
         append_folds(7, [shots(1)])
 
 
@@ -343,7 +351,7 @@ def test_too_few_cases_for_nnunets_folds(nnunet):
     images.mkdir(parents=True)
     (images / "a_0000.nii.gz").touch()
     (nnunet.raw / NAME / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz"}))
-    with pytest.raises(UserError, match="1 training cases"):
+    with pytest.raises(UserError, match=rf"{NAME} has 1 .*\b5; .*splits_final.json"):
         append_folds(7, [shots(1)])
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from nnunetv2_hiendmae.evaluation.statistics import holm, mean_ranks, paired_test, spread
+from nnunetv2_hiendmae.evaluation.statistics import holm, mean_ranks, paired_test, summary
 
 NAN = math.nan
 
@@ -19,30 +19,33 @@ def test_wilcoxon_and_interval_are_scipys():
     first = second + rng.normal(0.03, 0.05, 20)
     test = paired_test(first, second, seed=3)
     assert test.pairs == 20 and test.reason == ""
-    assert test.difference == pytest.approx(np.mean(first) - np.mean(second), abs=1e-12)
-    assert test.p == pytest.approx(stats.wilcoxon(first, second).pvalue, rel=1e-12)
+    assert test.mean_difference == pytest.approx(np.mean(first) - np.mean(second), abs=1e-12)
+    assert test.p_wilcoxon == pytest.approx(stats.wilcoxon(first, second).pvalue, rel=1e-12)
     # percentile bootstrap: near the normal interval of the mean, and inside its own seed exact
     half = 1.96 * np.std(first - second) / math.sqrt(20)
-    assert test.low == pytest.approx(test.difference - half, abs=0.1 * half)
-    assert test.high == pytest.approx(test.difference + half, abs=0.1 * half)
+    low, high = test.interval_95
+    assert low == pytest.approx(test.mean_difference - half, abs=0.1 * half)
+    assert high == pytest.approx(test.mean_difference + half, abs=0.1 * half)
     assert paired_test(first, second, seed=3) == test
-    assert paired_test(first, second, seed=4).low != test.low
+    assert paired_test(first, second, seed=4).interval_95[0] != low
     turned = paired_test(second, first, seed=3)
-    assert turned.p == pytest.approx(test.p) and turned.difference == pytest.approx(-test.difference)
+    assert turned.p_wilcoxon == pytest.approx(test.p_wilcoxon) and turned.mean_difference == pytest.approx(
+        -test.mean_difference
+    )
 
 
 def test_smallest_exact_p():
     """Six differences of one sign: 2 of the 2^6 sign patterns are as extreme."""
     test = paired_test(np.linspace(0.5, 0.6, 6) ** 2, np.zeros(6))
-    assert test.p == pytest.approx(2 / 64)
+    assert test.p_wilcoxon == pytest.approx(2 / 64)
 
 
 def test_equal_pairs_are_dropped_before_ranking():
     difference = np.array([0.0, 0.0, 0.01, 0.02, -0.03, 0.04, 0.05, 0.06, 0.07])
     test = paired_test(difference, np.zeros(9))
     # of seven, the third is negative: on each side 5 of 2^7 sign patterns have a rank sum of at most 3
-    assert test.pairs == 9 and test.p == pytest.approx(10 / 128)
-    assert test.difference == pytest.approx(0.22 / 9)
+    assert test.pairs == 9 and test.p_wilcoxon == pytest.approx(10 / 128)
+    assert test.mean_difference == pytest.approx(0.22 / 9)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +62,10 @@ def test_equal_pairs_are_dropped_before_ranking():
 def test_where_there_is_no_p(first, second, pairs, reason):
     test = paired_test(np.array(first), np.array(second))
     assert test.pairs == pairs and test.reason == reason
-    assert math.isnan(test.p) and math.isnan(test.p_holm)
-    assert math.isnan(test.difference) == (pairs == 0)
-    assert math.isnan(test.low) == math.isnan(test.high) == (pairs < 2)
+    assert math.isnan(test.p_wilcoxon) and math.isnan(test.p_holm)
+    assert math.isnan(test.mean_difference) == (pairs == 0)
+    low, high = test.interval_95
+    assert math.isnan(low) == math.isnan(high) == (pairs < 2)
 
 
 def test_cases_without_a_value_are_left_out():
@@ -70,7 +74,7 @@ def test_cases_without_a_value_are_left_out():
     known = [0, 1, 3, 4, 6, 7]
     test = paired_test(first, second)
     assert test.pairs == 6
-    assert test.difference == pytest.approx(np.mean(first[known] - second[known]))
+    assert test.mean_difference == pytest.approx(np.mean(first[known] - second[known]))
 
 
 def test_holm_by_hand():
@@ -98,5 +102,5 @@ def test_mean_ranks():
 
 
 def test_spread():
-    assert spread(np.array([1.0, 2.0, 3.0, NAN])) == 1.0
-    assert math.isnan(spread(np.array([1.0, NAN])))
+    assert summary([1.0, 2.0, 3.0, NAN], "cases")["std_over_cases"] == 1.0
+    assert math.isnan(summary([1.0, NAN], "cases")["std_over_cases"])
