@@ -13,9 +13,9 @@ from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, read_settings
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.weights import ConvertOptions, is_encoder_file, own, translate_checkpoint
-from nnunetv2_hiendmae.weights.finding import find
-from nnunetv2_hiendmae.weights.foreign import read_checkpoint
+from nnunetv2_hiendmae.weights import ConvertOptions, is_encoder_file, run_checkpoint, translate_checkpoint
+from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
+from nnunetv2_hiendmae.weights.formats import find_encoder
 from nnunetv2_hiendmae.weights.report import LoadReport, printable
 
 
@@ -103,7 +103,7 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
         about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
         return {**about, **json.loads(translated.metadata.to_json())}
     content, _ = read_checkpoint(path)
-    if own.is_run_checkpoint(content):
+    if run_checkpoint.is_run_checkpoint(content):
         return _describe_run(path, content, options)
     return _describe_foreign(path, content, options)
 
@@ -122,10 +122,10 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
 
 
 def _describe_run(path: Path, content: dict[str, Any], options: ConvertOptions) -> dict[str, Any]:
-    tensors = [t for t in content[own.STATE].values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in content[run_checkpoint.STATE].values() if isinstance(t, torch.Tensor)]
     about = {
         "kind": "pretraining checkpoint",
-        "step": content[own.STEP],
+        "step": content[run_checkpoint.STEP],
         "tensors": len(tensors),
         "parameters": sum(t.numel() for t in tensors),
     }
@@ -143,14 +143,14 @@ def _describe_run(path: Path, content: dict[str, Any], options: ConvertOptions) 
 
 def _describe_foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> dict[str, Any]:
     try:
-        found = find(content, options.format, options.use_teacher)
+        found = find_encoder(content, options)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     about = {
         "kind": "foreign checkpoint",
         "format": found.format.name,
         "title": found.format.title,
-        "container": found.container or "none",
+        "container": ".".join(found.path) or "none",
         "tensors": len(found.state),
         "axes": options.axes or found.format.axes,
     }

@@ -2,8 +2,41 @@
 
 from nnunetv2_hiendmae.architectures.convvit import ConvViTEncoder
 from nnunetv2_hiendmae.architectures.convvit_unetr import ConvViTUNETR
-from nnunetv2_hiendmae.architectures.spec import PRESETS, EncoderSpec
+from nnunetv2_hiendmae.architectures.layers import Encoder
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
 from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
-from nnunetv2_hiendmae.architectures.vit import ViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
-__all__ = ["PRESETS", "ConvViTEncoder", "ConvViTUNETR", "EncoderSpec", "ViTEncoder", "ViTUNETR", "build_encoder"]
+__all__ = ["ENCODERS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec", "ViTEncoder", "ViTUNETR"]
+__all__ += ["build_encoder"]
+
+# every kind of encoder; all that is special about one stands in its class
+ENCODERS: dict[str, type[Encoder]] = {encoder.kind: encoder for encoder in (ViTEncoder, ConvViTEncoder)}
+
+
+def build_encoder(spec: EncoderSpec) -> Encoder:
+    """Encoder of a spec, freshly initialised."""
+    return ENCODERS[spec.kind](spec)
+
+
+def _convvit(width: int, num_heads: int) -> EncoderSpec:
+    """MiM's shape: three stages of two conv blocks, each twice as wide as the one before, 11 transformer blocks."""
+    stages = {"stem_dims": (width // 8, width // 4, width // 2), "stem_depths": (2, 2, 2)}
+    return EncoderSpec(cube(96), cube(16), embed_dim=width, depth=11, num_heads=num_heads, kind="convvit", **stages)
+
+
+PRESETS: dict[str, EncoderSpec] = {
+    # ours, for tests and the demo
+    "vit_nano_p8": EncoderSpec(cube(48), cube(8), embed_dim=96, depth=6, num_heads=4),
+    # GL-MAE ViT-T
+    "vit_tiny_p16": EncoderSpec(cube(96), cube(16), embed_dim=192, depth=12, num_heads=3),
+    "vit_small_p16": EncoderSpec(cube(96), cube(16), embed_dim=384, depth=12, num_heads=6),
+    # Hi-End-MAE "base", GL-MAE ViT-B
+    "vit_base_p16": EncoderSpec(cube(96), cube(16), embed_dim=768, depth=12, num_heads=12),
+    # Hi-End-MAE as released
+    "vit_hiend_p12": EncoderSpec(cube(96), cube(12), embed_dim=1536, depth=12, num_heads=16),
+    "vit_hiend_p16": EncoderSpec(cube(96), cube(16), embed_dim=1536, depth=12, num_heads=16),
+    # MiM
+    "convvit_tiny": _convvit(width=96, num_heads=3),
+    "convvit_base": _convvit(width=384, num_heads=12),
+}

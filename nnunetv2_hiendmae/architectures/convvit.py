@@ -1,6 +1,7 @@
-"""MiM's hybrid encoder: convolutional stages, then a transformer (METHODS §3)."""
+"""MiM's hybrid encoder: convolutional stages, then a transformer (docs/methods.md, "MiM")."""
 
 import math
+from typing import ClassVar
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -8,13 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.layers import (
+    BLOCK_TENSORS,
+    Axes,
+    Encoder,
     PatchEmbed,
     drop_path_rates,
     init_transformer,
     position_table,
     transformer_blocks,
 )
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
 from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
 
 # the transformer's norms use the spec's epsilon, all others PyTorch's default
@@ -96,8 +100,8 @@ class ConvStage(nn.Module):
         return x
 
 
-class ConvViTEncoder(nn.Module):
-    """Convolutional stages at 1/2, 1/4, 1/8 and a transformer at 1/16 of the crop; no CLS, no taps (METHODS §3).
+class ConvViTEncoder(Encoder):
+    """Convolutional stages at 1/2, 1/4, 1/8 and a transformer at 1/16 of the crop; no CLS, no taps.
 
     Two forms. For pretraining: `forward`, with fusion convolutions from the stages into the visible tokens and a
     final norm. `spec.dense`, for fine-tuning: only `feature_maps`, and the transformer has a learned relative
@@ -105,17 +109,51 @@ class ConvViTEncoder(nn.Module):
 
     Maps are channels-last inside, so that norms and 1³ convolutions work on rows without copies. Stochastic depth
     rises over all blocks, the convolutional ones first (ours). Depth-wise kernels keep PyTorch's initialisation,
-    everything else is METHODS §0.
+    everything else is `init_transformer`.
     """
 
-    # name of the weight that reads the image's channels
+    kind = "convvit"
+    network = "nnunetv2_hiendmae.architectures.convvit_unetr.ConvViTUNETR"
+    # the decoder starts at half the transformer's resolution
+    tokens_per_step = 2
+    finetuning: ClassVar = {"dense": True}
+    has_taps = False
+    has_cls = False
+    own_fields = ("stem_dims", "stem_depths", "dense")
     input_kernel = "stages.0.embed.proj.weight"
-    # tokens before the patches: never a CLS
-    num_prefix_tokens = 0
+    axes: ClassVar = {
+        r"(embed|stages\.\d+\.embed|fusions\.\d+)\.proj\.weight|stages\.\d+\.blocks\.\d+\.dw\.weight": Axes.KERNEL,
+        r"pos_embed": Axes.TOKENS,
+        r"rel_pos_bias": Axes.OFFSETS,
+        rf"{BLOCK_TENSORS}|blocks\.\d+\.ls[12]\.gamma|embed_linear\.weight": Axes.NONE,
+        r"stages\.\d+\.blocks\.\d+\.(pw[12]|mlp\.fc[12])\.weight": Axes.NONE,
+        r"(.*\.)?(norm|norm1|norm2)\.(weight|bias)|(embed|stages|fusions).*\.bias": Axes.NONE,
+    }
+    masked_only = r"fusions\..*|norm\.(weight|bias)"
+    dense_only = r"rel_pos_bias|blocks\.\d+\.ls[12]\.gamma"
+
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        if not spec.stem_dims or len(spec.stem_dims) != len(spec.stem_depths):
+            raise ValueError(
+                f"kind 'convvit' needs stem_dims and stem_depths of one length, at least 1, "
+                f"got {spec.stem_dims} and {spec.stem_depths}"
+            )
+        if min(*spec.stem_dims, *spec.stem_depths) < 1:
+            raise ValueError(f"stem_dims {spec.stem_dims} and stem_depths {spec.stem_depths} must be positive")
+        token = cube(2 << len(spec.stem_dims))
+        if spec.patch_size != token:
+            raise ValueError(
+                f"{len(spec.stem_dims)} convolutional stages and the transformer's need patch_size {token}, "
+                f"got {spec.patch_size}"
+            )
+        if spec.cls_token or spec.taps:
+            raise ValueError(
+                f"kind 'convvit' has no CLS token and no taps, got cls_token {spec.cls_token}, taps {spec.taps}"
+            )
 
     def __init__(self, spec: EncoderSpec):
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         e, stem = spec.embed_dim, spec.stem_dims
         rates = iter(drop_path_rates(spec.drop_path_rate, sum(spec.stem_depths) + spec.depth))
         self.stages = nn.ModuleList(
@@ -166,10 +204,6 @@ class ConvViTEncoder(nn.Module):
         tokens = self._transformer(maps[-1], grid, None)
         return [m.movedim(-1, 1) for m in maps] + [tokens.transpose(1, 2).unflatten(2, grid)]
 
-    def positions(self, grid: list[int]) -> Tensor:
-        """Position table (1, N, E) of a grid, resampled where it is not the spec's."""
-        return resample_positions(self.pos_embed, self.spec.grid, grid)
-
     def _stage_maps(self, x: Tensor, grid: list[int], idx_keep: Tensor | None) -> list[Tensor]:
         """Outputs (B, D', H', W', width) of the convolutional stages."""
         x, maps = x.movedim(1, -1), []
@@ -192,6 +226,6 @@ class ConvViTEncoder(nn.Module):
 
     def _relative_biases(self, grid: list[int]) -> tuple[Tensor, ...]:
         """One bias (1, heads, N, N) per block; the tables are resampled where the grid is not the spec's."""
-        source, target = ([2 * g - 1 for g in size] for size in (self.spec.grid, grid))
+        source, target = (Axes.OFFSETS.rows(size) for size in (self.spec.grid, grid))
         tables = resample_positions(self.rel_pos_bias, source, target).transpose(1, 2)
         return tables[:, :, relative_index(grid, tables.device)].split(1)

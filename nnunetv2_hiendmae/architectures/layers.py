@@ -1,9 +1,11 @@
-"""What the two encoders share: patch embedding, position table, transformer blocks, initialisation."""
+"""What encoders share: what each has to say of itself, patch embedding, positions, blocks, initialisation."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from timm.models.vision_transformer import Block
@@ -11,7 +13,80 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import sincos_positions
+from nnunetv2_hiendmae.architectures.tokens import resample_positions, sincos_positions
+
+
+class Axes(Enum):
+    """How a tensor lies along the axes of the volume."""
+
+    NONE = "not at all"
+    # of a convolution: (out, in, d, h, w)
+    KERNEL = "kernel"
+    # (A, N, E): a row per token of the grid, in raster order
+    TOKENS = "tokens"
+    # (A, N', E): a row per offset between two tokens, in raster order of 2g - 1 offsets an axis
+    OFFSETS = "offsets"
+
+    def rows(self, grid: Sequence[int]) -> tuple[int, ...]:
+        """Rows per axis that a table of this kind has for a token grid."""
+        return tuple(grid) if self is Axes.TOKENS else tuple(2 * g - 1 for g in grid)
+
+
+def axes_of(name: str, declared: Mapping[str, Axes]) -> Axes | None:
+    """The first declaration whose pattern is the whole name; None: nobody declared this tensor."""
+    return next((axes for pattern, axes in declared.items() if re.fullmatch(pattern, name)), None)
+
+
+# tensors of `transformer_blocks`, LayerScale left out
+BLOCK_TENSORS = r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
+
+
+class Encoder(nn.Module):
+    """A kind of encoder: what pretraining, segmentation, plans and weights on disk need of it.
+
+    `forward(x, idx_keep)` gives the visible tokens, `feature_maps(x)` dense maps from fine to coarse. Everything else
+    that differs between kinds is declared here, and nowhere else asked by name.
+
+    Attributes:
+        kind: as in `EncoderSpec.kind`.
+        network: dotted name of the segmentation network, as it stands in plans.
+        tokens_per_step: tokens that a crop's axes are multiples of; a crop is more than one such step.
+        finetuning: fields of the spec that fine-tuning changes.
+        has_taps, has_cls: what it has where the spec does not say.
+        own_fields: fields of the spec that no other kind has.
+        input_kernel: name of the weight that reads the image's channels.
+        axes: pattern of tensor names → how they lie along the volume's axes; the first that fits counts.
+        masked_only, dense_only: patterns of names that only the form of pretraining, or only that of fine-tuning has.
+    """
+
+    kind: ClassVar[str]
+    network: ClassVar[str]
+    tokens_per_step: ClassVar[int] = 1
+    finetuning: ClassVar[dict[str, Any]] = {}
+    has_taps: ClassVar[bool] = True
+    has_cls: ClassVar[bool] = True
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    input_kernel: ClassVar[str]
+    axes: ClassVar[dict[str, Axes]]
+    masked_only: ClassVar[str] = ""
+    dense_only: ClassVar[str] = ""
+
+    def __init__(self, spec: EncoderSpec):
+        super().__init__()
+        self.spec = spec
+
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        """Refuses a spec, whose fields are in range, that describes no encoder of this kind (ValueError)."""
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: 1 with CLS, else 0."""
+        return int(self.spec.cls_token)
+
+    def positions(self, grid: Sequence[int]) -> Tensor:
+        """Position table (1, N, E) of a grid, resampled where it is not the spec's."""
+        return resample_positions(self.pos_embed, self.spec.grid, grid)
 
 
 class PatchEmbed(nn.Module):
@@ -64,7 +139,7 @@ def transformer_blocks(
 
 
 def init_transformer(module: nn.Module) -> None:
-    """METHODS §0: Xavier-uniform linears and patch embedding (as a matrix), zero biases, tokens N(0, 0.02)."""
+    """Xavier-uniform linears and patch embedding (as a matrix), zero biases, tokens N(0, 0.02)."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
@@ -78,15 +153,3 @@ def init_transformer(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.rpartition(".")[2] in ("cls_token", "mask_token"):
             nn.init.normal_(parameter, std=0.02)
-
-
-def encoder_layers() -> dict[str, Any]:
-    """Layers of a network with an `encoder`, from the bottom, as timm's `group_matcher` names them: what comes before
-    the transformer, each of its blocks, and the final norm with all that is not the encoder. Relative position biases
-    are among the last: they belong to every block at once, and pretraining has none."""
-    # sorts after any block; timm's own 99999 would join the rest to the last block
-    above = 9999
-    return {
-        "stem": r"^encoder\.(?!blocks\.|norm\.|rel_pos_bias)",
-        "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r".*", (above,))],
-    }

@@ -4,7 +4,6 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-ENCODER_KINDS = ("vit", "convvit")
 POSITION_KINDS = ("sincos", "learned")
 
 
@@ -13,7 +12,8 @@ def default_taps(depth: int) -> tuple[int, ...]:
     return (depth // 4, depth // 2, 3 * depth // 4)
 
 
-def _cube(edge: int) -> tuple[int, int, int]:
+def cube(edge: int) -> tuple[int, int, int]:
+    """Three equal axes."""
     return (edge, edge, edge)
 
 
@@ -26,8 +26,8 @@ class EncoderSpec:
         patch_size: edge of a patch per axis.
         embed_dim: width E.
         depth: transformer blocks.
-        kind: "vit" is a plain transformer; "convvit" is MiM's hybrid (METHODS §3), whose convolutional stages
-            halve the map before the transformer does it once more.
+        kind: "vit" is a plain transformer; "convvit" is MiM's hybrid, whose convolutional stages halve the map before
+            the transformer does it once more.
         taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)` of a
             vit; a convvit has none.
         cls_token: prepend a CLS token (its position is zero); None: only a vit has one.
@@ -62,22 +62,24 @@ class EncoderSpec:
     dense: bool = False
 
     def __post_init__(self):
-        plain = self.kind == "vit"
+        # the encoders' modules import this one
+        from nnunetv2_hiendmae.architectures import ENCODERS
+
+        if self.kind not in ENCODERS:
+            raise ValueError(f"unknown encoder kind '{self.kind}', needed one of {tuple(ENCODERS)}")
         if self.taps is None:
-            object.__setattr__(self, "taps", default_taps(self.depth) if plain else ())
+            object.__setattr__(self, "taps", default_taps(self.depth) if ENCODERS[self.kind].has_taps else ())
         if self.cls_token is None:
-            object.__setattr__(self, "cls_token", plain)
+            object.__setattr__(self, "cls_token", ENCODERS[self.kind].has_cls)
         for name in ("img_size", "patch_size", "taps", "stem_dims", "stem_depths"):
             object.__setattr__(self, name, tuple(int(i) for i in getattr(self, name)))
         self._validate()
-        if plain:
-            self._validate_vit()
-        else:
-            self._validate_convvit()
+        for kind, encoder in ENCODERS.items():
+            if kind != self.kind and any(getattr(self, name) for name in encoder.own_fields):
+                raise ValueError(f"{', '.join(encoder.own_fields)} belong to kind '{kind}', the kind is '{self.kind}'")
+        ENCODERS[self.kind].check_spec(self)
 
     def _validate(self):
-        if self.kind not in ENCODER_KINDS:
-            raise ValueError(f"unknown encoder kind '{self.kind}', needed one of {ENCODER_KINDS}")
         if len(self.img_size) != 3 or len(self.patch_size) != 3:
             raise ValueError(
                 f"img_size {self.img_size} and patch_size {self.patch_size} need D, H, W: 2D is not supported"
@@ -100,28 +102,6 @@ class EncoderSpec:
             raise ValueError(f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate {self.drop_path_rate} must lie in [0, 1)")
-
-    def _validate_vit(self):
-        if self.stem_dims or self.stem_depths or self.dense:
-            raise ValueError("stem_dims, stem_depths and dense belong to kind 'convvit', the kind is 'vit'")
-
-    def _validate_convvit(self):
-        if not self.stem_dims or len(self.stem_dims) != len(self.stem_depths):
-            raise ValueError(
-                f"kind 'convvit' needs stem_dims and stem_depths of one length, at least 1, "
-                f"got {self.stem_dims} and {self.stem_depths}"
-            )
-        if min(*self.stem_dims, *self.stem_depths) < 1:
-            raise ValueError(f"stem_dims {self.stem_dims} and stem_depths {self.stem_depths} must be positive")
-        if self.patch_size != _cube(2 << len(self.stem_dims)):
-            raise ValueError(
-                f"{len(self.stem_dims)} convolutional stages and the transformer's need patch_size "
-                f"{_cube(2 << len(self.stem_dims))}, got {self.patch_size}"
-            )
-        if self.cls_token or self.taps:
-            raise ValueError(
-                f"kind 'convvit' has no CLS token and no taps, got cls_token {self.cls_token}, taps {self.taps}"
-            )
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -161,34 +141,3 @@ class EncoderSpec:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
         except TypeError as e:
             raise ValueError(f"incomplete encoder description: {e}") from e
-
-
-def _convvit(width: int, num_heads: int) -> EncoderSpec:
-    """MiM's shape: three stages of two conv blocks, each twice as wide as the one before, 11 transformer blocks."""
-    return EncoderSpec(
-        _cube(96),
-        _cube(16),
-        embed_dim=width,
-        depth=11,
-        num_heads=num_heads,
-        kind="convvit",
-        stem_dims=(width // 8, width // 4, width // 2),
-        stem_depths=(2, 2, 2),
-    )
-
-
-PRESETS: dict[str, EncoderSpec] = {
-    # ours, for tests and the demo
-    "vit_nano_p8": EncoderSpec(_cube(48), _cube(8), embed_dim=96, depth=6, num_heads=4),
-    # GL-MAE ViT-T
-    "vit_tiny_p16": EncoderSpec(_cube(96), _cube(16), embed_dim=192, depth=12, num_heads=3),
-    "vit_small_p16": EncoderSpec(_cube(96), _cube(16), embed_dim=384, depth=12, num_heads=6),
-    # Hi-End-MAE "base", GL-MAE ViT-B
-    "vit_base_p16": EncoderSpec(_cube(96), _cube(16), embed_dim=768, depth=12, num_heads=12),
-    # Hi-End-MAE as released
-    "vit_hiend_p12": EncoderSpec(_cube(96), _cube(12), embed_dim=1536, depth=12, num_heads=16),
-    "vit_hiend_p16": EncoderSpec(_cube(96), _cube(16), embed_dim=1536, depth=12, num_heads=16),
-    # MiM
-    "convvit_tiny": _convvit(width=96, num_heads=3),
-    "convvit_base": _convvit(width=384, num_heads=12),
-}

@@ -1,16 +1,17 @@
 """UNETR: a ViT encoder and a convolutional decoder for segmentation."""
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from dynamic_network_architectures.building_blocks.residual import BasicBlockD
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.architectures.layers import encoder_layers
+from nnunetv2_hiendmae.architectures.layers import Axes, Encoder
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.vit import build_encoder
+from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
 Factor = tuple[int, int, int]
 
@@ -37,19 +38,17 @@ def upsampling_factors(patch_size: Sequence[int]) -> tuple[list[Factor], Factor 
     return list(zip(*early, strict=True)), None if None in last else tuple(last)
 
 
-def residual_block(in_channels: int, out_channels: int) -> BasicBlockD:
-    """Two 3³ convolutions without bias, instance norm without affine, leaky ReLU, projected skip connection."""
-    return BasicBlockD(
-        nn.Conv3d,
-        in_channels,
-        out_channels,
-        kernel_size=3,
-        stride=1,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": False},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
-    )
+# (in, out): two 3³ convolutions without bias, instance norm without affine, leaky ReLU, projected skip connection
+residual_block = partial(
+    BasicBlockD,
+    nn.Conv3d,
+    kernel_size=3,
+    stride=1,
+    norm_op=nn.InstanceNorm3d,
+    norm_op_kwargs={"eps": 1e-5, "affine": False},
+    nonlin=nn.LeakyReLU,
+    nonlin_kwargs={"negative_slope": 0.01, "inplace": True},
+)
 
 
 def transposed_conv(in_channels: int, out_channels: int, factor: Factor) -> nn.ConvTranspose3d:
@@ -86,25 +85,69 @@ class UpStep(nn.Module):
         return self.block(torch.cat([self.up(x), skip], dim=1))
 
 
-class ViTUNETR(nn.Module):
-    """UNETR (Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", 2022) on our ViT encoder.
+class SegmentationNetwork(nn.Module):
+    """An encoder and a decoder with one output. The signature is nnU-Net's, so that plans can name such a class.
 
-    Takes (B, C, D, H, W) with every axis a multiple of the patch and more than one token in all, gives logits
-    (B, num_classes, D, H, W). The signature is nnU-Net's, so that plans can name this class.
+    There is deliberately no `initialize`: nnU-Net would apply it to the encoder's patch embedding too.
 
-    The decoder keeps PyTorch's default initialisation, with which the published fine-tuning recipes (AdamW, 1e-4)
-    were found. There is deliberately no `initialize`: nnU-Net would apply it to the encoder's patch embedding too.
+    Attributes:
+        encoder_class: kind of encoder.
+        trainers: those that switch deep supervision off.
+        axes: as `Encoder.axes`, of the tensors that are not the encoder's.
 
     Args:
         input_channels: channels of the image, cascade inputs included.
         num_classes: channels of the logits.
         deep_supervision: must be false; there is one output.
-        decoder_width: channels w of the decoder at full resolution; 2w, 4w and 8w below.
-        spec_kwargs: the fields of `EncoderSpec` without `in_channels`, lists allowed for tuples.
+        decoder_width: channels w of the decoder at full resolution.
+        spec_kwargs: the fields of `EncoderSpec` without `in_channels`, lists allowed for tuples; those of the kind's
+            `finetuning` are set.
 
     Raises:
-        ValueError: deep supervision is asked for, or the spec is invalid or has no three taps.
+        ValueError: deep supervision is asked for, or the spec is invalid, of another kind or does not fit the decoder.
     """
+
+    encoder_class: ClassVar[type[Encoder]]
+    trainers: ClassVar[str]
+    axes: ClassVar[dict[str, Axes]] = {r".*\.weight": Axes.KERNEL, r".*\.bias": Axes.NONE}
+
+    def __init__(self, input_channels: int, deep_supervision: bool, spec_kwargs: dict[str, Any]):
+        super().__init__()
+        name, kind = type(self).__name__, spec_kwargs.get("kind", EncoderSpec.kind)
+        if deep_supervision:
+            raise ValueError(
+                f"{name} has one output, deep supervision needs several: train with -tr {self.trainers}, which switch "
+                "it off"
+            )
+        if kind != self.encoder_class.kind:
+            raise ValueError(f"{name} needs an encoder of kind '{self.encoder_class.kind}', got '{kind}'")
+        fields = {"in_channels": input_channels, **spec_kwargs, **self.encoder_class.finetuning}
+        self.spec = EncoderSpec.from_dict(fields)
+        self.encoder = self.encoder_class(self.spec)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The layers of learning-rate decay from the bottom, in timm's form: what comes before the transformer, each of
+        its blocks, and the final norm with all that is not the encoder. Relative position biases are among the last:
+        they belong to every block at once, and pretraining has none."""
+        # sorts after any block; timm's own 99999 would join the rest to the last block
+        above = 9999
+        return {
+            "stem": r"^encoder\.(?!blocks\.|norm\.|rel_pos_bias)",
+            "blocks": [(r"^encoder\.blocks\.(\d+)", None), (r".*", (above,))],
+        }
+
+
+class ViTUNETR(SegmentationNetwork):
+    """UNETR (Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", 2022) on our ViT encoder.
+
+    Takes (B, C, D, H, W) with every axis a multiple of the patch and more than one token in all, gives logits
+    (B, num_classes, D, H, W). The decoder has w = `decoder_width` channels at full resolution, 2w, 4w and 8w below. It
+    keeps PyTorch's default initialisation, with which the published fine-tuning recipes (AdamW, 1e-4) were found. The
+    encoder needs three taps. Arguments and errors: `SegmentationNetwork`.
+    """
+
+    encoder_class = ViTEncoder
+    trainers = "nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
 
     def __init__(
         self,
@@ -114,31 +157,17 @@ class ViTUNETR(nn.Module):
         decoder_width: int = 32,
         **spec_kwargs: Any,
     ):
-        super().__init__()
-        if deep_supervision:
-            raise ValueError(
-                "ViTUNETR has one output, deep supervision needs several: train with "
-                "-tr nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR, which switch it off"
-            )
-        self.spec = EncoderSpec.from_dict(dict(in_channels=input_channels, **spec_kwargs))
-        if self.spec.kind != "vit" or len(self.spec.taps) != 3:
-            raise ValueError(
-                f"ViTUNETR needs an encoder of kind 'vit' with three taps, got kind '{self.spec.kind}' "
-                f"with taps {self.spec.taps}"
-            )
+        super().__init__(input_channels, deep_supervision, spec_kwargs)
+        if len(self.spec.taps) != 3:
+            raise ValueError(f"ViTUNETR needs an encoder with three taps, got {self.spec.taps}")
         e, w = self.spec.embed_dim, decoder_width
         early, last = upsampling_factors(self.spec.patch_size)
-        self.encoder = build_encoder(self.spec)
         self.image_block = residual_block(input_channels, w)
         # tap i joins the decoder after 3 - i steps
         self.skips = nn.ModuleList(SkipBranch(e, (2 << i) * w, early[: 3 - i]) for i in range(3))
         widths = [e, 8 * w, 4 * w, 2 * w, w]
         self.ups = nn.ModuleList(UpStep(widths[i], widths[i + 1], f) for i, f in enumerate([*early, last]))
         self.head = nn.Conv3d(w, num_classes, kernel_size=1)
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The layers of learning-rate decay, in timm's form."""
-        return encoder_layers()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) → logits (B, num_classes, D, H, W)."""

@@ -1,10 +1,14 @@
 """The plain ViT encoder that pretraining and fine-tuning share."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_hiendmae.architectures.convvit import ConvViTEncoder
 from nnunetv2_hiendmae.architectures.layers import (
+    BLOCK_TENSORS,
+    Axes,
+    Encoder,
     PatchEmbed,
     drop_path_rates,
     init_transformer,
@@ -12,22 +16,27 @@ from nnunetv2_hiendmae.architectures.layers import (
     transformer_blocks,
 )
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
+from nnunetv2_hiendmae.architectures.tokens import patchify, take_tokens, token_grid
 
 
-class ViTEncoder(nn.Module):
-    """Pre-norm vision transformer over 3D patches (METHODS §0, §2).
+class ViTEncoder(Encoder):
+    """Pre-norm vision transformer over 3D patches (docs/methods.md, "Shared building blocks").
 
     `pos_embed` is stored with the weights: a foreign or trained table travels with the file. It holds no CLS
     row, the CLS token's position is zero.
     """
 
-    # name of the weight that reads the image's channels
+    kind = "vit"
+    network = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
     input_kernel = "patch_embed.proj.weight"
+    axes: ClassVar = {
+        r"patch_embed\.proj\.weight": Axes.KERNEL,
+        r"pos_embed": Axes.TOKENS,
+        rf"cls_token|patch_embed\.proj\.bias|norm\.(weight|bias)|{BLOCK_TENSORS}": Axes.NONE,
+    }
 
     def __init__(self, spec: EncoderSpec):
-        super().__init__()
-        self.spec = spec
+        super().__init__(spec)
         e = spec.embed_dim
         self.patch_embed = PatchEmbed(spec.in_channels, e, spec.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, e)) if spec.cls_token else None
@@ -70,17 +79,3 @@ class ViTEncoder(nn.Module):
         grid = token_grid(x.shape[2:], self.spec.patch_size)
         prefix = self.num_prefix_tokens
         return [t[:, prefix:].transpose(1, 2).unflatten(2, grid) for t in [*taps, tokens]]
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches: 1 with CLS, else 0."""
-        return int(self.cls_token is not None)
-
-    def positions(self, grid: list[int]) -> Tensor:
-        """Position table (1, N, E) of a grid, resampled where it is not the spec's."""
-        return resample_positions(self.pos_embed, self.spec.grid, grid)
-
-
-def build_encoder(spec: EncoderSpec) -> ViTEncoder | ConvViTEncoder:
-    """Encoder of a spec, freshly initialised."""
-    return {"vit": ViTEncoder, "convvit": ConvViTEncoder}[spec.kind](spec)

@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import add_json, add_weight_hints
+from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
+from nnunetv2_hiendmae.options.convert import ConvertOptions
 
 HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm or MONAI"
 
@@ -13,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="checkpoint; see what it is with: hiendmae inspect FILE")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="file to write, e.g. encoder.safetensors")
-    add_weight_hints(parser)
+    add_options(parser, ConvertOptions)
     add("--to", choices=["timm", "monai"], help="write a .safetensors with these names (default: an encoder file)")
     add("--force", action="store_true", help="replace OUT if it exists")
 
@@ -22,10 +23,11 @@ def run(args: argparse.Namespace) -> None:
     import json
     from shlex import quote
 
-    from nnunetv2_hiendmae.weights import ConvertOptions, convert_checkpoint
+    from nnunetv2_hiendmae.weights import convert_checkpoint
     from nnunetv2_hiendmae.weights.report import printable
 
-    done = convert_checkpoint(args.file, args.output, ConvertOptions.of(vars(args)), to=args.to, force=args.force)
+    options = from_arguments(ConvertOptions, args)
+    done = convert_checkpoint(args.file, args.output, options, to=args.to, force=args.force)
     about = json.loads(done.metadata.to_json())
     if args.json:
         told = {"output": str(done.path), "format": done.format, "metadata": about, "report": done.report.to_dict()}

@@ -7,14 +7,12 @@ from typing import Any
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.planning.dataset import channel_names, is_ct
 from nnunetv2_hiendmae.recipes import MethodRecipe
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
-# crops are whole numbers of these, more than one: the conv-ViT's decoder starts below its tokens
-TOKENS_PER_STEP = {"vit": 1, "convvit": 2}
 # nnU-Net's readers that turn every image to RAS; the second reads what the first does not
 REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 NNUNETS_CHOICE = "auto"
@@ -43,7 +41,8 @@ def finetuning_spec(
     size = _within(source, recipe.crop_limit) if patch_size is None else tuple(patch_size)
     if len(size) != 3:
         raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
-    step = tuple(p * TOKENS_PER_STEP[source.kind] for p in source.patch_size)
+    encoder = ENCODERS[source.kind]
+    step = tuple(p * encoder.tokens_per_step for p in source.patch_size)
     fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
     if size != fitting:
         raise ValueError(f"patch size {size}: each axis must be a multiple of {step} for this encoder, e.g. {fitting}")
@@ -55,7 +54,7 @@ def finetuning_spec(
         in_channels=channels,
         img_size=size,
         drop_path_rate=recipe.drop_path_rate if drop_path_rate is None else drop_path_rate,
-        dense=source.kind == "convvit",
+        **encoder.finetuning,
     )
 
 

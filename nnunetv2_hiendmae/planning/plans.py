@@ -12,7 +12,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
@@ -27,10 +27,6 @@ from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CONFIGURATION = "3d_fullres"
-NETWORKS = {
-    "vit": "nnunetv2_hiendmae.architectures.unetr.ViTUNETR",
-    "convvit": "nnunetv2_hiendmae.architectures.convvit_unetr.ConvViTUNETR",
-}
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +91,7 @@ def is_ours(path: Path) -> bool:
         network = plans["configurations"][CONFIGURATION]["architecture"]["network_class_name"]
     except (ValueError, KeyError, TypeError):
         return False
-    return PLANS_KEY in plans or network in NETWORKS.values()
+    return PLANS_KEY in plans or network in {encoder.network for encoder in ENCODERS.values()}
 
 
 class _ViTPlanner(ExperimentPlanner):
@@ -128,7 +124,7 @@ class _ViTPlanner(ExperimentPlanner):
             "patch_size": list(spec.img_size),
             "batch_size": batch_size,
             "architecture": {
-                "network_class_name": NETWORKS[spec.kind],
+                "network_class_name": ENCODERS[spec.kind].network,
                 "arch_kwargs": {**arch_kwargs, "decoder_width": decoder_width},
                 "_kw_requires_import": [],
             },

@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.data import PretrainData
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
-from nnunetv2_hiendmae.weights.own import ENCODER, SETTINGS
+from nnunetv2_hiendmae.weights.run_checkpoint import ENCODER, SETTINGS
 
 CHECKPOINT = "checkpoint_latest.pth"
 LOCK = ".lock"

@@ -1,107 +1,155 @@
-"""Fitting encoder weights to a network of another grid, channel count, without CLS, or in its dense form."""
+"""An encoder's weights for another network: of another grid, channel count or order of axes, without CLS, or dense."""
 
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pkgutil import resolve_name
 
+import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import ENCODERS, Encoder, EncoderSpec, build_encoder
+from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
 from nnunetv2_hiendmae.architectures.tokens import resample_positions
-from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
-
-if TYPE_CHECKING:
-    from nnunetv2_hiendmae.weights.encoder_file import Encoder
+from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
 
 # what may differ between a file and the network that reads it: none of it changes the shape of a block
-ADAPTABLE = ("img_size", "in_channels", "taps", "cls_token", "pos_embed", "norm_eps", "drop_path_rate", "dense")
-# what a network may lack that the file has, but not the other way round
-_ONLY_DOWN = "cls_token"
-_ONLY_UP = "dense"
-# tensors of a convvit that only its masked form, or only its dense form has
-_MASKED_ONLY = re.compile(r"fusions\..*|norm\.(weight|bias)")
-_DENSE_ONLY = re.compile(r"rel_pos_bias|blocks\.\d+\.ls[12]\.gamma")
+ADAPTABLE = ("img_size", "in_channels", "taps", "pos_embed", "norm_eps", "drop_path_rate")
+
+
+def expected_tensors(spec: EncoderSpec) -> dict[str, Tensor]:
+    """Names and shapes of a spec's encoder, on the meta device: takes no memory."""
+    with torch.device("meta"):
+        return build_encoder(spec).state_dict()
+
+
+def mismatch(
+    state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str] | None = None
+) -> str | None:
+    """What is missing, left over, of another shape or no floating-point number, up to three of it in words; None: all
+    as expected.
+
+    Args:
+        sources: what a tensor is called in messages, where not as in `state`.
+    """
+    called = {k: printable((sources or {}).get(k, k)) for k in state}
+    wrong = [f"{k} is missing" for k in expected if k not in state]
+    wrong += [f"{called[k]} is unexpected" for k in state if k not in expected]
+    wrong += [
+        f"{called[k]} has shape {tuple(state[k].shape)}, needed {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
+    wrong += [
+        f"{called[k]} holds {str(v.dtype).removeprefix('torch.')}, needed floating-point numbers"
+        for k, v in state.items()
+        if not v.is_floating_point()
+    ]
+    return some(wrong, separator="; ") or None
 
 
 def check_compatible(source: EncoderSpec, target: EncoderSpec) -> None:
-    """
-    Raises:
-        UserError: the two encoders differ in something that weights cannot be adapted to.
-    """
+    """Refuses encoders that differ in something that weights cannot be adapted to (UserError)."""
     have, want = source.to_dict(), target.to_dict()
-    differing = [k for k in have if k not in ADAPTABLE and have[k] != want[k]]
-    if want[_ONLY_DOWN] and not have[_ONLY_DOWN]:
-        differing.append(_ONLY_DOWN)
-    if have[_ONLY_UP] and not want[_ONLY_UP]:
-        differing.append(_ONLY_UP)
-    if differing:
-        told = ", ".join(f"{k} {have[k]} in the file, {want[k]} in the plans" for k in differing)
+    # a network may lack CLS and be dense where the file is otherwise, but not the other way round
+    differing = {k: have[k] != want[k] for k in have if k not in ADAPTABLE}
+    differing |= {"cls_token": target.cls_token and not source.cls_token, "dense": source.dense and not target.dense}
+    told = ", ".join(f"{k} {have[k]} in the file, {want[k]} in the plans" for k in differing if differing[k])
+    if told:
         raise UserError(f"the encoder file does not fit the network: {told}; run: hiendmae plan with this file again")
 
 
 def adapt_state(
-    state: Mapping[str, Tensor], source: EncoderSpec, encoder: "Encoder"
+    state: Mapping[str, Tensor], source: EncoderSpec, encoder: Encoder
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Encoder weights of `source` as weights of `encoder`.
 
-    Positions are resampled trilinearly (METHODS §5), input channels are repeated and divided by their number,
-    a CLS token that the encoder does not have is dropped. The dense form of a convvit has no fusion and no final norm;
-    its relative positions and LayerScale start as the encoder has them.
+    Positions are resampled trilinearly, input channels are repeated and divided by their number, a CLS token that the
+    encoder does not have is dropped (docs/methods.md, "Fine-tuning recipes"). The dense form of a convvit has no fusion
+    and no final norm; its relative positions and LayerScale start as the encoder has them.
 
     Raises:
         UserError: see `check_compatible`.
     """
-    target, start = encoder.spec, encoder.state_dict()
+    target, adapted, records = encoder.spec, {}, []
     check_compatible(source, target)
     becomes_dense = target.dense and not source.dense
-    adapted, records = {}, []
     for name, tensor in state.items():
-        reason = _reason_to_drop(name, target, becomes_dense)
-        if reason:
+        if name == "cls_token" and not target.cls_token:
+            records.append(TensorRecord(name, None, "dropped", "the network has no CLS token"))
+        elif becomes_dense and re.fullmatch(encoder.masked_only, name):
+            reason = "only the masked form of pretraining fuses its stages and norms their sum"
             records.append(TensorRecord(name, None, "dropped", reason))
-            continue
-        value, detail = _fitted(name, tensor, source, encoder)
-        adapted[name] = value
-        records.append(TensorRecord(name, name, "adapted" if detail else "loaded", detail))
+        else:
+            adapted[name], detail = _fitted(name, tensor, source, encoder)
+            records.append(TensorRecord(name, name).changed(detail))
     if becomes_dense:
-        fresh = [k for k in start if k not in adapted and _DENSE_ONLY.fullmatch(k)]
-        adapted |= {k: start[k] for k in fresh}
+        start = encoder.state_dict()
+        fresh = [k for k in start if k not in adapted and re.fullmatch(encoder.dense_only, k)]
         records += [TensorRecord(None, k, "fresh", "not in pretraining: keeps its start value") for k in fresh]
+        adapted |= {k: start[k] for k in fresh}
     return adapted, LoadReport(tuple(records))
 
 
-def _reason_to_drop(name: str, target: EncoderSpec, becomes_dense: bool) -> str | None:
-    if name == "cls_token" and not target.cls_token:
-        return "the network has no CLS token"
-    if becomes_dense and _MASKED_ONLY.fullmatch(name):
-        return "only the masked form of pretraining fuses its stages and norms their sum"
-    return None
-
-
-def _fitted(name: str, tensor: Tensor, source: EncoderSpec, encoder: "Encoder") -> tuple[Tensor, str]:
-    target = encoder.spec
-    # resampling and division in float32: a file may hold 16-bit numbers
-    if name == "pos_embed" and source.grid != target.grid:
-        return _resampled(tensor, source.grid, target.grid)
-    if name == "rel_pos_bias" and source.grid != target.grid:
-        offsets = ([2 * g - 1 for g in grid] for grid in (source.grid, target.grid))
-        return _resampled(tensor, *offsets)
-    if name == encoder.input_kernel and source.in_channels != target.in_channels:
-        return _spread_channels(tensor.float(), source.in_channels, target.in_channels)
-    return tensor, ""
-
-
-def _resampled(table: Tensor, source_grid: tuple | list, target_grid: tuple | list) -> tuple[Tensor, str]:
-    detail = f"grid {tuple(source_grid)} → {tuple(target_grid)}, trilinear"
-    return resample_positions(table.float(), source_grid, target_grid), detail
-
-
-def _spread_channels(kernel: Tensor, source: int, target: int) -> tuple[Tensor, str]:
-    if source != 1:
+def _fitted(name: str, tensor: Tensor, source: EncoderSpec, encoder: Encoder) -> tuple[Tensor, str]:
+    """A tensor for the encoder's grid and channels, and what was done to it. In float32: a file may hold 16-bit
+    numbers."""
+    target, axes = encoder.spec, axes_of(name, encoder.axes)
+    if axes in (Axes.TOKENS, Axes.OFFSETS) and source.grid != target.grid:
+        grids = axes.rows(source.grid), axes.rows(target.grid)
+        return resample_positions(tensor.float(), *grids), f"grid {grids[0]} → {grids[1]}, trilinear"
+    if name != encoder.input_kernel or source.in_channels == target.in_channels:
+        return tensor, ""
+    have, want = source.in_channels, target.in_channels
+    if have != 1:
         raise UserError(
-            f"the encoder file has {source} input channels, the dataset {target}: only 1 can be spread over more"
+            f"the encoder file has {have} input channels, the dataset {want}: only 1 can be spread over more"
         )
-    return kernel.repeat(
-        1, target, 1, 1, 1
-    ) / target, f"{source} → {target} input channels, repeated and divided by {target}"
+    spread = tensor.float().repeat(1, want, 1, 1, 1) / want
+    return spread, f"{have} → {want} input channels, repeated and divided by {want}"
+
+
+def permute_axes(
+    state: Mapping[str, Tensor], spec: EncoderSpec, order: Sequence[int]
+) -> tuple[dict[str, Tensor], EncoderSpec]:
+    """Weights and spec of the encoder that does with a permuted volume what this one does with the volume.
+
+    A network of convolutions, patches and positions is equivariant to permuting axes, if the kernels' axes, the grids
+    of its position tables and the windows of its relative positions are permuted with the data. Works for encoders and
+    for whole networks, whose encoder's names start with `encoder.`. Tensors that change are views.
+
+    Args:
+        order: new axis i is the old axis `order[i]`, as in `volume.permute`.
+
+    Raises:
+        ValueError: `order` is no permutation, a table does not have the rows of the spec's grid, a kernel not five
+            axes, or neither the encoder nor its network declares how a tensor lies along the axes.
+    """
+    if sorted(order) != [0, 1, 2]:
+        raise ValueError(f"order {tuple(order)} is no permutation of 0, 1, 2")
+    encoder = ENCODERS[spec.kind]
+    declared = encoder.axes
+    if any(name.startswith("encoder.") for name in state):
+        network = resolve_name(encoder.network)
+        declared = {rf"encoder\.({pattern})": axes for pattern, axes in encoder.axes.items()}
+        declared |= {rf"(?!encoder\.)({pattern})": axes for pattern, axes in network.axes.items()}
+    permuted = {k: _permuted(k, v, axes_of(k, declared), spec.grid, order) for k, v in state.items()}
+    img_size, patch_size = (tuple(size[i] for i in order) for size in (spec.img_size, spec.patch_size))
+    return permuted, spec.with_(img_size=img_size, patch_size=patch_size)
+
+
+def _permuted(name: str, tensor: Tensor, axes: Axes | None, grid: Sequence[int], order: Sequence[int]) -> Tensor:
+    if axes is None:
+        raise ValueError(f"{name}: no class says how it lies along the volume's axes; declare it in `axes`")
+    if axes is Axes.NONE:
+        return tensor
+    if axes is Axes.KERNEL:
+        if tensor.ndim != 5:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, needed the five axes of a kernel")
+        return tensor.permute(0, 1, *(2 + i for i in order))
+    rows = axes.rows(grid)
+    try:
+        table = tensor.unflatten(1, rows)
+    except RuntimeError as e:
+        raise ValueError(f"{name} has {tensor.shape[1]} rows, needed a grid of {rows}") from e
+    return table.permute(0, *(1 + i for i in order), 4).flatten(1, 3)

@@ -1,119 +1,52 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import check_replaceable, sha256
-from nnunetv2_hiendmae.weights import own
-from nnunetv2_hiendmae.weights.axes import AXES
-from nnunetv2_hiendmae.weights.encoder_file import save_encoder
-from nnunetv2_hiendmae.weights.export import export_names, export_notes, exported_report, write_exported
-from nnunetv2_hiendmae.weights.finding import find, is_weight
-from nnunetv2_hiendmae.weights.foreign import check_plain, read_checkpoint
-from nnunetv2_hiendmae.weights.formats import METHOD_NAMES
-from nnunetv2_hiendmae.weights.layouts import Hints
+from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.volume_format import CT_SCHEME
+from nnunetv2_hiendmae.weights import run_checkpoint
+from nnunetv2_hiendmae.weights.checkpoint_io import check_source, read_checkpoint
+from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY, header_metadata, save_encoder
+from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
+from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
-from nnunetv2_hiendmae.weights.provenance import foreign_metadata
-from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
-from nnunetv2_hiendmae.weights.translate import Draft, account_for_rest, check_state, finish, translate_found
+from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, printable
+from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 
 ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
+# whose recipe weights get that nobody says more of
+DEFAULT_METHOD = "mae3d"
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
-    """What a user may say about a file; None: found out, or as the format usually is.
-
-    Args:
-        format: one of `formats.FORMAT_NAMES`.
-        num_heads: attention heads.
-        img_size: crop (D, H, W) in voxels that the positions belong to.
-        axes: order of the file's arrays, one of `axes.AXES`; "xyz" is permuted.
-        use_teacher: take the momentum teacher.
-        method: pretraining method, where the format does not tell.
-
-    Raises:
-        UserError: a value is unknown.
-    """
-
-    format: str | None = None
-    num_heads: int | None = None
-    img_size: tuple[int, int, int] | None = None
-    axes: str | None = None
-    use_teacher: bool = False
-    method: str | None = None
-
-    def __post_init__(self):
-        if self.axes not in (None, *AXES):
-            raise UserError(f"--axes {self.axes} is unknown, needed one of {', '.join(AXES)}")
-        if self.method not in (None, *METHOD_NAMES):
-            raise UserError(f"--method {self.method} is unknown, needed one of {', '.join(METHOD_NAMES)}")
-        if self.num_heads is not None and self.num_heads < 1:
-            raise UserError(f"--num-heads is {self.num_heads}, needed at least 1")
-        if self.img_size is not None and (len(self.img_size) != 3 or min(self.img_size) < 1):
-            raise UserError(f"--img-size is {self.img_size}, needed three positive numbers D H W")
-
-    @classmethod
-    def of(cls, arguments: Mapping[str, Any]) -> "ConvertOptions":
-        """From what a command line said, other arguments left aside.
-
-        Raises:
-            UserError: a value is unknown.
-        """
-        said = {f.name: arguments[f.name] for f in fields(cls)}
-        return cls(**{**said, "img_size": said["img_size"] and tuple(said["img_size"])})
-
-    def said(self) -> dict[str, Any]:
-        """What was said, by the option of the command line."""
-        values = {f"--{f.name.replace('_', '-')}": getattr(self, f.name) for f in fields(self)}
-        return {option: value for option, value in values.items() if value not in (None, False)}
-
-    def arguments(self) -> list[str]:
-        """`said` as on a command line."""
-        words = []
-        for option, value in self.said().items():
-            values = () if value is True else value if isinstance(value, tuple) else (value,)
-            words += [option, *map(str, values)]
-        return words
-
-
-@dataclass(frozen=True)
-class Translated:
+class Conversion:
     """An encoder out of any file.
 
     Args:
         format: name of the file's format, "encoder" or "run" for ours.
-        state: its tensors; unchanged ones are views of the file.
-        report: of every tensor of the file and of the encoder.
+        state: its tensors by our names; unchanged ones are views of the file.
+        report: of every tensor of the file, and of the encoder or the exported names.
+        notes: those of the metadata, and what a reader of exported names must know.
+        path: what was written, None for nothing.
     """
 
     format: str
     state: dict[str, Tensor]
     metadata: EncoderMetadata
     report: LoadReport
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert_checkpoint` wrote.
-
-    Args:
-        notes: those of the metadata, and what a reader of an exported file must know.
-    """
-
-    path: Path
-    format: str
-    metadata: EncoderMetadata
-    report: LoadReport
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    path: Path | None = None
 
 
 def convert_checkpoint(
@@ -134,22 +67,17 @@ def convert_checkpoint(
     """
     source, output = Path(source), Path(output)
     _check_output(source, output, force)
-    translated = translate_checkpoint(source, options)
-    metadata, report = translated.metadata, translated.report
-    notes = metadata.notes
+    done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        tensors, records = export_names(to, translated.state, metadata)
-        report = exported_report(report, records)
-        write_exported(output, tensors, metadata)
-        notes += export_notes(to, metadata)
-    elif translated.format == ENCODER_FILE:
+        report, notes = export_encoder(output, to, done.state, done.metadata, done.report)
+        return replace(done, report=report, notes=done.notes + notes)
+    if done.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
-    else:
-        save_encoder(output, translated.state, metadata)
-    return Conversion(output, translated.format, metadata, report, notes)
+    save_encoder(output, done.state, done.metadata)
+    return done
 
 
-def translate_checkpoint(source: Path, options: ConvertOptions | None = None) -> Translated:
+def translate_checkpoint(source: Path, options: ConvertOptions | None = None) -> Conversion:
     """The encoder in a file, without writing anything.
 
     Raises:
@@ -158,90 +86,133 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        stored = own.header_metadata(header, source)
-        if stored is not None:
-            return _translate_encoder_file(content, stored, options)
-        if own.is_run_checkpoint(content):
-            return _translate_run(content, source, options)
-        return _translate_foreign(content, own.export_metadata(header, source), source, options)
+        done = _translated(content, header, source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
         told = printable(e, LONGEST_ERROR)
         raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
+    return replace(done, notes=done.metadata.notes)
 
 
-def _translate_encoder_file(content: Mapping[str, Any], stored: EncoderMetadata, options: ConvertOptions) -> Translated:
-    _refuse_hints(options)
-    state, report = _translate_own(content, (), "", stored.spec)
-    return Translated(ENCODER_FILE, state, stored, report)
+def _translated(
+    content: Mapping[str, Any], header: Mapping[str, str], source: Path, options: ConvertOptions
+) -> Conversion:
+    if stored := header_metadata(header, METADATA_KEY, source):
+        _refuse(options)
+        translation = translate_own(content, "", stored.spec)
+        return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
+    if run_checkpoint.is_run_checkpoint(content):
+        return _translate_run(content, source, options)
+    return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
 
 
-def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Translated:
-    _refuse_hints(replace(options, use_teacher=False))
-    stored, teacher = own.run_metadata(source), options.use_teacher
-    prefix = own.run_prefix(content[own.STATE], teacher)
-    state, report = _translate_own(content, (own.STATE,), prefix, stored.spec)
-    metadata = own.at_step(stored, content[own.STEP], teacher)
+def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Conversion:
+    _refuse(replace(options, use_teacher=False))
+    state, teacher = content[run_checkpoint.STATE], options.use_teacher
+    metadata = run_checkpoint.run_metadata(source, content[run_checkpoint.STEP], teacher)
+    prefix = run_checkpoint.TEACHER_PREFIX if teacher else run_checkpoint.STUDENT_PREFIX
+    if teacher and not any(name.startswith(prefix) for name in state if isinstance(name, str)):
+        raise UserError(
+            "--use-teacher: the method of this run has no momentum teacher (glmae has); run the same command without it"
+        )
+    translation = translate_own(state, prefix, metadata.spec)
     metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
-    return Translated(RUN_CHECKPOINT, state, metadata, report)
-
-
-def _translate_own(
-    content: Mapping[str, Any], path: tuple[str, ...], prefix: str, spec: EncoderSpec
-) -> tuple[dict[str, Tensor], LoadReport]:
-    """Tensors with a prefix in the state_dict that the keys of `path` lead to; they have our names already."""
-    draft, dropped = Draft(), []
-    for name, tensor in (content[path[0]] if path else content).items():
-        if not is_weight(name, tensor):
-            continue
-        if not name.startswith(prefix):
-            dropped.append(TensorRecord(name, None, "dropped", own.reason_to_drop(name)))
-            continue
-        check_plain(name, tensor)
-        ours = name.removeprefix(prefix)
-        draft.tensors[ours], draft.sources[ours] = tensor, name
-    check_state(draft, spec, "write it again with hiendmae pretrain or hiendmae convert")
-    state, _ = finish(draft, spec)
-    return state, LoadReport((*draft.records(), *dropped)).then(account_for_rest(content, path))
-
-
-def _refuse_hints(options: ConvertOptions) -> None:
-    """
-    Raises:
-        UserError: something is said about a file that says it itself.
-    """
-    if said := options.said():
-        raise UserError(f"{', '.join(said)}: it is a file of ours, which says itself what it is; leave that out")
+    report = translation.report(content, (run_checkpoint.STATE,))
+    return Conversion(RUN_CHECKPOINT, translation.state, metadata, report)
 
 
 def _translate_foreign(
     content: Mapping[str, Any], exported: EncoderMetadata | None, source: Path, options: ConvertOptions
-) -> Translated:
+) -> Conversion:
     if exported is not None:
         # our own export says what its names cannot
-        _refuse_hints(options)
+        _refuse(options)
         options = replace(options, num_heads=exported.spec.num_heads, img_size=exported.spec.img_size)
-    found = find(content, options.format, options.use_teacher)
-    axes = options.axes or found.format.axes
-    draft = translate_found(found, Hints(options.num_heads, options.img_size, axes == "xyz", found.format.sizes))
-    report = LoadReport(tuple(draft.records)).then(account_for_rest(content, found.path))
+    found = find_encoder(content, options)
+    options = replace(options, axes=options.axes or found.format.axes)
+    translation, spec, formula = translate_foreign(found, options)
     if exported is None:
-        metadata = foreign_metadata(
-            found, draft.spec, axes, named=options.format is not None, method=options.method, notes=draft.notes
-        )
+        metadata = _foreign_metadata(found, spec, options, formula)
     else:
         told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
-        metadata = replace(exported, spec=draft.spec.with_(**told))
+        metadata = replace(exported, spec=spec.with_(**told))
     if metadata.source is None:
         # an export of ours goes on naming the file that its encoder was converted from
         metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
-    return Translated(found.format.name, draft.state, metadata, report)
+    return Conversion(found.format.name, translation.state, metadata, translation.report(content, found.path))
+
+
+def _refuse(options: ConvertOptions) -> None:
+    """Refuses what is said about a file that says it itself (UserError)."""
+    if said := options.said():
+        raise UserError(f"{', '.join(said)}: it is a file of ours, which says itself what it is; leave that out")
+
+
+def _foreign_metadata(
+    found: ForeignEncoder, spec: EncoderSpec, options: ConvertOptions, formula: bool
+) -> EncoderMetadata:
+    """What is known about an encoder that another program wrote, without its file.
+
+    Args:
+        formula: its positions were the sin-cos table of their grid.
+
+    Raises:
+        UserError: the format is of another method than the given one.
+    """
+    entry, method = found.format, options.method
+    if method and entry.method and method != entry.method:
+        raise UserError(f"--method {method}: a {entry.name} file is of method {entry.method}; leave it out")
+    volume = entry.seen
+    if volume.window_hu is not None:
+        # names decide which dataset fits: those of several channels nobody knows
+        names = ("CT",) if spec.in_channels == 1 else ()
+        volume = replace(volume, normalization_schemes=(CT_SCHEME,) * spec.in_channels, channel_names=names)
+    return EncoderMetadata(
+        spec,
+        entry.method or method or DEFAULT_METHOD,
+        volume,
+        citations=RECIPES[entry.method].citations if entry.method else (),
+        licence=entry.licence,
+        notes=_foreign_notes(found, spec, options, formula),
+    )
+
+
+def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOptions, formula: bool) -> tuple[str, ...]:
+    """What a user should look at, in sentences."""
+    entry, size, width = found.format, " ".join(map(str, spec.img_size)), spec.embed_dim
+    xyz, guessed = options.axes == "xyz", options.img_size is None
+    released = f"{entry.name} encoders of width {width} that were released have"
+    heads, depth = entry.sizes.get(width, (spec.num_heads, spec.depth))
+    theirs = ", although those of its authors are (x, y, z)" if entry.axes == "xyz" else ""
+    # sentence → whether it is true
+    notes = {
+        "arrays were (x, y, z) in the source, weights are permuted to (z, y, x) = D, H, W": xyz,
+        f"the order of axes is that of the source{theirs}": not xyz,
+        f"{entry.name} weights do not say how they were pretrained: they are fine-tuned as {DEFAULT_METHOD}, another "
+        "--method chooses another recipe": entry.method is None and options.method is None,
+        f"the crop {size} was read off the sin-cos positions, which are those of its grid {spec.grid}": (
+            guessed and formula and len(set(spec.grid)) > 1
+        ),
+        f"the grid was taken as a cube, the crop as {size}; --img-size says otherwise": guessed and not formula,
+        "positions are not the sin-cos table that this method has: they are kept as they are": (
+            not entry.library and not formula
+        ),
+        f"{spec.depth} blocks: {released} {depth}; was one lost?": spec.depth != depth,
+        f"{spec.num_heads} heads: {released} {heads}": spec.num_heads != heads,
+        "nothing is known of the volumes it saw, not even which way they lay: say it with --reader, --spacing and "
+        "--window of hiendmae plan": entry.seen.orientation == UNKNOWN,
+        f"what its {spec.in_channels} input channels were is not known: a dataset must have as many, in that order": (
+            spec.in_channels > 1
+        ),
+        entry.lookalikes: bool(entry.lookalikes) and options.format is None,
+        run_checkpoint.TEACHER_NOTE: found.path[-1:] == ("teacher",),
+    }
+    return tuple(note for note, applies in notes.items() if applies)
 
 
 def _check_output(source: Path, output: Path, force: bool) -> None:
-    if not source.is_file():
-        raise UserError(f"no file {source}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
+    check_source(source)
     if output.is_dir():
         raise UserError(f"{output} is a folder; give a file, e.g. -o {quote(str(output / 'encoder.safetensors'))}")
     check_replaceable(output)

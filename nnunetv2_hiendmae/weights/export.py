@@ -7,51 +7,45 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.weights.encoder_file import write_safetensors
+from nnunetv2_hiendmae.weights.layouts import MONAI_PARTS
 from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
-from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 # where the encoder's metadata stand in the header of an exported file
 EXPORT_KEY = "hiendmae_export"
+# tensors under the other program's names, and a record of each
 Exported = tuple[dict[str, Tensor], list[TensorRecord]]
 
 
 def to_timm(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     """timm's names are ours; its position table has a row for CLS, which is zero with us."""
-    tensors, records = dict(state), [TensorRecord(k, k, "loaded") for k in state if k != "pos_embed"]
+    tensors, records = dict(state), {k: TensorRecord(k, k) for k in state}
     if spec.cls_token:
         table = state["pos_embed"]
         tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        records.append(TensorRecord("pos_embed", "pos_embed", "adapted", "a zero row for CLS put first"))
-    else:
-        records.append(TensorRecord("pos_embed", "pos_embed", "loaded"))
-    return tensors, records
+        records["pos_embed"] = records["pos_embed"].changed("a zero row for CLS put first")
+    return tensors, [*records.values()]
 
 
-_MONAI_NAMES = (
-    ("patch_embed.proj.", "patch_embedding.patch_embeddings."),
-    ("pos_embed", "patch_embedding.position_embeddings"),
-    (".attn.proj.", ".attn.out_proj."),
-    (".mlp.fc1.", ".mlp.linear1."),
-    (".mlp.fc2.", ".mlp.linear2."),
-)
+_MONAI_NAMES = {ours: theirs for theirs, ours in MONAI_PARTS}
 
 
 def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     """For `monai.networks.nets.ViT(..., proj_type="conv", qkv_bias=True)`, with `classification=True` for CLS.
 
     Its blocks hold a norm for cross-attention that is never used and that a strict load asks for; the head of
-    `classification=True` is not an encoder's and not written. About its LayerNorms see `export_notes`.
+    `classification=True` is not an encoder's and not written. About its LayerNorms see `export_encoder`.
     """
     tensors, records = {}, []
     for name, tensor in state.items():
         theirs = name
-        for ours, monai in _MONAI_NAMES:
+        for ours, monai in _MONAI_NAMES.items():
             theirs = theirs.replace(ours, monai)
         tensors[theirs] = tensor
-        records.append(TensorRecord(name, theirs, "loaded"))
+        records.append(TensorRecord(name, theirs))
     for i in range(spec.depth):
         for leaf, value in (("weight", torch.ones(spec.embed_dim)), ("bias", torch.zeros(spec.embed_dim))):
             name = f"blocks.{i}.norm_cross_attn.{leaf}"
@@ -60,58 +54,47 @@ def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
     return tensors, records
 
 
-# of the ViT that the other program builds
-NORM_EPS = {"timm": 1e-6, "monai": 1e-5}
-TARGETS: dict[str, Callable[[Mapping[str, Tensor], EncoderSpec], Exported]] = {"timm": to_timm, "monai": to_monai}
+# how tensors get their names, and the eps of the LayerNorms that the other program's ViT has
+TARGETS: dict[str, tuple[Callable[[Mapping[str, Tensor], EncoderSpec], Exported], float]] = {
+    "timm": (to_timm, 1e-6),
+    "monai": (to_monai, 1e-5),
+}
 
 
-def export_names(target: str, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> Exported:
-    """Tensors under the names of `target`, and a record of each.
+def export_encoder(
+    path: Path, target: str, state: Mapping[str, Tensor], metadata: EncoderMetadata, report: LoadReport
+) -> tuple[LoadReport, tuple[str, ...]]:
+    """Writes an encoder under the names of `target`.
+
+    Args:
+        report: what became of a source's tensors in `state`.
+
+    Returns:
+        What became of them under the exported names, and what a program that reads those must know.
 
     Raises:
-        UserError: the target is unknown, or has no such encoder.
+        UserError: the target is unknown or has no such encoder, or the file cannot be written; an existing one is
+            untouched.
     """
     if target not in TARGETS:
         raise UserError(f"--to {target} is unknown, needed one of {', '.join(TARGETS)}")
-    if metadata.spec.kind != "vit":
-        raise UserError(f"--to {target}: it has no encoder of kind '{metadata.spec.kind}'; convert without --to")
-    return TARGETS[target](state, metadata.spec)
-
-
-def export_notes(target: str, metadata: EncoderMetadata) -> tuple[str, ...]:
-    """What a program that reads the exported names must know."""
-    eps = metadata.spec.norm_eps
-    if eps == NORM_EPS[target]:
-        return ()
-    return (
-        f"{target}'s LayerNorms have eps {NORM_EPS[target]:g}, this encoder's {eps:g}: set it in each of them for the "
+    spec = metadata.spec
+    if spec.kind != ViTEncoder.kind:
+        raise UserError(f"--to {target}: it has no encoder of kind '{spec.kind}'; convert without --to")
+    rename, eps = TARGETS[target]
+    tensors, records = rename(state, spec)
+    write_safetensors(path, tensors, {"format": "pt", EXPORT_KEY: metadata.to_json()})
+    later = {r.source: r for r in records if r.source}
+    joined = [_joined(r, later[r.target]) if r.target in later else r for r in report.records]
+    joined += [r for r in records if r.source is None]
+    report = replace(report, records=tuple(joined))
+    if spec.norm_eps == eps:
+        return report, ()
+    return report, (
+        f"{target}'s LayerNorms have eps {eps:g}, this encoder's {spec.norm_eps:g}: set it in each of them for the "
         "same output",
     )
 
 
-def exported_report(report: LoadReport, records: list[TensorRecord]) -> LoadReport:
-    """What became of a source's tensors under the exported names.
-
-    Args:
-        report: source → encoder.
-        records: encoder → exported names.
-    """
-    by_ours = {r.source: r for r in records if r.source}
-    joined = []
-    for record in report.records:
-        later = by_ours.get(record.target)
-        if later is None:
-            joined.append(record)
-            continue
-        detail = "; ".join(d for d in (record.detail, later.detail) if d)
-        status = record.status if later.status == "loaded" else later.status
-        joined.append(TensorRecord(record.source, later.target, status, detail))
-    return replace(report, records=(*joined, *(r for r in records if r.source is None)))
-
-
-def write_exported(path: Path, tensors: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
-    """
-    Raises:
-        UserError: the file cannot be written; an existing one is untouched.
-    """
-    write_safetensors(path, tensors, {"format": "pt", EXPORT_KEY: metadata.to_json()})
+def _joined(record: TensorRecord, later: TensorRecord) -> TensorRecord:
+    return replace(record.changed(later.detail), target=later.target)

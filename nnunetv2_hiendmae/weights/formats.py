@@ -1,29 +1,27 @@
-"""Foreign checkpoints that are understood: one entry each, with everything that is known about it (METHODS §5)."""
+"""Foreign checkpoints that are understood: one entry each, with everything that is known about it, and where in a file
+the encoder's state_dict is (docs/methods.md, "Released weights")."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+from torch import Tensor
+
+from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights.layouts import (
-    Layout,
-    Size,
-    backbone_name,
-    hiendmae_name,
-    monai_name,
-    monai_value,
-    same_name,
-    unchanged,
-    vit_spec,
-)
-from nnunetv2_hiendmae.weights.mim_layout import mim_name, mim_spec, mim_value
+from nnunetv2_hiendmae.weights import layouts
+from nnunetv2_hiendmae.weights.checkpoint_io import is_weight, tensors_in
+from nnunetv2_hiendmae.weights.report import printable
 
 APACHE = "Apache-2.0"
 NONE_STATED = "none stated by the authors"
 UNKNOWN = "unknown"
-REORIENTING_READER = "NibabelIOWithReorient"
-# the usual ViTs by width, tiny to huge
-USUAL_SIZES = {192: Size(3, 12), 384: Size(6, 12), 768: Size(12, 12), 1024: Size(16, 24), 1280: Size(16, 32)}
+# the usual ViTs, tiny to huge
+USUAL_SIZES = {192: (3, 12), 384: (6, 12), 768: (12, 12), 1024: (16, 24), 1280: (16, 32)}
 
 _DECODER = "the decoder is not used for fine-tuning"
 _HEAD = "a head of pretraining or classification is not used for fine-tuning"
@@ -37,9 +35,16 @@ _HEADS = (
 _MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
 
 
-def _released(spacing_mm: tuple[float, float, float] | None, window_hu: tuple[float, float]) -> VolumeFormat:
+def _released(method: str) -> VolumeFormat:
     """How the authors' volumes became arrays: the window is [0, 1], axes are turned to RAS."""
-    return VolumeFormat(spacing_mm, window_hu, REORIENTING_READER, orientation="RAS")
+    low, high = RECIPES[method].volume.window_hu
+    return replace(
+        RECIPES[method].volume,
+        image_reader_writer="NibabelIOWithReorient",
+        intensity_offset=low,
+        intensity_scale=high - low,
+        orientation="RAS",
+    )
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,17 @@ class WeightFormat:
         title: in words.
         matches: whether a state_dict is of this kind, from its container's key ("" for a bare one) and its names
             without the wrappers of data-parallel training.
-        method: pretraining method, None where only the user knows.
-        axes: what the arrays were, see `axes.AXES`.
-        sizes: what was released, by width.
+        rename: a name without wrappers → our name of it, None where it is not the encoder's.
+        spec: the spec that renamed tensors tell.
+        sizes: what was released.
+        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing).
         dropped: patterns of names that are rightly left out, with the reason.
+        library: names of a library, used for any pretraining; its arrays are nnU-Net's (z, y, x), positions may be
+            trained, and it has an option without qkv bias, where zeros are the same. Otherwise of the authors of the
+            method `name`, whose arrays are (x, y, z) and who never train their sin-cos table.
+        seen: how the images had become arrays, but for the channels.
         inside: pattern of the names that are the encoder's, where its program keeps them apart; in a file without
             such names, and where this is None, every name is.
-        fixed_positions: the program never trains its sin-cos table.
-        zero_qkv_bias: the program has an option without qkv bias; zeros are the same.
         head_on_cls: pattern of names that only come with a CLS token.
         lookalikes: what else has the same names, in words; "" for nothing.
     """
@@ -66,28 +74,40 @@ class WeightFormat:
     name: str
     title: str
     matches: Callable[[str, Collection[str]], bool]
-    layout: Layout
-    method: str | None
-    axes: str
-    sizes: Mapping[int, Size]
+    rename: Callable[[str], str | None]
+    spec: layouts.InferSpec
+    sizes: layouts.Sizes
+    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] = layouts.unchanged
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
+    library: bool = False
     seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
     licence: str = "not known"
     inside: str | None = None
-    fixed_positions: bool = False
-    zero_qkv_bias: bool = False
     head_on_cls: str | None = None
     lookalikes: str = ""
 
-    def reason_to_drop(self, name: str) -> str | None:
-        """Why a tensor that is not the encoder's is left out; None: no rule explains it."""
-        return next((reason for pattern, reason in self.dropped if re.fullmatch(pattern, name)), None)
+    @property
+    def method(self) -> str | None:
+        """Pretraining method, None where only the user knows."""
+        return None if self.library else self.name
 
-    def is_outside(self, name: str, names: Collection[str]) -> bool:
-        """Whether a name lies beside an encoder that `names` keep under a prefix of its own."""
-        if self.inside is None or re.match(self.inside, name):
-            return False
-        return _any(names, self.inside)
+    @property
+    def axes(self) -> str:
+        """What the arrays usually were, one of `options.convert.AXES`."""
+        return "dhw" if self.library else "xyz"
+
+    def reason_to_drop(self, name: str, names: Collection[str]) -> str | None:
+        """Why a tensor that is not the encoder's is left out; None: no rule explains it.
+
+        Args:
+            names: all of the file.
+        """
+        for pattern, reason in self.dropped:
+            if re.fullmatch(pattern, name):
+                return reason
+        if self.inside is None or re.match(self.inside, name) or not _any(names, self.inside):
+            return None
+        return "outside the encoder, whose tensors have a prefix of their own"
 
 
 def _any(names: Collection[str], pattern: str) -> bool:
@@ -97,46 +117,43 @@ def _any(names: Collection[str], pattern: str) -> bool:
 _BLOCK = r"blocks\.\d+\.(norm|attn|mlp)"
 _GLMAE_CONTAINERS = ("student", "teacher")
 
-# in the order in which they are tried; a bare MAE3D and a bare GL-MAE have the same names, see `finding.find`
+# in the order in which they are tried; a bare MAE3D and a bare GL-MAE have the same names, see `find_encoder`
 FORMATS: tuple[WeightFormat, ...] = (
     WeightFormat(
         "hiendmae",
         "Hi-End-MAE pretraining checkpoint",
         lambda _key, names: _any(names, rf"encoder\.{_BLOCK}"),
-        Layout(hiendmae_name, vit_spec(cls_token=True, cls_row=False), unchanged),
-        "hiendmae",
-        "xyz",
-        {1536: Size(16, 12), 768: Size(12, 12)},
+        layouts.hiendmae_name,
+        layouts.vit_spec(cls_token=True, cls_row=False),
+        {1536: (16, 12), 768: (12, 12)},
         dropped=(
             (r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER),
             (r"mask_token", _MASK),
         ),
-        seen=_released((1.5, 1.5, 1.5), (-175.0, 250.0)),
+        seen=_released("hiendmae"),
         licence=APACHE,
         inside=r"encoder[._]",
-        fixed_positions=True,
     ),
     WeightFormat(
         "mim",
         "MiM pretraining checkpoint (hybrid conv-ViT, any number of alignment heads)",
         lambda _key, names: _any(names, r"blocks4\.\d+\."),
-        Layout(mim_name, mim_spec, mim_value),
-        "mim",
-        "xyz",
-        {384: Size(12, 11), 96: Size(3, 11)},
+        layouts.mim_name,
+        layouts.mim_spec,
+        {384: (12, 11), 96: (3, 11)},
+        layouts.mim_value,
         dropped=(*_MAE_DROPPED, (r"aggregate_.*", _HEAD)),
-        seen=_released(None, (-1000.0, 1000.0)),
+        seen=_released("mim"),
         licence=NONE_STATED,
-        fixed_positions=True,
     ),
     WeightFormat(
         "monai",
         "ViT with MONAI's names, alone or as the encoder of a UNETR",
         lambda _key, names: _any(names, r"(vit\.)?(blocks\.\d+\.mlp\.linear1|patch_embedding)\."),
-        Layout(monai_name, vit_spec(cls_token=None, cls_row=False, norm_eps=1e-5), monai_value),
-        None,
-        "dhw",
-        {768: Size(12, 12)},
+        layouts.monai_name,
+        layouts.vit_spec(cls_token=None, cls_row=False, norm_eps=1e-5),
+        {768: (12, 12)},
+        layouts.monai_value,
         dropped=(
             (
                 r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*",
@@ -146,34 +163,30 @@ FORMATS: tuple[WeightFormat, ...] = (
             (r"(encoder\d+|decoder\d+|out|conv3d_transpose(_1)?)\..*", _DECODER),
         ),
         inside=r"vit\.",
-        zero_qkv_bias=True,
+        library=True,
         head_on_cls=r"(vit\.)?classification_head\..*",
     ),
     WeightFormat(
         "glmae",
         "GL-MAE pretraining checkpoint (student, teacher, or backbone alone)",
         lambda key, names: _any(names, rf"backbone\.{_BLOCK}") or (key in _GLMAE_CONTAINERS and _any(names, _BLOCK)),
-        Layout(backbone_name, vit_spec(cls_token=True, cls_row=True), unchanged),
-        "glmae",
-        "xyz",
-        {768: Size(12, 12), 192: Size(3, 12)},
+        layouts.backbone_name,
+        layouts.vit_spec(cls_token=True, cls_row=True),
+        {768: (12, 12), 192: (3, 12)},
         dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (_HEADS, _HEAD)),
-        seen=_released(None, (-1000.0, 1000.0)),
+        seen=_released("glmae"),
         licence=NONE_STATED,
         inside=r"backbone\.",
-        fixed_positions=True,
     ),
     WeightFormat(
         "mae3d",
         "MAE3D pretraining checkpoint",
         lambda _key, names: _any(names, _BLOCK) and _any(names, "decoder_"),
-        Layout(same_name, vit_spec(cls_token=True, cls_row=True), unchanged),
-        "mae3d",
-        "xyz",
+        layouts.same_name,
+        layouts.vit_spec(cls_token=True, cls_row=True),
         USUAL_SIZES,
         dropped=(*_MAE_DROPPED, (_HEADS, _HEAD)),
         licence=NONE_STATED,
-        fixed_positions=True,
         lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
         "names: if it is one, give --format glmae",
     ),
@@ -181,17 +194,102 @@ FORMATS: tuple[WeightFormat, ...] = (
         "timm",
         "ViT with timm's names and a 3D patch embedding",
         lambda _key, names: _any(names, _BLOCK),
-        Layout(same_name, vit_spec(cls_token=None, cls_row=None), unchanged),
-        None,
-        "dhw",
+        layouts.same_name,
+        layouts.vit_spec(cls_token=None, cls_row=None),
         USUAL_SIZES,
         dropped=((_HEADS, _HEAD), *_MAE_DROPPED),
-        zero_qkv_bias=True,
+        library=True,
         lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
         "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
     ),
 )
 FORMAT_NAMES = tuple(f.name for f in FORMATS)
-# methods that a released or converted encoder may belong to
-METHOD_NAMES = tuple(f.method for f in FORMATS if f.method)
-DEFAULT_METHOD = "mae3d"
+
+# keys under which programs keep the state_dict, the first that fits is taken; "" is a bare one
+_CONTAINERS = ("student", "state_dict", "model", "model_state_dict", "net", "network", "teacher", "")
+# how data-parallel training and compilation rename every tensor
+_WRAPPERS = ("module.", "_orig_mod.")
+_MOST_LISTED = 5
+
+
+@dataclass(frozen=True)
+class ForeignEncoder:
+    """The state_dict of an encoder in another program's file, and of which format it is.
+
+    Args:
+        path: keys that lead to it, () if the file is the state_dict.
+        names: name without wrappers → name in the state_dict.
+        state: the tensors, by their names in the state_dict.
+    """
+
+    format: WeightFormat
+    path: tuple[str, ...]
+    names: dict[str, str]
+    state: dict[str, Tensor]
+
+
+def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> ForeignEncoder:
+    """The encoder's state_dict in a file, recognised by its names.
+
+    It is looked for under the usual keys, then under those inside the one other dictionary of the file that has it.
+    MAE3D and a GL-MAE backbone saved without its container and `backbone.` have the same names. Such a file is taken
+    as MAE3D, of which the names are the original ones; without its decoder as timm, whose arrays are `dhw`, not
+    `xyz`. `--format glmae` says otherwise.
+
+    Raises:
+        UserError: unknown names, an unknown format or method, no teacher, or several dictionaries with an encoder.
+    """
+    if options.format not in (None, *FORMAT_NAMES):
+        raise UserError(f"--format {options.format} is unknown, needed one of {', '.join(FORMAT_NAMES)}")
+    if options.method not in (None, *RECIPES):
+        raise UserError(f"--method {options.method} is unknown, needed one of {', '.join(RECIPES)}")
+    if found := next(_matches(content, options), None):
+        return found
+    inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
+    nested = {k: next(_matches(v, options), None) for k, v in inner.items()}
+    nested = {k: replace(v, path=(k, *v.path)) for k, v in nested.items() if v}
+    if len(nested) == 1:
+        return nested.popitem()[1]
+    if nested:
+        raise UserError(f"encoders in {_some(nested)}: which is meant? save that one alone")
+    if options.use_teacher and not any("teacher" in level for level in (content, *inner.values())):
+        raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
+    raise UserError(
+        f"unknown kind of weights: {_contents(content)}; known formats are {', '.join(FORMAT_NAMES)} (choose with "
+        "--format), and our own checkpoints and encoders"
+    )
+
+
+def _matches(content: Mapping[str, Any], options: ConvertOptions) -> Iterator[ForeignEncoder]:
+    """State_dicts under the usual keys that are of a format, or could be of the wanted one."""
+    for key in ("teacher",) if options.use_teacher else _CONTAINERS:
+        inside = content.get(key) if key else content
+        state = {k: v.detach() for k, v in inside.items() if is_weight(k, v)} if isinstance(inside, Mapping) else {}
+        if not state:
+            continue
+        names = _unwrapped(state)
+        for entry in FORMATS:
+            if entry.name == options.format or (options.format is None and entry.matches(key, names)):
+                yield ForeignEncoder(entry, (key,) if key else (), names, state)
+
+
+def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
+    names = {name: name for name in state}
+    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None):
+        names = {n.removeprefix(wrapper): source for n, source in names.items()}
+    return names
+
+
+def _contents(content: Mapping[str, Any]) -> str:
+    """Where a file's tensors are, and the names of some."""
+    places: dict[str, list[str]] = {}
+    for key, value in content.items():
+        place = "" if isinstance(value, Tensor) else str(key)
+        inside = [str(key)] if isinstance(value, Tensor) else [name for name, _ in tensors_in(value)]
+        places.setdefault(place, []).extend(inside)
+    told = [f"{f'{printable(p)!r} with ' if p else ''}{_some(names)}" for p, names in places.items() if names]
+    return f"tensors are {'; '.join(told[:_MOST_LISTED])}"
+
+
+def _some(names: Collection[str]) -> str:
+    return some(map(printable, names), _MOST_LISTED)

@@ -3,67 +3,24 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
+from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
+from nnunetv2_hiendmae.architectures.layers import axes_of
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.positions import choose_grid
+from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.weights.positions import choose_grid, file_size
 
 State = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Size:
-    """Attention heads and transformer blocks of an encoder that was released."""
-
-    heads: int
-    depth: int
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What shapes cannot tell.
-
-    Args:
-        heads: attention heads, None: those of `sizes`, if the width is there.
-        img_size: crop (D, H, W) that the positions belong to, None: not said.
-        reverse_axes: the file's axes are the other way round.
-        sizes: what was released, by width.
-    """
-
-    heads: int | None = None
-    img_size: tuple[int, int, int] | None = None
-    reverse_axes: bool = False
-    sizes: Mapping[int, Size] = field(default_factory=dict)
-
-    @property
-    def file_size(self) -> tuple[int, int, int] | None:
-        """`img_size` in the file's axis order."""
-        return self.img_size[::-1] if self.img_size and self.reverse_axes else self.img_size
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names and shapes of one family of programs.
-
-    Args:
-        rename: a name without wrappers → our name of it, None where it is not the encoder's.
-        spec: our names → the spec, in the file's axis order.
-        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing).
-    """
-
-    rename: Callable[[str], str | None]
-    spec: Callable[[State, Hints], EncoderSpec]
-    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]]
+# width → attention heads and transformer blocks of the encoders that were released
+Sizes = Mapping[int, tuple[int, int]]
+# our names → the spec, in the file's axis order; `axes` of the options is said
+InferSpec = Callable[[State, ConvertOptions, Sizes], EncoderSpec]
 
 
 def needed(state: State, name: str, axes: int) -> Tensor:
-    """
-    Raises:
-        UserError: the tensor is not there, or has another number of axes.
-    """
+    """A tensor that is there and has so many axes, else UserError."""
     if name not in state:
         raise UserError(f"{name} is missing; download the file again, or say what it is with --format")
     if state[name].ndim != axes or 0 in state[name].shape:
@@ -85,53 +42,24 @@ def count_blocks(state: State, prefix: str) -> int:
     return len(found)
 
 
-def choose_heads(width: int, hints: Hints) -> int:
-    """
+def _transformer(state: State, width: int, options: ConvertOptions, sizes: Sizes) -> dict[str, int | float]:
+    """Fields of the spec that tell the transformer's shape.
+
     Raises:
-        UserError: neither given nor known for this width, or no divisor of it.
+        UserError: the heads are neither given nor known for this width, or no divisor of it.
     """
-    heads = hints.heads or (hints.sizes[width].heads if width in hints.sizes else None)
+    depth = count_blocks(state, "blocks")
+    heads = options.num_heads or sizes.get(width, (None, None))[0]
     if heads is None:
-        known = ", ".join(f"{s.heads} at width {w}" for w, s in hints.sizes.items()) or "none"
+        known = ", ".join(f"{h} at width {w}" for w, (h, _) in sizes.items()) or "none"
         raise UserError(
             f"the number of attention heads is not in the file and not known for width {width} (known: {known}); "
             "give it with --num-heads H"
         )
-    if heads < 1 or width % heads:
+    if width % heads:
         raise UserError(f"--num-heads {heads} does not divide the encoder's width {width}; give a divisor of it")
-    return heads
-
-
-def size_notes(name: str, spec: EncoderSpec, sizes: Mapping[int, Size]) -> list[str]:
-    """Where an encoder of a released width differs from what was released.
-
-    Args:
-        name: of the format.
-    """
-    usual, notes = sizes.get(spec.embed_dim), []
-    if usual is None:
-        return notes
-    if spec.depth != usual.depth:
-        notes.append(
-            f"{spec.depth} blocks: {name} encoders of width {spec.embed_dim} that were released have {usual.depth}; "
-            "was one lost?"
-        )
-    if spec.num_heads != usual.heads:
-        notes.append(
-            f"{spec.num_heads} heads: {name} encoders of width {spec.embed_dim} that were released have {usual.heads}"
-        )
-    return notes
-
-
-def same_name(name: str) -> str | None:
-    """Names of timm, which are ours."""
-    return name if _VIT_NAME.fullmatch(name) else None
-
-
-_VIT_NAME = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d{1,6}\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
-)
+    ratio = needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width
+    return {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
 
 
 def unchanged(_name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, str]:
@@ -139,67 +67,17 @@ def unchanged(_name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, s
     return tensor, ""
 
 
-def vit_spec(
-    *, cls_token: bool | None, cls_row: bool | None, norm_eps: float = 1e-6
-) -> Callable[[State, Hints], EncoderSpec]:
-    """Spec of a plain ViT.
-
-    Args:
-        cls_token: whether the program's encoder has one; None: some do.
-        cls_row: whether its position table has a row for it; None: some do.
-        norm_eps: of its LayerNorms.
-    """
-
-    def infer(state: State, hints: Hints) -> EncoderSpec:
-        rows = needed(state, "pos_embed", 3).shape[1]
-        if cls_token:
-            needed(state, "cls_token", 3)
-        has_cls = "cls_token" in state
-        counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
-        kernel, grid = _kernel_and_grid(state, counts, hints)
-        width, channels, *patch = kernel
-        return EncoderSpec(
-            tuple(g * p for g, p in zip(grid, patch, strict=True)),
-            tuple(patch),
-            embed_dim=width,
-            depth=count_blocks(state, "blocks"),
-            num_heads=choose_heads(width, hints),
-            in_channels=channels,
-            mlp_ratio=needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width,
-            cls_token=has_cls,
-            norm_eps=norm_eps,
-        )
-
-    return infer
+# ---- plain ViTs -----------------------------------------------------------------------------------------------------
 
 
-def _kernel_and_grid(state: State, counts: Sequence[int], hints: Hints) -> tuple[tuple[int, ...], tuple[int, int, int]]:
-    """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
-    name, size = "patch_embed.proj.weight", hints.file_size
-    table = state["pos_embed"]
-    if name not in state or state[name].ndim != 2:
-        kernel = tuple(needed(state, name, 5).shape)
-        return kernel, choose_grid(table, counts, kernel[2:], size, reverse_axes=hints.reverse_axes)
-    width, values = state[name].shape
-    # the matrix hides patch and channels: one channel and a cube, or what the crop says
-    voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
-    edge = round(voxels ** (1 / 3))
-    if voxels < 1 or edge**3 != voxels or values % voxels:
-        raise UserError(
-            f"{name} is a matrix over {values} values a patch, which is no cube of one channel; give the crop in "
-            "voxels that the encoder was trained on with --img-size D H W"
-        )
-    patch = (edge, edge, edge)
-    grid = choose_grid(table, counts, patch, size, reverse_axes=hints.reverse_axes)
-    return (width, values // voxels, *patch), grid
-
-
-_HIENDMAE_POSITIONS = "encoder_pos_embed"
+def same_name(name: str) -> str | None:
+    """Names of timm, which are ours."""
+    return name if axes_of(name, ViTEncoder.axes) else None
 
 
 def hiendmae_name(name: str) -> str | None:
     """Hi-End-MAE keeps its encoder under `encoder.` and the positions beside it."""
-    if name == _HIENDMAE_POSITIONS:
+    if name == "encoder_pos_embed":
         return "pos_embed"
     inner = name.removeprefix("encoder.")
     return same_name(inner) if inner != name and inner != "pos_embed" else None
@@ -210,7 +88,8 @@ def backbone_name(name: str) -> str | None:
     return same_name(name.removeprefix("backbone."))
 
 
-_MONAI_PARTS = (
+# MONAI's → ours; where two are the same, the last one is what MONAI's convolutional embedding has
+MONAI_PARTS = (
     ("patch_embedding.position_embeddings", "pos_embed"),
     ("patch_embedding.patch_embeddings.1.", "patch_embed.proj."),
     ("patch_embedding.patch_embeddings.", "patch_embed.proj."),
@@ -225,7 +104,7 @@ def monai_name(name: str) -> str | None:
     name = name.removeprefix("vit.")
     if re.search(r"\.mlp\.fc|\.attn\.proj\.|^pos_embed|^patch_embed\.", name):
         return None
-    for theirs, ours in _MONAI_PARTS:
+    for theirs, ours in MONAI_PARTS:
         name = name.replace(theirs, ours)
     return same_name(name)
 
@@ -236,3 +115,108 @@ def monai_value(name: str, tensor: Tensor, spec: EncoderSpec) -> tuple[Tensor, s
         return tensor, ""
     kernel = tensor.unflatten(1, (*spec.patch_size, spec.in_channels)).permute(0, 4, 1, 2, 3)
     return kernel, f"matrix over patches as a kernel of {spec.patch_size} voxels, {spec.in_channels} channel(s)"
+
+
+def vit_spec(*, cls_token: bool | None, cls_row: bool | None, norm_eps: float = 1e-6) -> InferSpec:
+    """Spec of a plain ViT.
+
+    Args:
+        cls_token: whether the program's encoder has one; None: some do.
+        cls_row: whether its position table has a row for it; None: some do.
+        norm_eps: of its LayerNorms.
+    """
+
+    def infer(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec:
+        rows = needed(state, "pos_embed", 3).shape[1]
+        if cls_token:
+            needed(state, "cls_token", 3)
+        has_cls = "cls_token" in state
+        counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
+        (width, channels, *patch), grid = _kernel_and_grid(state, counts, options)
+        return EncoderSpec(
+            tuple(g * p for g, p in zip(grid, patch, strict=True)),
+            tuple(patch),
+            **_transformer(state, width, options, sizes),
+            in_channels=channels,
+            cls_token=has_cls,
+            norm_eps=norm_eps,
+        )
+
+    return infer
+
+
+def _kernel_and_grid(
+    state: State, counts: Sequence[int], options: ConvertOptions
+) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+    """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
+    name, size, table = "patch_embed.proj.weight", file_size(options), state["pos_embed"]
+    if name not in state or state[name].ndim != 2:
+        kernel = tuple(needed(state, name, 5).shape)
+        return kernel, choose_grid(table, counts, kernel[2:], options)
+    width, values = state[name].shape
+    # the matrix hides patch and channels: one channel and a cube, or what the crop says
+    voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
+    edge = round(voxels ** (1 / 3))
+    if voxels < 1 or edge**3 != voxels or values % voxels:
+        raise UserError(
+            f"{name} is a matrix over {values} values a patch, which is no cube of one channel; give the crop in "
+            "voxels that the encoder was trained on with --img-size D H W"
+        )
+    patch = (edge, edge, edge)
+    return (width, values // voxels, *patch), choose_grid(table, counts, patch, options)
+
+
+# ---- MiM's hybrid encoder -------------------------------------------------------------------------------------------
+
+# voxels of a token: four stages that halve
+_MIM_PATCH = (16, 16, 16)
+_STEM_STAGES = 3
+_LEAF = r"\.(weight|bias)"
+_CONV_BLOCK = {"conv1": "pw1", "attn": "dw", "conv2": "pw2"}
+_MIM_NAMES = (
+    (rf"patch_embed([1-{_STEM_STAGES}])\.(proj|norm){_LEAF}", lambda m: f"stages.{int(m[1]) - 1}.embed.{m[2]}.{m[3]}"),
+    (rf"patch_embed4\.(proj|norm){_LEAF}", lambda m: f"embed.{m[1]}.{m[2]}"),
+    (rf"patch_embed5{_LEAF}", lambda m: f"embed_linear.{m[1]}"),
+    (
+        rf"blocks([1-{_STEM_STAGES}])\.(\d{{1,6}})\.(norm1|norm2|conv1|conv2|attn|mlp\.fc1|mlp\.fc2){_LEAF}",
+        lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}.{_CONV_BLOCK.get(m[3], m[3])}.{m[4]}",
+    ),
+    (r"blocks4\.(.*)", lambda m: same_name(f"blocks.{m[1]}")),
+    (rf"stage([1-{_STEM_STAGES}])_output_decode{_LEAF}", lambda m: f"fusions.{int(m[1]) - 1}.proj.{m[2]}"),
+    (rf"norm{_LEAF}|pos_embed", lambda m: m[0]),
+)
+_MIM_MATRIX = re.compile(r"stages\.\d\.blocks\.\d+\.(pw1|pw2|mlp\.fc1|mlp\.fc2)\.weight")
+
+
+def mim_name(name: str) -> str | None:
+    """Stages 1 to 3 are convolutions, stage 4 is the transformer."""
+    matches = ((re.fullmatch(pattern, name), ours) for pattern, ours in _MIM_NAMES)
+    return next((ours(match) for match, ours in matches if match), None)
+
+
+def mim_value(name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, str]:
+    """1×1×1 convolutions are linear layers with us."""
+    if not _MIM_MATRIX.fullmatch(name) or tensor.ndim != 5 or tensor.shape[2:] != (1, 1, 1):
+        return tensor, ""
+    return tensor.flatten(1), "1×1×1 convolution as a matrix"
+
+
+def mim_spec(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec:
+    """Widths, depths and grid of the pretraining network.
+
+    Raises:
+        UserError: a tensor is missing, or shapes do not tell the grid or the heads.
+    """
+    table = needed(state, "pos_embed", 3)
+    rows, width = table.shape[1:]
+    kernels = [needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
+    grid = choose_grid(table, [rows], _MIM_PATCH, options)
+    return EncoderSpec(
+        tuple(g * p for g, p in zip(grid, _MIM_PATCH, strict=True)),
+        _MIM_PATCH,
+        **_transformer(state, width, options, sizes),
+        kind="convvit",
+        in_channels=kernels[0].shape[1],
+        stem_dims=tuple(k.shape[0] for k in kernels),
+        stem_depths=tuple(count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
+    )

@@ -7,9 +7,13 @@ from typing import Any
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
-_TEXTS = ("method", "licence", "version")
-_OPTIONAL_TEXTS = ("source", "source_sha256")
-_LISTS = ("citations", "notes")
+# what each field is, besides the spec and the volume
+_KINDS = {
+    **dict.fromkeys(("method", "licence", "version"), (str, "text")),
+    **dict.fromkeys(("source", "source_sha256"), (str | None, "text or None")),
+    **dict.fromkeys(("citations", "notes"), (tuple, "a list of texts")),
+    "training": (dict | None, "a dictionary or None"),
+}
 # of the JSON form, in the order in which files of 0.1 have them; those of the volume stand among the others
 _VOLUME_KEYS = (
     *("spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer", "orientation"),
@@ -51,18 +55,11 @@ class EncoderMetadata:
     def __post_init__(self):
         if not isinstance(self.spec, EncoderSpec):
             raise ValueError("spec is no description of an encoder")
-        for name in _TEXTS:
-            self._require(isinstance(getattr(self, name), str), name, "text")
-        for name in _OPTIONAL_TEXTS:
-            self._require(isinstance(getattr(self, name), str | None), name, "text or None")
-        for name in _LISTS:
+        for name, (kind, needed) in _KINDS.items():
             value = getattr(self, name)
-            self._require(isinstance(value, tuple) and all(isinstance(v, str) for v in value), name, "a list of texts")
-        self._require(isinstance(self.training, dict | None), "training", "a dictionary or None")
-
-    def _require(self, fine: bool, name: str, needed: str) -> None:
-        if not fine:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, needed {needed}")
+            texts = value if isinstance(value, tuple) else ()
+            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is {value!r}, needed {needed}")
 
     def to_json(self) -> str:
         """As stored in the file's header."""

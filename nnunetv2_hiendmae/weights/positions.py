@@ -1,26 +1,21 @@
 """Which grid a foreign position table belongs to: read off the sin-cos formula where it is one, never made up."""
 
 import math
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.report import printable
+from nnunetv2_hiendmae.options.convert import ConvertOptions
 
 Triple = tuple[int, int, int]
 # a table this close to ours was never trained
 _TOLERANCE = 1e-4
-_DECODER_TABLE = re.compile(r"(backbone\.)?decoder_pos_embed")
 
 
-def choose_grid(
-    table: Tensor, counts: Sequence[int], patch: Sequence[int], img_size: Triple | None, *, reverse_axes: bool
-) -> Triple:
+def choose_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
     """Token grid, in the file's axis order, of a position table.
 
     A given crop decides; without one the grid of the sin-cos formula that the table is, then a cube.
@@ -28,14 +23,12 @@ def choose_grid(
     Args:
         table: (A, R, E) as in the file, perhaps with a row for CLS put first.
         counts: how many of its last rows may be patches.
-        img_size: crop in the file's axis order.
-        reverse_axes: whether the user counts axes the other way round, for messages.
 
     Raises:
         UserError: a crop that does not fit, or no crop given and neither sin-cos nor a cube.
     """
-    if img_size is not None:
-        return _given_grid(table, counts, patch, img_size, reverse_axes)
+    if options.img_size is not None:
+        return _given_grid(table, counts, patch, options)
     for count in counts:
         if count > 0 and (grid := sincos_grid(table[:, table.shape[1] - count :])):
             return grid
@@ -49,10 +42,8 @@ def choose_grid(
     )
 
 
-def _given_grid(
-    table: Tensor, counts: Sequence[int], patch: Sequence[int], img_size: Triple, reverse_axes: bool
-) -> Triple:
-    order = -1 if reverse_axes else 1
+def _given_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
+    order, img_size = -1 if options.axes == "xyz" else 1, file_size(options)
     grid = tuple(s // p for s, p in zip(img_size, patch, strict=True))
     count = math.prod(grid)
     if any(s % p for s, p in zip(img_size, patch, strict=True)) or count not in counts:
@@ -64,10 +55,15 @@ def _given_grid(
     if formula not in (None, grid):
         fits = " ".join(str(g * p) for g, p in list(zip(formula, patch, strict=True))[::order])
         raise UserError(
-            f"--img-size {' '.join(map(str, img_size[::order]))} does not fit: the file's sin-cos positions are those "
+            f"--img-size {' '.join(map(str, options.img_size))} does not fit: the file's sin-cos positions are those "
             f"of another grid; give --img-size {fits}, or leave it out"
         )
     return grid
+
+
+def file_size(options: ConvertOptions) -> Triple | None:
+    """The given crop in the file's axis order."""
+    return options.img_size[::-1] if options.img_size and options.axes == "xyz" else options.img_size
 
 
 def sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
@@ -100,45 +96,5 @@ def _close(rows: Tensor, table: Tensor) -> bool:
 
 
 def _grids(count: int) -> Iterator[Triple]:
-    divisors = [d for i in range(1, math.isqrt(count) + 1) if count % i == 0 for d in {i, count // i}]
-    for a in sorted(divisors):
-        for b in sorted(divisors):
-            if count % (a * b) == 0:
-                yield (a, b, count // (a * b))
-
-
-def check_decoder_table(names: Mapping[str, str], state: Mapping[str, Tensor], table_name: str, table: Tensor) -> None:
-    """Encoder and decoder of one program have positions for the same tokens.
-
-    Args:
-        names: name without wrappers → name in `state`.
-
-    Raises:
-        UserError: the decoder's table has another number of rows.
-    """
-    for name, source in names.items():
-        other = tuple(state[source].shape)
-        if _DECODER_TABLE.fullmatch(name) and other[1:-1] != tuple(table.shape[1:-1]):
-            raise UserError(
-                f"{printable(table_name)} has shape {tuple(table.shape)}, but {printable(source)} {other}: needed the "
-                "same number of positions; download the file again"
-            )
-
-
-def position_notes(spec: EncoderSpec, *, given: bool, formula: bool, fixed: bool) -> list[str]:
-    """What a reader should know about the grid.
-
-    Args:
-        spec: of the encoder in its final axis order.
-        given: somebody said what the crop was.
-        formula: the table is the sin-cos table of its grid.
-        fixed: the method of this file never trains its table.
-    """
-    notes, size = [], " ".join(map(str, spec.img_size))
-    if not given and formula and len(set(spec.grid)) > 1:
-        notes.append(f"the crop {size} was read off the sin-cos positions, which are those of its grid {spec.grid}")
-    if not given and not formula:
-        notes.append(f"the grid was taken as a cube, the crop as {size}; --img-size says otherwise")
-    if fixed and not formula:
-        notes.append("positions are not the sin-cos table that this method has: they are kept as they are")
-    return notes
+    divisors = sorted(d for i in range(1, math.isqrt(count) + 1) if count % i == 0 for d in {i, count // i})
+    return ((a, b, count // (a * b)) for a in divisors for b in divisors if count % (a * b) == 0)

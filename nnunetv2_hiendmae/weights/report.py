@@ -26,15 +26,27 @@ class TensorRecord:
 
     source: str | None
     target: str | None
-    status: str
+    status: str = "loaded"
     detail: str = ""
+
+    @property
+    def name(self) -> str:
+        """In the source, or in the target where it is fresh."""
+        return self.source or self.target or ""
 
     @property
     def label(self) -> str:
         """`source → target`, or the one name that there is; safe to print."""
         if self.source and self.target and self.source != self.target:
             return f"{printable(self.source)} → {printable(self.target)}"
-        return printable(self.source or self.target or "")
+        return printable(self.name)
+
+    def changed(self, detail: str) -> "TensorRecord":
+        """After something more was done to the tensor; "" for nothing."""
+        if not detail:
+            return self
+        status = "adapted" if self.status == "loaded" else self.status
+        return replace(self, status=status, detail=f"{self.detail}; {detail}" if self.detail else detail)
 
 
 @dataclass(frozen=True)
@@ -74,32 +86,22 @@ class LoadReport:
         listed = {s: [vars(r) for r in self.with_status(s)] for s in STATUSES}
         return {**listed, "not_read": dict(self.entries)}
 
-    def then(self, later: "LoadReport") -> "LoadReport":
-        """This report with further records and entries."""
-        return replace(self, records=self.records + later.records, entries=self.entries + later.entries)
-
 
 def _labels(records: list[TensorRecord]) -> list[str]:
     if len(records) <= _MAX_LINES:
         return [r.label for r in records]
     by_root: dict[str, list[str]] = {}
     for record in records:
-        by_root.setdefault(_root(record), []).append(record.source or record.target or "")
+        parts = record.name.split(".")
+        # sorted under the first part that says something
+        root = next((p for p in parts if p not in ("module", "backbone", "_orig_mod")), parts[0])
+        by_root.setdefault(root, []).append(record.name)
     if len(by_root) > _MAX_LINES:
         return [f"{len(records)} tensors, {records[0].label} … {records[-1].label}"]
-    return [
-        printable(names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}")
-        for names in by_root.values()
-    ]
-
-
-def _root(record: TensorRecord) -> str:
-    """What a name is sorted under: its first part that says something."""
-    parts = (record.source or record.target or "").split(".")
-    return next((p for p in parts if p not in ("module", "backbone", "_orig_mod")), parts[0])
+    labels = (names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}" for names in by_root.values())
+    return [printable(label) for label in labels]
 
 
 def _common(names: list[str]) -> str:
-    parts = [name.split(".") for name in names]
-    shared = takewhile(lambda same: len(set(same)) == 1, zip(*parts, strict=False))
-    return ".".join([*(same[0] for same in shared), "*"])
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join([*(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, columns)), "*"])

@@ -21,8 +21,8 @@ from nnunetv2_hiendmae.weights import (
     save_encoder,
     translate_checkpoint,
 )
+from nnunetv2_hiendmae.weights.encoder_file import write_safetensors
 from nnunetv2_hiendmae.weights.report import TensorRecord
-from nnunetv2_hiendmae.weights.stream import write_safetensors
 
 SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 METADATA = EncoderMetadata(
@@ -59,7 +59,8 @@ def test_an_existing_file_survives_a_failed_write(file, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nnunetv2_hiendmae.weights.stream._bytes", fail)
+    # what every tensor goes through on its way into the file
+    monkeypatch.setattr(torch.Tensor, "contiguous", fail)
     with pytest.raises(UserError, match="no space left"):
         save_encoder(file, build_encoder(SPEC).state_dict(), METADATA)
     assert file.read_bytes() == before

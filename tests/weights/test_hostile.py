@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.weights import (
     save_encoder,
     translate_checkpoint,
 )
-from nnunetv2_hiendmae.weights.foreign import read_checkpoint
+from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 OPTIONS = ConvertOptions(num_heads=2)
 

@@ -38,26 +38,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         UserError: no such file, damaged, of no such kind, or it asks for code to be run.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no file {path}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
-    if _is_safetensors(path):
-        return _read_safetensors(path)
-    return _read_pickle(path), {}
-
-
-def _is_safetensors(path: Path) -> bool:
-    """By content: an 8-byte length, then JSON; by name only what is damaged and neither a zip file nor a pickle."""
+    check_source(path)
     with path.open("rb") as f:
         start = f.read(9)
-    return start[8:] == b"{" or (path.suffix == SAFETENSORS and not start.startswith((_ZIP_START, _PICKLE_START)))
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    # by content, an 8-byte length and JSON; by name only what is damaged and neither a zip file nor a pickle
+    if start[8:] != b"{" and (path.suffix != SAFETENSORS or start.startswith((_ZIP_START, _PICKLE_START))):
+        return _read_pickle(path), {}
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as e:
         raise UserError(f"{path} is not a readable safetensors file ({_one_line(e)}); download it again") from e
+
+
+def check_source(path: Path) -> None:
+    """Refuses what is no file (UserError)."""
+    if not path.is_file():
+        raise UserError(f"no file {path}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:
@@ -68,18 +65,21 @@ def _read_pickle(path: Path) -> dict[str, Any]:
             mapped = not named_otherwise and _can_be_mapped(path)
             source = f if named_otherwise else path
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as e:
-        raise _refused(path, e) from e
     except Exception as e:  # torch and its zip reader raise many kinds for a damaged file
+        offender = _OFFENDER.search(str(e)) if isinstance(e, pickle.UnpicklingError) else None
+        if offender:
+            raise UserError(
+                f"{path} was refused: it asks for {offender[1]}, which weights never need and which could run code; "
+                f"{_NOTHING_RUN}; ask its authors for a file of tensors only, e.g. .safetensors"
+            ) from e
         raise UserError(
             f"{path} is damaged or no PyTorch file ({_one_line(e)}), {_NOTHING_RUN}; download it again"
         ) from e
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, needed a dictionary of tensors; see its authors")
-    if not any(True for _ in tensors_in(content)):
-        raise UserError(
-            f"{path} holds no tensor, only {', '.join(map(printable, list(content)[:8])) or 'an empty dictionary'}"
-        )
+    if next(tensors_in(content), None) is None:
+        keys = ", ".join(map(printable, list(content)[:8]))
+        raise UserError(f"{path} holds no tensor, only {keys or 'an empty dictionary'}")
     return dict(content)
 
 
@@ -96,20 +96,16 @@ def _can_be_mapped(path: Path) -> bool:
         return False
 
 
-def _refused(path: Path, error: Exception) -> UserError:
-    if found := _OFFENDER.search(str(error)):
-        return UserError(
-            f"{path} was refused: it asks for {found[1]}, which weights never need and which could run code; "
-            f"{_NOTHING_RUN}; ask its authors for a file of tensors only, e.g. .safetensors"
-        )
-    return UserError(f"{path} is damaged or no PyTorch file ({_one_line(error)}), {_NOTHING_RUN}; download it again")
-
-
 def _one_line(error: Exception) -> str:
     """What torch says, without its advice to load unsafely."""
     lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
     told = next((line for line in lines if line), type(error).__name__)
     return printable(told.removeprefix("WeightsUnpickler error: ").partition(". ")[0], 200)
+
+
+def is_weight(key: Any, value: Any) -> bool:
+    """Whether an entry of a dictionary is one of a state_dict."""
+    return isinstance(key, str) and isinstance(value, Tensor)
 
 
 def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -135,10 +131,7 @@ def tensors_in(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def check_plain(name: str, tensor: Tensor) -> None:
-    """
-    Raises:
-        UserError: not a plain tensor of floating-point numbers; reads none of them.
-    """
+    """Refuses what is no plain tensor of floating-point numbers (UserError); reads none of them."""
     kind = None
     if tensor.layout != torch.strided or tensor.is_quantized:
         kind = f"a {'quantised' if tensor.is_quantized else 'sparse'} tensor"
@@ -153,10 +146,7 @@ def check_plain(name: str, tensor: Tensor) -> None:
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """
-    Raises:
-        UserError: NaN or infinity, also where a float64 is too large for float32.
-    """
+    """Refuses NaN and infinity (UserError), also where a float64 is too large for float32."""
     if not torch.isfinite(tensor.float() if tensor.dtype == torch.float64 else tensor).all():
         raise UserError(
             f"{printable(name)} holds NaN or infinity: the file is damaged or its training diverged; download it again "
