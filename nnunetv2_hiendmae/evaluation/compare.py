@@ -94,7 +94,7 @@ def compare(
         if len(fitting) > 1:
             raise UserError(f"--baseline {baseline} fits several runs, needed one of: {listed(fitting)}")
         baseline = fitting[0]
-    found = collect_runs(folder, None if runs is None else [*runs, *([baseline] if baseline else [])])
+    found = collect_runs(folder, runs if runs is None or baseline is None else [*runs, baseline])
     names = [run.name for run in found]
     pairs = list(combinations(names, 2) if baseline is None else product(names, [baseline]))
     settings = _settings(found, splits, folds)
@@ -153,7 +153,7 @@ def _dice(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.Data
                 f"{name} has the classes {listed(other)}, {first} has {listed(classes)}: their Dice cannot be "
                 "compared; choose others with --runs"
             )
-    # a class may not be called like the mean
+    # a class that is called like the mean keeps its number: both are columns
     names = {key: name for key, name in next(run for run in runs if run.folds).class_names.items() if name != MEAN}
     tables = {
         (setting, run.name, fold): run.folds[fold]
@@ -176,7 +176,7 @@ def _runs(dice: pd.DataFrame, folds: Sequence[int]) -> pd.DataFrame:
     rows = []
     for run, table in dice.droplevel("run").groupby(dice.index.get_level_values("run"), sort=False):
         classes, own = table.drop(columns=MEAN), [fold for fold in folds if fold in table.index.unique("fold")]
-        # numpy adds up in the order of memory; a fold class by class, as nnU-Net does it
+        # numpy adds in the order of memory, which decides the last bit: a fold class by class, as nnU-Net does it
         fold_means = {fold: foreground_mean(np.asfortranarray(classes.loc[fold])) for fold in own}
         rows.append(
             {
@@ -196,9 +196,7 @@ def _runs(dice: pd.DataFrame, folds: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _comparisons(
-    dice: pd.DataFrame, pairs: Iterable[tuple[str, str]], measures: Iterable[str], seed: int
-) -> pd.DataFrame:
+def _comparisons(dice: pd.DataFrame, pairs: Iterable[tuple], measures: Iterable[str], seed: int) -> pd.DataFrame:
     """As `SettingResult.comparisons`, one family of tests; pairs of which a run is missing here are left out."""
     by_run, folds = dice.unstack("run").sort_index(), dice.reset_index("fold").groupby("run")["fold"].unique()
     rows = []

@@ -464,7 +464,8 @@ def test_the_same_dice_give_the_same_files(nnunet, tmp_path):
     splits = [{"train": halves[1 - i], "val": halves[i]} for i in range(2)]
     (nnunet.preprocessed / name / "splits_final.json").write_text(json.dumps(splits))
     append_folds(503, [Subset(SHOTS, 1, 0), Subset(SHOTS, 1, 1)])
-    cases = pd.read_csv(evidence / "cases.csv", float_precision="round_trip")
+    with (evidence / "cases.csv").open() as f:
+        cases = pd.DataFrame(csv.DictReader(f)).astype({"dice": float})
     cases = cases.pivot(index=["run", "fold", "case"], columns="class", values="dice")[["CSF", "GM", "WM"]]
     for (run, fold), table in cases.groupby(["run", "fold"]):
         dice = dict(zip(table.index.get_level_values("case"), table.to_numpy().tolist(), strict=True))
