@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.architectures.layers import (
     position_table,
     transformer_blocks,
 )
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
 from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
 
 # the transformer's norms use the spec's epsilon, all others PyTorch's default
@@ -134,23 +134,14 @@ class ConvViTEncoder(Encoder):
 
     @classmethod
     def check_spec(cls, spec: EncoderSpec) -> None:
-        if not spec.stem_dims or len(spec.stem_dims) != len(spec.stem_depths):
-            raise ValueError(
-                f"kind 'convvit' needs stem_dims and stem_depths of one length, at least 1, "
-                f"got {spec.stem_dims} and {spec.stem_depths}"
-            )
-        if min(*spec.stem_dims, *spec.stem_depths) < 1:
-            raise ValueError(f"stem_dims {spec.stem_dims} and stem_depths {spec.stem_depths} must be positive")
-        token = cube(2 << len(spec.stem_dims))
-        if spec.patch_size != token:
-            raise ValueError(
-                f"{len(spec.stem_dims)} convolutional stages and the transformer's need patch_size {token}, "
-                f"got {spec.patch_size}"
-            )
-        if spec.cls_token or spec.taps:
-            raise ValueError(
-                f"kind 'convvit' has no CLS token and no taps, got cls_token {spec.cls_token}, taps {spec.taps}"
-            )
+        dims, depths, token = spec.stem_dims, spec.stem_depths, cube(2 << len(spec.stem_dims))
+        needed = "kind 'convvit' needs stem_dims and stem_depths of one length, at least 1"
+        require(0 < len(dims) == len(depths), f"{needed}, got {dims} and {depths}")
+        require(min(*dims, *depths) >= 1, f"stem_dims {dims} and stem_depths {depths} must be positive")
+        needed = f"{len(dims)} convolutional stages and the transformer's need patch_size {token}"
+        require(spec.patch_size == token, f"{needed}, got {spec.patch_size}")
+        told = f"kind 'convvit' has no CLS token and no taps, got cls_token {spec.cls_token}, taps {spec.taps}"
+        require(not spec.cls_token and not spec.taps, told)
 
     def __init__(self, spec: EncoderSpec):
         super().__init__(spec)

@@ -53,7 +53,7 @@ class Encoder(nn.Module):
         tokens_per_step: tokens that a crop's axes are multiples of; a crop is more than one such step.
         finetuning: fields of the spec that fine-tuning changes.
         has_taps, has_cls: what it has where the spec does not say.
-        own_fields: fields of the spec that no other kind has.
+        own_fields: fields of the spec that not every kind has.
         input_kernel: name of the weight that reads the image's channels.
         axes: pattern of tensor names → how they lie along the volume's axes; the first that fits counts.
         masked_only, dense_only: patterns of names that only the form of pretraining, or only that of fine-tuning has.
@@ -124,18 +124,8 @@ def transformer_blocks(
 ) -> nn.ModuleList:
     """The spec's pre-norm blocks, one per entry of `drop_paths`; `layer_scale` is the start of LayerScale's γ."""
     norm = partial(nn.LayerNorm, eps=spec.norm_eps)
-    return nn.ModuleList(
-        Block(
-            spec.embed_dim,
-            spec.num_heads,
-            spec.mlp_ratio,
-            qkv_bias=True,
-            init_values=layer_scale,
-            norm_layer=norm,
-            drop_path=rate,
-        )
-        for rate in drop_paths
-    )
+    block = partial(Block, spec.embed_dim, spec.num_heads, spec.mlp_ratio, qkv_bias=True, init_values=layer_scale)
+    return nn.ModuleList(block(norm_layer=norm, drop_path=rate) for rate in drop_paths)
 
 
 def init_transformer(module: nn.Module) -> None:

@@ -17,6 +17,12 @@ def cube(edge: int) -> tuple[int, int, int]:
     return (edge, edge, edge)
 
 
+def require(fine: bool, told: str) -> None:
+    """Raises ValueError with what is told, unless fine."""
+    if not fine:
+        raise ValueError(told)
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """Everything that shapes an encoder's weights. Axes are D, H, W in array order, sizes in voxels.
@@ -65,8 +71,7 @@ class EncoderSpec:
         # the encoders' modules import this one
         from nnunetv2_hiendmae.architectures import ENCODERS
 
-        if self.kind not in ENCODERS:
-            raise ValueError(f"unknown encoder kind '{self.kind}', needed one of {tuple(ENCODERS)}")
+        require(self.kind in ENCODERS, f"unknown encoder kind '{self.kind}', needed one of {tuple(ENCODERS)}")
         if self.taps is None:
             object.__setattr__(self, "taps", default_taps(self.depth) if ENCODERS[self.kind].has_taps else ())
         if self.cls_token is None:
@@ -74,34 +79,30 @@ class EncoderSpec:
         for name in ("img_size", "patch_size", "taps", "stem_dims", "stem_depths"):
             object.__setattr__(self, name, tuple(int(i) for i in getattr(self, name)))
         self._validate()
+        own = ENCODERS[self.kind].own_fields
         for kind, encoder in ENCODERS.items():
-            if kind != self.kind and any(getattr(self, name) for name in encoder.own_fields):
-                raise ValueError(f"{', '.join(encoder.own_fields)} belong to kind '{kind}', the kind is '{self.kind}'")
+            told = f"{', '.join(encoder.own_fields)} belong to kind '{kind}', the kind is '{self.kind}'"
+            require(not any(getattr(self, name) for name in encoder.own_fields if name not in own), told)
         ENCODERS[self.kind].check_spec(self)
 
     def _validate(self):
-        if len(self.img_size) != 3 or len(self.patch_size) != 3:
-            raise ValueError(
-                f"img_size {self.img_size} and patch_size {self.patch_size} need D, H, W: 2D is not supported"
-            )
-        if min(*self.img_size, *self.patch_size) < 1:
-            raise ValueError(f"img_size {self.img_size} and patch_size {self.patch_size} must be positive")
-        if any(s % p for s, p in zip(self.img_size, self.patch_size, strict=True)):
-            raise ValueError(f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}")
-        if self.in_channels < 1 or self.depth < 1 or self.embed_dim < 1 or self.num_heads < 1:
-            raise ValueError("in_channels, depth, embed_dim and num_heads must be at least 1")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
-        if any(not 0 <= t < self.depth for t in self.taps):
-            raise ValueError(f"taps {self.taps} must lie in 0..{self.depth - 1} (depth {self.depth})")
-        if list(self.taps) != sorted(self.taps):
-            raise ValueError(f"taps {self.taps} must not decrease")
-        if self.pos_embed not in POSITION_KINDS:
-            raise ValueError(f"unknown pos_embed '{self.pos_embed}', needed one of {POSITION_KINDS}")
-        if not self.mlp_ratio > 0 or not self.norm_eps > 0:
-            raise ValueError(f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate {self.drop_path_rate} must lie in [0, 1)")
+        sizes = f"img_size {self.img_size} and patch_size {self.patch_size}"
+        require(len(self.img_size) == len(self.patch_size) == 3, f"{sizes} need D, H, W: 2D is not supported")
+        require(min(*self.img_size, *self.patch_size) >= 1, f"{sizes} must be positive")
+        whole = not any(s % p for s, p in zip(self.img_size, self.patch_size, strict=True))
+        require(whole, f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}")
+        counts = (self.in_channels, self.depth, self.embed_dim, self.num_heads)
+        require(min(counts) >= 1, "in_channels, depth, embed_dim and num_heads must be at least 1")
+        whole = self.embed_dim % self.num_heads == 0
+        require(whole, f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
+        inside = all(0 <= t < self.depth for t in self.taps)
+        require(inside, f"taps {self.taps} must lie in 0..{self.depth - 1} (depth {self.depth})")
+        require(list(self.taps) == sorted(self.taps), f"taps {self.taps} must not decrease")
+        known = self.pos_embed in POSITION_KINDS
+        require(known, f"unknown pos_embed '{self.pos_embed}', needed one of {POSITION_KINDS}")
+        positive = self.mlp_ratio > 0 and self.norm_eps > 0
+        require(positive, f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
+        require(0 <= self.drop_path_rate < 1, f"drop_path_rate {self.drop_path_rate} must lie in [0, 1)")
 
     @property
     def grid(self) -> tuple[int, int, int]:

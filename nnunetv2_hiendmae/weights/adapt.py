@@ -26,12 +26,8 @@ def expected_tensors(spec: EncoderSpec) -> dict[str, Tensor]:
 def mismatch(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor], sources: Mapping[str, str] | None = None
 ) -> str | None:
-    """What is missing, left over, of another shape or no floating-point number, up to three of it in words; None: all
-    as expected.
-
-    Args:
-        sources: what a tensor is called in messages, where not as in `state`.
-    """
+    """What is missing, left over, of another shape or no floating-point number, up to three of it in words, called as
+    `sources` say; None: all as expected."""
     called = {k: printable((sources or {}).get(k, k)) for k in state}
     wrong = [f"{k} is missing" for k in expected if k not in state]
     wrong += [f"{called[k]} is unexpected" for k in state if k not in expected]

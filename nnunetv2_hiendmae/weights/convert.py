@@ -37,16 +37,21 @@ class Conversion:
         format: name of the file's format, "encoder" or "run" for ours.
         state: its tensors by our names; unchanged ones are views of the file.
         report: of every tensor of the file, and of the encoder or the exported names.
-        notes: those of the metadata, and what a reader of exported names must know.
         path: what was written, None for nothing.
+        export_notes: what a program that reads exported names must know.
     """
 
     format: str
     state: dict[str, Tensor]
     metadata: EncoderMetadata
     report: LoadReport
-    notes: tuple[str, ...] = ()
     path: Path | None = None
+    export_notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should look at, in sentences."""
+        return self.metadata.notes + self.export_notes
 
 
 def convert_checkpoint(
@@ -70,7 +75,7 @@ def convert_checkpoint(
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
         report, notes = export_encoder(output, to, done.state, done.metadata, done.report)
-        return replace(done, report=report, notes=done.notes + notes)
+        return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
     save_encoder(output, done.state, done.metadata)
@@ -86,13 +91,12 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        done = _translated(content, header, source, options)
+        return _translated(content, header, source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
         told = printable(e, LONGEST_ERROR)
         raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
-    return replace(done, notes=done.metadata.notes)
 
 
 def _translated(
@@ -152,14 +156,8 @@ def _refuse(options: ConvertOptions) -> None:
 def _foreign_metadata(
     found: ForeignEncoder, spec: EncoderSpec, options: ConvertOptions, formula: bool
 ) -> EncoderMetadata:
-    """What is known about an encoder that another program wrote, without its file.
-
-    Args:
-        formula: its positions were the sin-cos table of their grid.
-
-    Raises:
-        UserError: the format is of another method than the given one.
-    """
+    """What is known about an encoder that another program wrote, without its file; `formula`: its positions were the
+    sin-cos table of their grid. Refuses another method than the format's (UserError)."""
     entry, method = found.format, options.method
     if method and entry.method and method != entry.method:
         raise UserError(f"--method {method}: a {entry.name} file is of method {entry.method}; leave it out")

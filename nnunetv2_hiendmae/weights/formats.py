@@ -97,11 +97,7 @@ class WeightFormat:
         return "dhw" if self.library else "xyz"
 
     def reason_to_drop(self, name: str, names: Collection[str]) -> str | None:
-        """Why a tensor that is not the encoder's is left out; None: no rule explains it.
-
-        Args:
-            names: all of the file.
-        """
+        """Why a tensor that is not the encoder's is left out of a file of `names`; None: no rule explains it."""
         for pattern, reason in self.dropped:
             if re.fullmatch(pattern, name):
                 return reason

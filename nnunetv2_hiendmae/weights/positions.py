@@ -67,11 +67,7 @@ def file_size(options: ConvertOptions) -> Triple | None:
 
 
 def sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
-    """Grid whose sin-cos table these rows (1, N, E) are, None where they are no such table.
-
-    Args:
-        first: grid that is tried before the others.
-    """
+    """Grid whose sin-cos table these rows (1, N, E) are, `first` tried first; None where they are no such table."""
     if rows.shape[0] != 1 or rows.shape[2] < 6:
         return None
     # the last row holds sine and cosine of the last index of each axis: few grids of so many tokens share it

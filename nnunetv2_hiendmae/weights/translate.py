@@ -57,15 +57,8 @@ class Translation:
         self.records[name] = self.records.get(name, TensorRecord(None, name, "fresh")).changed(detail)
 
     def check(self, spec: EncoderSpec, mend: str) -> None:
-        """Checks that there are exactly the tensors of the spec's encoder and that they are finite, and notes which
-        change when they are written.
-
-        Args:
-            mend: what the user can do otherwise.
-
-        Raises:
-            UserError: names up to three tensors that are wrong.
-        """
+        """Refuses all but the tensors of the spec's encoder, and numbers that are not finite (UserError, with what the
+        user can do); notes which tensors change when they are written."""
         sources = {k: record.name for k, record in self.records.items()}
         if wrong := mismatch(self.state, expected_tensors(spec), sources):
             raise UserError(f"{wrong}; {mend}")

@@ -111,8 +111,8 @@ def test_the_fixture_notices_mistakes(pretrain):
 
 
 def test_presets_have_the_published_sizes():
-    """METHODS §3 counts the position table, the fusion convolutions and the final norm with the encoder. Of tiny it
-    gives the sum: 2,658,816 for the alignment heads, and the decoder of base but for the width of its first layer."""
+    """docs/methods.md counts the position table, the fusion convolutions and the final norm with the encoder. Of tiny
+    it gives the sum: 2,658,816 for the alignment heads, the decoder of base but for the width of its first layer."""
 
     def size(preset, **changes):
         with torch.device("meta"):
@@ -206,7 +206,7 @@ def test_the_crop_must_fit():
 
 def test_the_dense_form_has_no_masked_forward():
     encoder = encoder_of(SPEC.with_(dense=True))
-    with pytest.raises(ValueError, match="no masked forward"):
+    with pytest.raises(ValueError, match="feature_maps, or dense=False"):
         encoder(torch.rand(1, 1, *SPEC.img_size))
     ours, theirs = set(encoder.state_dict()), set(encoder_of(SPEC).state_dict())
     scales = {f"blocks.{i}.ls{k}.gamma" for i in range(2) for k in (1, 2)}

@@ -33,19 +33,19 @@ def test_default_taps(depth, taps):
     ("changes", "message"),
     [
         ({"kind": "cnn"}, "unknown encoder kind 'cnn'"),
-        ({"img_size": (32, 32)}, "2D is not supported"),
-        ({"patch_size": (8, 8)}, "2D is not supported"),
+        ({"img_size": (32, 32)}, r"img_size \(32, 32\) .*D, H, W"),
+        ({"patch_size": (8, 8)}, r"patch_size \(8, 8\) .*D, H, W"),
         ({"img_size": (32, 30, 32)}, r"\(32, 30, 32\) is not divisible by patch_size \(8, 8, 8\)"),
-        ({"patch_size": (8, 0, 8)}, "must be positive"),
-        ({"in_channels": 0}, "at least 1"),
-        ({"num_heads": 5}, "embed_dim 24 is not divisible by num_heads 5"),
-        ({"taps": (3, 6, 12)}, r"must lie in 0\.\.11"),
-        ({"taps": (6, 3, 9)}, "must not decrease"),
+        ({"patch_size": (8, 0, 8)}, r"patch_size \(8, 0, 8\)"),
+        ({"in_channels": 0}, "in_channels.* 1$"),
+        ({"num_heads": 5}, "embed_dim 24 .*num_heads 5"),
+        ({"taps": (3, 6, 12)}, r"taps \(3, 6, 12\) .*0\.\.11"),
+        ({"taps": (6, 3, 9)}, r"taps \(6, 3, 9\)"),
         ({"pos_embed": "rope"}, "unknown pos_embed 'rope'"),
-        ({"drop_path_rate": 1.0}, r"must lie in \[0, 1\)"),
-        ({"stem_dims": (6, 12)}, "belong to kind 'convvit'"),
-        ({"stem_depths": (2, 1)}, "belong to kind 'convvit'"),
-        ({"dense": True}, "belong to kind 'convvit'"),
+        ({"drop_path_rate": 1.0}, r"drop_path_rate 1\.0 .*\[0, 1\)"),
+        ({"stem_dims": (6, 12)}, "stem_dims.*'convvit'.*'vit'"),
+        ({"stem_depths": (2, 1)}, "stem_depths.*'convvit'.*'vit'"),
+        ({"dense": True}, "dense.*'convvit'.*'vit'"),
     ],
 )
 def test_contradictions_are_named(changes, message):
@@ -56,13 +56,13 @@ def test_contradictions_are_named(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stem_dims": (), "stem_depths": ()}, "of one length, at least 1"),
-        ({"stem_depths": (2, 1, 1)}, r"of one length, at least 1, got \(6, 12\) and \(2, 1, 1\)"),
-        ({"stem_dims": (6, 0)}, "must be positive"),
-        ({"stem_depths": (0, 1)}, "must be positive"),
+        ({"stem_dims": (), "stem_depths": ()}, r"stem_dims and stem_depths .* 1, got \(\) and \(\)"),
+        ({"stem_depths": (2, 1, 1)}, r"stem_dims and stem_depths .*\(6, 12\) and \(2, 1, 1\)"),
+        ({"stem_dims": (6, 0)}, r"stem_dims \(6, 0\)"),
+        ({"stem_depths": (0, 1)}, r"stem_depths \(0, 1\)"),
         ({"patch_size": (16, 16, 16)}, r"2 convolutional stages .* need patch_size \(8, 8, 8\), got \(16, 16, 16\)"),
-        ({"cls_token": True}, "no CLS token"),
-        ({"taps": (1, 2, 3)}, "no taps"),
+        ({"cls_token": True}, "'convvit'.*cls_token True"),
+        ({"taps": (1, 2, 3)}, r"'convvit'.*taps \(1, 2, 3\)"),
     ],
 )
 def test_contradictions_of_a_convvit_are_named(changes, message):
@@ -82,7 +82,7 @@ def test_is_frozen_and_changes_are_validated():
     with pytest.raises(dataclasses.FrozenInstanceError):
         spec.depth = 3
     assert spec.with_(in_channels=3).in_channels == 3
-    with pytest.raises(ValueError, match="not divisible"):
+    with pytest.raises(ValueError, match=r"img_size \(30, 32, 32\) .*\(8, 8, 8\)"):
         spec.with_(img_size=(30, 32, 32))
 
 
@@ -111,10 +111,10 @@ def test_survives_json(grid, patch, heads, depth, channels, cls_token):
 
 def test_from_dict_names_unknown_and_missing_fields():
     data = EncoderSpec(**CUBE).to_dict()
-    with pytest.raises(ValueError, match=r"unknown encoder fields \['heads'\]"):
+    with pytest.raises(ValueError, match=r"\['heads'\]"):
         EncoderSpec.from_dict({**data, "heads": 3})
     del data["depth"]
-    with pytest.raises(ValueError, match=r"incomplete encoder description.*depth"):
+    with pytest.raises(ValueError, match=r"argument.*'depth'"):
         EncoderSpec.from_dict(data)
 
 
@@ -125,7 +125,7 @@ def num_parameters(preset):
 
 
 def test_presets_have_the_published_sizes():
-    # METHODS §2 counts the encoder without its position table
+    # docs/methods.md counts the encoder without its position table
     assert num_parameters("vit_hiend_p12") == 342_638_592
     # the other patch changes the patch embedding, and nothing else
     assert num_parameters("vit_hiend_p16") == 342_638_592 + 1536 * (16**3 - 12**3)

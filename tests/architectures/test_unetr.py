@@ -161,7 +161,7 @@ def test_another_crop_than_the_specs(patch_size):
     network = tiny(patch_size, (24, 24, 24))
     crop = tuple(n * p for n, p in zip((2, 1, 3), patch_size, strict=True))
     assert network(torch.randn(1, 1, *crop)).shape == (1, 3, *crop)
-    with pytest.raises(ValueError, match="not divisible by the patch"):
+    with pytest.raises(ValueError, match=r"crop \(20, 24, 24\)"):
         network(torch.randn(1, 1, 20, 24, 24))
 
 
@@ -199,9 +199,9 @@ def test_nnunet_leaves_the_encoder_as_the_encoder_was_initialised():
 def test_refuses_deep_supervision_and_a_wrong_number_of_taps():
     with pytest.raises(ValueError, match=r"one output.*-tr nnUNetTrainer_HiEndMAE"):
         build_from_plans(deep_supervision=True)
-    with pytest.raises(ValueError, match="three taps"):
+    with pytest.raises(ValueError, match=r"ViTUNETR .*\(1, 2\)"):
         build_from_plans(taps=[1, 2])
-    with pytest.raises(ValueError, match="unknown encoder fields"):
+    with pytest.raises(ValueError, match=r"\['feature_size'\]"):
         build_from_plans(feature_size=3)
 
 

@@ -1,6 +1,7 @@
 """Permuted weights on the permuted volume give what the authors' programs gave on the volume."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -110,7 +111,27 @@ def test_patches_that_are_no_cubes_and_back_again():
 
 def test_refuses_a_wrong_order_and_a_table_of_another_grid():
     spec = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=12, depth=1, num_heads=2)
-    with pytest.raises(ValueError, match="no permutation"):
+    with pytest.raises(ValueError, match=r"\(0, 0, 1\)"):
         permute_axes({}, spec, (0, 0, 1))
-    with pytest.raises(ValueError, match=r"pos_embed has 9 rows, needed a grid of \(2, 2, 2\)"):
+    with pytest.raises(ValueError, match=r"encoder\.pos_embed .*9 .*\(2, 2, 2\)"):
         permute_axes({"encoder.pos_embed": torch.zeros(1, 9, 12)}, spec, (2, 1, 0))
+
+
+def test_a_tensor_that_nobody_declared_is_an_error():
+    """Left as it is, an unknown kernel would read the volume along the wrong axes without a word."""
+    spec = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=12, depth=1, num_heads=2)
+    bare, kernel = build_encoder(spec).state_dict(), torch.zeros(2, 1, 3, 3, 3)
+    whole = {**{f"encoder.{k}": v for k, v in bare.items()}, "ups.0.up.weight": kernel, "head.bias": torch.zeros(2)}
+    for state in (bare, whole):
+        assert permute_axes(state, spec, (2, 1, 0))[0].keys() == state.keys()
+    for state, name in (
+        (bare, "adapter.weight"),
+        (bare, "blocks.0.adapter.weight"),
+        (bare, "head.weight"),
+        (whole, "encoder.adapter.weight"),
+        (whole, "head.scale"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(name)}: .*`axes`"):
+            permute_axes({**state, name: kernel}, spec, (2, 1, 0))
+    with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight .*\(12, 1, 8, 8\)"):
+        permute_axes({**bare, "patch_embed.proj.weight": torch.zeros(12, 1, 8, 8)}, spec, (2, 1, 0))

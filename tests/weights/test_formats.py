@@ -1,6 +1,7 @@
 """Foreign checkpoints → encoder files: parity with the recorded outputs, and the account of every tensor."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -154,7 +155,7 @@ def test_teacher_and_student(tmp_path):
     reasons = {r.detail for r in teacher.report.records if (r.source or "").startswith("student.")}
     assert reasons == {"the student; the teacher was asked for"}
     without = Fixture("mae3d_pretrain").write_checkpoint(tmp_path / "m.pth")
-    with pytest.raises(UserError, match="no 'teacher'"):
+    with pytest.raises(UserError, match=r"--use-teacher: .*'teacher'"):
         translate_checkpoint(without, ConvertOptions(num_heads=4, use_teacher=True))
 
 
@@ -235,7 +236,7 @@ def test_variants_of_names_and_containers(tmp_path, case):
 def test_two_encoders_a_level_deeper_are_not_chosen_from(tmp_path):
     mae3d = authors_state("mae3d", random_state(VIT))
     torch.save({"first": {"model": mae3d}, "second": {"net": mae3d}}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="encoders in first, second: which is meant"):
+    with pytest.raises(UserError, match="first, second"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
@@ -289,9 +290,9 @@ def test_released_numbers_of_heads(tmp_path, kind, width, heads):
 @pytest.mark.parametrize("kind", SPECS)
 def test_heads_are_asked_for(tmp_path, kind):
     source = write_checkpoint(tmp_path / "c.pth", kind)
-    with pytest.raises(UserError, match=r"width 12 .*give it with --num-heads"):
+    with pytest.raises(UserError, match=r"width 12 .*--num-heads"):
         translate_checkpoint(source)
-    with pytest.raises(UserError, match="--num-heads 5 does not divide"):
+    with pytest.raises(UserError, match=r"--num-heads 5 .*12"):
         translate_checkpoint(source, ConvertOptions(num_heads=5))
 
 
@@ -300,9 +301,9 @@ def test_the_grid_is_never_guessed(tmp_path, kind):
     spec = SPECS[kind]
     spec = spec.with_(img_size=tuple(p * g for p, g in zip(spec.patch_size, (4, 3, 2), strict=True)))
     source = write_checkpoint(tmp_path / "c.pth", kind, spec)
-    with pytest.raises(UserError, match=r"no cube; give the crop.*--img-size"):
+    with pytest.raises(UserError, match=r"24 .*--img-size D H W"):
         translate_checkpoint(source, ConvertOptions(num_heads=2))
-    with pytest.raises(UserError, match="--img-size does not fit"):
+    with pytest.raises(UserError, match=r"--img-size .*24 tokens"):
         translate_checkpoint(source, ConvertOptions(num_heads=2, img_size=(96, 96, 96)))
     for axes, size in (("dhw", spec.img_size), ("xyz", spec.img_size[::-1])):
         found = translate_checkpoint(source, ConvertOptions(num_heads=2, img_size=size, axes=axes)).metadata.spec
@@ -355,7 +356,7 @@ def test_the_bias_of_one_block_is_not_made_up(tmp_path):
     state = monai_vit(VIT).state_dict()
     del state["blocks.1.attn.qkv.bias"]
     torch.save(state, tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias is missing"):
+    with pytest.raises(UserError, match=r"blocks\.1\.attn\.qkv\.bias .*--format"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
@@ -453,7 +454,7 @@ def test_timm_names_have_a_row_for_cls(tmp_path):
 
 def test_a_convvit_has_no_such_names(tmp_path):
     source = write_checkpoint(tmp_path / "m.pth", "mim")
-    with pytest.raises(UserError, match="no encoder of kind 'convvit'"):
+    with pytest.raises(UserError, match=r"--to timm: .*'convvit'.*--to"):
         convert_checkpoint(source, tmp_path / "t.safetensors", ConvertOptions(num_heads=2), to="timm")
     assert not (tmp_path / "t.safetensors").exists()
 
@@ -462,25 +463,25 @@ def test_a_convvit_has_no_such_names(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "needed"),
+    ("kind", "name", "told"),
     [
-        ("timm", "blocks.0.ls1.gamma", "would be lost"),
-        ("timm", "norm_pre.weight", "would be lost"),
-        ("timm", "reg_token", "would be lost"),
-        ("timm", "blocks.0.attn.q_norm.weight", "would be lost"),
-        ("hiendmae", "module.encoder.blocks.12.norm1.weight", r"blocks\.2 is missing"),
-        ("hiendmae", "module.encoder.anything", "would be lost"),
-        ("mim", "blocks4.0.gamma_1", "would be lost"),
-        ("mim", "blocks4.0.attn.relative_position_bias_table", "would be lost"),
-        ("monai", "blocks.0.attn.rel_pos_embedding.rel_pos_d", "would be lost"),
-        ("glmae", "module.backbone.norm_pre.bias", "would be lost"),
+        ("timm", "blocks.0.ls1.gamma", "{name} .*a {kind} encoder .*--format"),
+        ("timm", "norm_pre.weight", "{name} .*a {kind} encoder .*--format"),
+        ("timm", "reg_token", "{name} .*a {kind} encoder .*--format"),
+        ("timm", "blocks.0.attn.q_norm.weight", "{name} .*a {kind} encoder .*--format"),
+        ("hiendmae", "module.encoder.blocks.12.norm1.weight", r"blocks\.2 .*download"),
+        ("hiendmae", "module.encoder.anything", "{name} .*a {kind} encoder .*--format"),
+        ("mim", "blocks4.0.gamma_1", "{name} .*a {kind} encoder .*--format"),
+        ("mim", "blocks4.0.attn.relative_position_bias_table", "{name} .*a {kind} encoder .*--format"),
+        ("monai", "blocks.0.attn.rel_pos_embedding.rel_pos_d", "{name} .*a {kind} encoder .*--format"),
+        ("glmae", "module.backbone.norm_pre.bias", "{name} .*a {kind} encoder .*--format"),
     ],
 )
-def test_what_would_change_the_output_is_never_dropped(tmp_path, kind, name, needed):
+def test_what_would_change_the_output_is_never_dropped(tmp_path, kind, name, told):
     state = authors_state(kind, random_state(SPECS[kind]))
     state[name] = torch.ones(12)
     torch.save(container(kind, state), tmp_path / "c.pth")
-    with pytest.raises(UserError, match=needed):
+    with pytest.raises(UserError, match=told.format(name=re.escape(name), kind=kind)):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
@@ -501,15 +502,15 @@ def test_unknown_tensors_are_errors_where_the_encoder_has_no_prefix(tmp_path, ki
     state = authors_state(kind, random_state(SPECS[kind]))
     state["adapter.down.weight"] = torch.ones(12)
     torch.save(container(kind, state), tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"adapter\.down\.weight would be lost.*take it out of the file"):
+    with pytest.raises(UserError, match=rf"adapter\.down\.weight .*{kind} .*--format"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"conv.weight": torch.zeros(3), "conv.bias": torch.zeros(3)}, r"unknown kind.*conv\.weight, conv\.bias"),
-        ({"weights": {"a": torch.zeros(1)}}, "unknown kind of weights: tensors are 'weights' with a;"),
+        ({"conv.weight": torch.zeros(3), "conv.bias": torch.zeros(3)}, r"conv\.weight, conv\.bias; "),
+        ({"weights": {"a": torch.zeros(1)}}, "'weights' with a; "),
         ({"model": {f"layers.{i}": torch.zeros(1) for i in range(9)}}, r"'model' with layers\.0.* and 4 more"),
     ],
 )
@@ -524,5 +525,5 @@ def test_a_2d_vit_is_refused(tmp_path):
     state = authors_state("timm", random_state(VIT))
     state["patch_embed.proj.weight"] = torch.zeros(12, 3, 4, 4)
     torch.save(state, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="a 2D network"):
+    with pytest.raises(UserError, match=r"patch_embed\.proj\.weight .*\(12, 3, 4, 4\).* 5 axes.*2D"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def test_the_allow_list_is_not_left_behind(tmp_path):
 
 def test_a_plain_pickle_is_refused_too(tmp_path):
     (tmp_path / "c.pkl").write_bytes(pickle.dumps(Harm(tmp_path / "pwned_marker")))
-    with pytest.raises(UserError, match="nothing in it was executed"):
+    with pytest.raises(UserError, match=r"c\.pkl .*nothing in it was executed"):
         read_checkpoint(tmp_path / "c.pkl")
     assert not (tmp_path / "pwned_marker").exists()
 
@@ -96,7 +97,7 @@ def test_truncated_files(tmp_path, cut, legacy):
     file = write_checkpoint(tmp_path / "c.pth", "hiendmae", _use_new_zipfile_serialization=not legacy)
     content = file.read_bytes()
     file.write_bytes(content[: int(cut * len(content))])
-    with pytest.raises(UserError, match=r"c\.pth.*download it again") as caught:
+    with pytest.raises(UserError, match=r"c\.pth .*\(.+\).*download") as caught:
         translate_checkpoint(file, OPTIONS)
     assert "weights_only" not in str(caught.value)
 
@@ -105,15 +106,15 @@ def test_garbage_and_things_that_are_no_checkpoint(tmp_path):
     file = tmp_path / "c.pth"
     for content in (b"garbage", b"\x80\x02", b"PK\x03\x04", b"\0" * 200, b"x" * 8 + b"{", b"{}"):
         file.write_bytes(content)
-        with pytest.raises(UserError, match="download it again"):
+        with pytest.raises(UserError, match=r"c\.pth .*\(.+\).*download"):
             read_checkpoint(file)
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path))}; .*\.safetensors"):
         read_checkpoint(tmp_path)
     for content, message in (
-        ([torch.zeros(2)], "holds a list"),
-        (torch.zeros(2), "holds a Tensor"),
-        ({"epoch": 3, "args": {}}, "holds no tensor, only epoch, args"),
-        ({}, "an empty dictionary"),
+        ([torch.zeros(2)], r"c\.pth .*\blist\b"),
+        (torch.zeros(2), r"c\.pth .*\bTensor\b"),
+        ({"epoch": 3, "args": {}}, r"c\.pth .*epoch, args$"),
+        ({}, r"c\.pth .*empty dictionary$"),
     ):
         torch.save(content, file)
         with pytest.raises(UserError, match=message):
@@ -123,9 +124,9 @@ def test_garbage_and_things_that_are_no_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (torch.zeros(12).to_sparse(), "a sparse tensor"),
-        (torch.quantize_per_tensor(torch.zeros(12), 0.1, 0, torch.qint8), "a quantised tensor"),
-        (torch.zeros(12, device="meta"), "without numbers"),
+        (torch.zeros(12).to_sparse(), "sparse.*float64"),
+        (torch.quantize_per_tensor(torch.zeros(12), 0.1, 0, torch.qint8), "quantised.*float64"),
+        (torch.zeros(12, device="meta"), "without numbers.*float64"),
         (torch.zeros(12, dtype=torch.int64), "a tensor of int64"),
         (torch.zeros(12, dtype=torch.complex64), "a tensor of complex64"),
         (torch.zeros(1).expand(12), r"a tensor of shape \(12,\) over fewer numbers"),
@@ -164,7 +165,7 @@ def test_a_cls_token_of_another_shape_is_not_stretched(tmp_path):
     state = authors_state("glmae", random_state(VIT))
     state["module.backbone.cls_token"] = state["module.backbone.cls_token"][..., :1]
     torch.save({"student": state}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"cls_token has shape \(1, 1, 1\)"):
+    with pytest.raises(UserError, match=r"cls_token .*\(1, 1, 1\).*\(1, 1, 12\)"):
         translate_checkpoint(tmp_path / "c.pth", OPTIONS)
 
 
@@ -227,7 +228,7 @@ def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
     header = json.dumps({**json.loads(read_metadata(file).to_json()), "window_hu": EVIL})
     save_file({**random_state(VIT), EVIL: torch.zeros(1)}, file, metadata={"hiendmae": header})
     said = printed(capsys, "inspect", file)
-    assert "not a readable encoder file" in said and "y" * 400 not in said
+    assert "e.safetensors" in said and "window_hu" in said and "y" * 400 not in said
     assert all(c.isprintable() or c in HARMLESS for c in said)
     metadata = EncoderMetadata(VIT, "mae3d")
     for dtype, message in ((torch.int64, "is a tensor of int64"), (torch.float32, "is unexpected")):

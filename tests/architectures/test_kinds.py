@@ -1,0 +1,82 @@
+"""A kind of encoder is one class: what it declares is true, and nothing else has to know it."""
+
+import math
+import re
+from pkgutil import resolve_name
+
+import pytest
+import torch
+
+from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec, ViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
+from nnunetv2_hiendmae.weights import EncoderMetadata, load_encoder, permute_axes, save_encoder
+
+SPECS = {
+    "vit": EncoderSpec((16, 24, 32), (8, 8, 8), embed_dim=12, depth=4, num_heads=2, in_channels=2),
+    "convvit": EncoderSpec(
+        *((32, 64, 32), (16, 16, 16), 12, 2, 2),
+        kind="convvit",
+        in_channels=2,
+        stem_dims=(2, 4, 6),
+        stem_depths=(1, 1, 1),
+    ),
+}
+
+
+def state_of(spec):
+    with torch.device("meta"):
+        return build_encoder(spec).state_dict()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_what_a_kind_declares_is_true_of_its_tensors(kind):
+    encoder, masked = ENCODERS[kind], SPECS[kind]
+    dense = masked.with_(**encoder.finetuning)
+    for spec in (masked, dense):
+        state = state_of(spec)
+        for name, tensor in state.items():
+            axes = axes_of(name, encoder.axes)
+            assert (axes is Axes.KERNEL) == (tensor.ndim == 5), name
+            if axes not in (Axes.KERNEL, Axes.NONE):
+                assert tensor.shape[1] == math.prod(axes.rows(spec.grid)), name
+        assert state[encoder.input_kernel].shape[1] == 2
+    before, after = state_of(masked).keys(), state_of(dense).keys()
+    assert before - after == {k for k in before if encoder.masked_only and re.fullmatch(encoder.masked_only, k)}
+    assert after - before == {k for k in after if encoder.dense_only and re.fullmatch(encoder.dense_only, k)}
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_the_network_of_a_kind_fits_its_steps_and_declares_its_own_tensors(kind):
+    encoder, spec = ENCODERS[kind], SPECS[kind].with_(cls_token=False)
+    size = tuple(p * encoder.tokens_per_step * n for p, n in zip(spec.patch_size, (1, 2, 1), strict=True))
+    fields = {k: v for k, v in spec.with_(img_size=size).to_dict().items() if k != "in_channels"}
+    network = resolve_name(encoder.network)(2, 3, decoder_width=4, **fields).eval()
+    assert isinstance(network.encoder, encoder)
+    with torch.no_grad():
+        assert network(torch.rand(1, 2, *size)).shape == (1, 3, *size)
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("encoder."):
+            assert (axes_of(name, network.axes) is Axes.KERNEL) == (tensor.ndim == 5), name
+
+
+class Toy(ViTEncoder):
+    """A third kind."""
+
+    kind = "toy"
+    has_cls = False
+    own_fields = ("stem_dims",)
+
+
+def test_a_third_kind_is_one_class_and_an_entry(monkeypatch, tmp_path):
+    fields = {"img_size": (16, 16, 8), "patch_size": (8, 8, 8), "embed_dim": 12, "depth": 4, "num_heads": 2}
+    with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit'\)"):
+        EncoderSpec(**fields, kind="toy")
+    monkeypatch.setitem(ENCODERS, "toy", Toy)
+    spec = EncoderSpec(**fields, kind="toy", stem_dims=(3,))
+    assert spec.cls_token is False and spec.taps == (1, 2, 3)
+    with pytest.raises(ValueError, match=r"stem_dims.*'convvit'.*'vit'"):
+        EncoderSpec(**fields, stem_dims=(3,))
+    state, moved = permute_axes(build_encoder(spec).state_dict(), spec, (2, 1, 0))
+    save_encoder(tmp_path / "toy.safetensors", state, EncoderMetadata(moved, "mae3d"))
+    encoder, metadata = load_encoder(tmp_path / "toy.safetensors")
+    assert isinstance(encoder, Toy) and metadata.spec == moved and moved.img_size == (8, 16, 16)
