@@ -8,6 +8,8 @@ from pathlib import Path
 # spin while they wait for each other on busy cores are many times slower than one. nnUNetv2_train asks for all cores
 # again, hence the passive waiting; OMP_THREAD_LIMIT would stop that, but makes torch's convolutions wait for ever
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+# nnU-Net reads this when it is imported: one process for each of its pools that is not told otherwise
+os.environ.update(nnUNet_def_n_proc="1")
 
 import pytest
 

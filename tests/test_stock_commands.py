@@ -1,8 +1,6 @@
-"""nnU-Net's own console scripts, each in a process of its own, on plans and trainers of ours."""
+"""nnU-Net's own console scripts on plans and trainers of ours."""
 
 import json
-import os
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import kill_group
 from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
@@ -45,20 +44,22 @@ def fold_1(workplace, planned):
 
 
 @pytest.fixture(scope="module")
-def interrupted(workplace, planned, fold_1):
+def interrupted(workplace, planned, fold_1, tmp_path_factory):
     """Fold 0, killed in its last epoch; afterwards the encoder file is gone."""
     folder = workplace.results(planned, 0)
     script, dataset, configuration, fold, *rest = planned.next_commands[1].split()
-    process = workplace.start(script, dataset, configuration, fold, *rest, "-device", "cpu")
-    try:
-        deadline = time.monotonic() + 200
-        while not any(f"Epoch {EPOCHS - 1}" in log.read_text() for log in folder.glob("training_log*")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    with (tmp_path_factory.mktemp("interrupted") / "log").open("w+") as log:
+        process = replace(workplace, spawned=True).start(
+            script, dataset, configuration, fold, *rest, "-device", "cpu", log=log
+        )
+        try:
+            deadline = time.monotonic() + 200
+            while not any(f"Epoch {EPOCHS - 1}" in log.read_text() for log in folder.glob("training_log*")):
+                assert process.poll() is None, Path(log.name).read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            kill_group(process)
     workplace.encoder_file.unlink()
     return folder
 

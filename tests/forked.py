@@ -1,0 +1,118 @@
+"""Commands that do not import nnU-Net again: each is forked from a server that has imported it once.
+
+Importing nnU-Net costs several seconds of CPU per process, and one `nnUNetv2_train` is three of them. Here a command
+is a child of a server that ran nothing but imports: no threads, no pools, no monkeypatches of a test. Two things differ
+from a process of its own: the modules are there already, and nnU-Net's pools are forked from the command instead of
+being spawned.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import entry_points
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import IO
+
+# what the tests' commands import
+PRELOADED = [
+    "nnunetv2.evaluation.find_best_configuration",
+    "nnunetv2.experiment_planning.plan_and_preprocess_entrypoints",
+    "nnunetv2.inference.predict_from_raw_data",
+    "nnunetv2.model_sharing.entry_points",
+    "nnunetv2.run.run_training",
+    "nnunetv2_hiendmae.planning",
+    "nnunetv2_hiendmae.pretraining",
+    "nnunetv2_hiendmae.trainers",
+]
+PROCESSES = "nnUNet_def_n_proc"
+_server = ForkServerContext()
+_server.set_forkserver_preload(PRELOADED)
+
+
+class Process:
+    """A command in a forked child that leads a process group; as much of `subprocess.Popen` as the tests need.
+
+    Args:
+        command: a console script, by name or path, or a Python with `-m` and a module; then the arguments.
+        env: all variables of the command.
+        stdout: named file; what the command writes, to either stream, is appended to it.
+        stderr: `subprocess.STDOUT`.
+    """
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: IO, stderr: int):
+        assert stderr == subprocess.STDOUT
+        self.args, self.returncode = list(command), None
+        self._child = _server.Process(target=_execute, args=(self.args, dict(env), stdout.name))
+        self._child.start()
+        self.pid = self._child.pid
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Exit code, negative for a signal.
+
+        Raises:
+            subprocess.TimeoutExpired: the command still runs.
+        """
+        self._child.join(timeout)
+        self.returncode = self._child.exitcode
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def terminate(self) -> None:
+        """Ends the command alone, not its children."""
+        self._child.terminate()
+
+
+def kill_group(process: Process | subprocess.Popen) -> None:
+    """Kills a process that leads a group, and all that it has started, unless it has ended."""
+    if process.returncode is not None:
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _execute(command: list[str], environment: dict[str, str], log: str) -> None:
+    """In the child: becomes the command and ends with its exit code."""
+    os.setsid()
+    with Path(log).open("ab") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    # what goes to both streams stays in the order in which it was written
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update(environment)
+    _fork_instead_of_spawning()
+    program, *arguments = command
+    if arguments[:1] == ["-m"]:
+        _, module, *arguments = arguments
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return
+    script = Path(program).name
+    sys.argv = [script, *arguments]
+    (entry,) = entry_points(group="console_scripts", name=script)
+    sys.exit(entry.load()())
+
+
+def _fork_instead_of_spawning() -> None:
+    """Lets nnU-Net's pools be forked from this process; to be safe, it then must stay without threads."""
+    import nnunetv2.configuration
+    import torch
+    import tqdm
+
+    # the default of many of its functions since nnU-Net was imported
+    assert int(os.environ[PROCESSES]) == nnunetv2.configuration.default_num_processes
+    # nnUNetv2_train and nnUNetv2_predict ask for all cores
+    torch.set_num_threads = lambda _: None
+    # a thread that would redraw idle bars
+    tqdm.tqdm.monitor_interval = 0
+    fork = multiprocessing.get_context("fork")
+    multiprocessing.set_start_method("fork", force=True)
+    multiprocessing.get_context = lambda _=None: fork
