@@ -12,7 +12,8 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
 from multiprocessing.context import ForkServerContext
@@ -30,6 +31,7 @@ PRELOADED = [
     "nnunetv2_hiendmae.pretraining",
     "nnunetv2_hiendmae.trainers",
 ]
+TIMEOUT_S = 300
 PROCESSES = "nnUNet_def_n_proc"
 _server = ForkServerContext()
 _server.set_forkserver_preload(PRELOADED)
@@ -69,10 +71,40 @@ class Process:
         self._child.terminate()
 
 
-def kill_group(process: Process | subprocess.Popen) -> None:
-    """Kills a process that leads a group, and all that it has started, unless it has ended."""
-    if process.returncode is not None:
-        return
+def run(
+    command: Sequence[object],
+    env: Mapping[str, str],
+    *,
+    start: Callable[..., Process | subprocess.Popen] = Process,
+    fails: bool = False,
+) -> str:
+    """What a command said; it must succeed, or fail when `fails`. After `TIMEOUT_S` it and its children are killed.
+
+    Args:
+        start: `Process` or `spawn`.
+    """
+    with tempfile.NamedTemporaryFile() as log:
+        process = start(list(map(str, command)), env=env, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            code = f"still running after {TIMEOUT_S} s"
+        finally:
+            if process.returncode is None:
+                _kill_group(process)
+        said = Path(log.name).read_text(encoding="utf-8")
+    ended_well = code in range(1, 128) if fails else code == 0
+    assert ended_well, f"{' '.join(process.args)} → {code}\n{said[-4000:]}"
+    return said
+
+
+def spawn(command: Sequence[str], **options: object) -> subprocess.Popen:
+    """A process of its own, as a user starts it, that leads a process group."""
+    program = str(Path(sys.executable).parent / command[0])
+    return subprocess.Popen([program, *command[1:]], **options, start_new_session=True)
+
+
+def _kill_group(process: Process | subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -95,9 +127,8 @@ def _execute(command: list[str], environment: dict[str, str], log: str) -> None:
         sys.argv = [module, *arguments]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
         return
-    script = Path(program).name
-    sys.argv = [script, *arguments]
-    (entry,) = entry_points(group="console_scripts", name=script)
+    sys.argv = [program, *arguments]
+    (entry,) = entry_points(group="console_scripts", name=Path(program).name)
     sys.exit(entry.load()())
 
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
-import workplace as workplace_module
 from nnunet_data import make_folders
 from workplace import make_workplace
 
@@ -75,7 +75,7 @@ def test_how_a_command_ends(place, module, end, code, last):
 
 
 def test_a_command_that_hangs_is_killed_with_all_that_it_started(place, module, monkeypatch):
-    monkeypatch.setattr(workplace_module, "TIMEOUT_S", 2)
+    monkeypatch.setattr(forked, "TIMEOUT_S", 2)
     hanging = "import os, time\npid = os.fork()\nif pid: print('child', pid, flush=True)\ntime.sleep(600)\n"
     with pytest.raises(AssertionError, match="still running after 2 s\nchild ") as told:
         place.run(*module(hanging))

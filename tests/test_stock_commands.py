@@ -1,15 +1,14 @@
 """nnU-Net's own console scripts on plans and trainers of ours."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from forked import kill_group
 from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
+from stopped import run_and_kill
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
 from nnunetv2_hiendmae.trainers.schedule import learning_rate
@@ -44,22 +43,13 @@ def fold_1(workplace, planned):
 
 
 @pytest.fixture(scope="module")
-def interrupted(workplace, planned, fold_1, tmp_path_factory):
+def interrupted(workplace, planned, fold_1):
     """Fold 0, killed in its last epoch; afterwards the encoder file is gone."""
     folder = workplace.results(planned, 0)
     script, dataset, configuration, fold, *rest = planned.next_commands[1].split()
-    with (tmp_path_factory.mktemp("interrupted") / "log").open("w+") as log:
-        process = replace(workplace, spawned=True).start(
-            script, dataset, configuration, fold, *rest, "-device", "cpu", log=log
-        )
-        try:
-            deadline = time.monotonic() + 200
-            while not any(f"Epoch {EPOCHS - 1}" in log.read_text() for log in folder.glob("training_log*")):
-                assert process.poll() is None, Path(log.name).read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            kill_group(process)
+    command = [script, dataset, configuration, fold, *rest, "-device", "cpu"]
+    begins = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer.on_epoch_start"
+    run_and_kill(begins, EPOCHS, command, workplace.environment)
     workplace.encoder_file.unlink()
     return folder
 

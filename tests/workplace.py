@@ -1,12 +1,8 @@
 """A place to run console scripts in: nnU-Net's folders and its variables."""
 
 import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import forked
 import numpy as np
@@ -17,7 +13,6 @@ from nnunet_data import Folders, make_folders, save_tiny_encoder
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
 from nnunetv2_hiendmae.planning import PlannedFinetuning, plan_finetuning
 
-TIMEOUT_S = 300
 SHAPE = (24, 28, 24)
 EPOCHS, WARMUP, LR = 3, 1, 1e-3
 QUICK = {
@@ -45,28 +40,10 @@ class Workplace:
     encoder_file: Path
     spawned: bool = False
 
-    def start(self, script: str, *arguments: object, log: IO) -> forked.Process | subprocess.Popen:
-        """A console script in the background, in a process group of its own; `log` gets what it says."""
-        command = [str(Path(sys.executable).parent / script), *map(str, arguments)]
-        output = {"env": self.environment, "stdout": log, "stderr": subprocess.STDOUT}
-        if self.spawned:
-            return subprocess.Popen(command, **output, start_new_session=True)
-        return forked.Process(command, **output)
-
     def run(self, script: str, *arguments: object, fails: bool = False) -> str:
         """What a console script said; it must succeed, or fail when `fails`."""
-        with tempfile.NamedTemporaryFile() as log:
-            process = self.start(script, *arguments, log=log)
-            try:
-                code = process.wait(TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                code = f"still running after {TIMEOUT_S} s"
-            finally:
-                forked.kill_group(process)
-            said = Path(log.name).read_text(encoding="utf-8")
-        ended_well = code in range(1, 128) if fails else code == 0
-        assert ended_well, f"{script} {arguments} → {code}\n{said[-4000:]}"
-        return said
+        start = forked.spawn if self.spawned else forked.Process
+        return forked.run([script, *arguments], self.environment, start=start, fails=fails)
 
     def preprocess(self, planned: PlannedFinetuning) -> None:
         """The first of the printed commands, as it was printed."""
