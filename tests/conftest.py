@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 # before torch is imported, and for every process that a test starts: the tests' tensors are tiny, and threads that
@@ -15,8 +16,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import forked
 from matplotlib.figure import Figure
 from nnunet_data import Folders, make_folders
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: they are given to processes as a whole, and what comes last should be short."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_fingerprints():
+    """Whatever the dataset, nnU-Net's own takes seconds."""
+    forked.quicken_fingerprints()
 
 
 @pytest.fixture

@@ -18,7 +18,10 @@ from contextlib import suppress
 from importlib.metadata import entry_points
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
+
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 # what the tests' commands import
 PRELOADED = [
@@ -33,8 +36,27 @@ PRELOADED = [
 ]
 TIMEOUT_S = 300
 PROCESSES = "nnUNet_def_n_proc"
-_server = ForkServerContext()
-_server.set_forkserver_preload(PRELOADED)
+
+
+class _PoolProcess(multiprocessing.context.ForkServerProcess):
+    """A process with the variables of the one that made it, as a spawned one has them, and not with the server's."""
+
+    def __init__(self, *arguments: object, **more: object):
+        super().__init__(*arguments, **more)
+        self.environment = dict(os.environ)
+
+    def run(self) -> None:
+        os.environ.clear()
+        os.environ.update(self.environment)
+        super().run()
+
+
+class _Server(ForkServerContext):
+    Process = _PoolProcess
+
+
+SERVER = _Server()
+SERVER.set_forkserver_preload(PRELOADED)
 
 
 class Process:
@@ -50,7 +72,7 @@ class Process:
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], stdout: IO, stderr: int):
         assert stderr == subprocess.STDOUT
         self.args, self.returncode = list(command), None
-        self._child = _server.Process(target=_execute, args=(self.args, dict(env), stdout.name))
+        self._child = SERVER.Process(target=_execute, args=(self.args, dict(env), stdout.name))
         self._child.start()
         self.pid = self._child.pid
 
@@ -78,23 +100,17 @@ def run(
     start: Callable[..., Process | subprocess.Popen] = Process,
     fails: bool = False,
 ) -> str:
-    """What a command said; it must succeed, or fail when `fails`. After `TIMEOUT_S` it and its children are killed.
+    """What a command said; it must succeed, or fail when `fails`, and end in time.
 
     Args:
         start: `Process` or `spawn`.
     """
     with tempfile.NamedTemporaryFile() as log:
         process = start(list(map(str, command)), env=env, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            code = process.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            code = f"still running after {TIMEOUT_S} s"
-        finally:
-            if process.returncode is None:
-                _kill_group(process)
+        code = wait(process, log.name)
         said = Path(log.name).read_text(encoding="utf-8")
     ended_well = code in range(1, 128) if fails else code == 0
-    assert ended_well, f"{' '.join(process.args)} → {code}\n{said[-4000:]}"
+    assert ended_well, f"{process.args} → {code}\n{said[-4000:]}"
     return said
 
 
@@ -104,10 +120,39 @@ def spawn(command: Sequence[str], **options: object) -> subprocess.Popen:
     return subprocess.Popen([program, *command[1:]], **options, start_new_session=True)
 
 
-def _kill_group(process: Process | subprocess.Popen) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def wait(process: Process | subprocess.Popen, log: str) -> int:
+    """Exit code of a process that leads a group.
+
+    Raises:
+        AssertionError: it took longer than `TIMEOUT_S`, and was killed with all that it had started.
+    """
+    try:
+        return process.wait(TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        said = Path(log).read_text(encoding="utf-8")
+        raise AssertionError(f"{process.args} → still running after {TIMEOUT_S} s\n{said[-4000:]}") from None
+    finally:
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def quicken_fingerprints() -> None:
+    """nnU-Net's extractor, in this process, draws 10^4 voxels instead of 10^8, and forks its pool from the server."""
+    _draw_few_voxels()
+    fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: SERVER)
+
+
+def _draw_few_voxels() -> None:
+    extractor = fingerprint_extractor.DatasetFingerprintExtractor
+    original = extractor.__init__
+
+    def initialize(self, *arguments, **more):
+        original(self, *arguments, **more)
+        self.num_foreground_voxels_for_intensitystats = 1e4
+
+    extractor.__init__ = initialize
 
 
 def _execute(command: list[str], environment: dict[str, str], log: str) -> None:
@@ -144,6 +189,7 @@ def _fork_instead_of_spawning() -> None:
     torch.set_num_threads = lambda _: None
     # a thread that would redraw idle bars
     tqdm.tqdm.monitor_interval = 0
+    _draw_few_voxels()
     fork = multiprocessing.get_context("fork")
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.get_context = lambda _=None: fork

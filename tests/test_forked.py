@@ -52,11 +52,13 @@ def test_a_command_and_its_pools_have_its_own_variables_and_arguments(place, mod
         assert somewhere.run(*command, "one", "two").splitlines()[-1].split() == expected
 
 
-def test_a_command_begins_without_threads(place, module):
+def test_a_command_begins_with_its_modules_and_without_threads(place, module):
+    absent = "import os, sys, forked\nprint(*set(forked.PRELOADED) - set(sys.modules))\n"
+    assert place.run(*module(absent)) == "\n"
     if not Path("/proc/self/task").is_dir():
         pytest.skip("counts threads as Linux does")
-    said = place.run(*module("import os, torch\ntorch.set_num_threads(4)\nprint(len(os.listdir('/proc/self/task')))"))
-    assert said.split()[-1] == "1"
+    threads = "import os, torch\ntorch.set_num_threads(4)\nprint(len(os.listdir('/proc/self/task')))\n"
+    assert place.run(*module(threads)) == "1\n"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,12 @@ def workplace(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def spawning(workplace):
+    """The same, but each command in a process of its own: one run of each script is enough."""
+    return replace(workplace, spawned=True)
+
+
+@pytest.fixture(scope="module")
 def planned(workplace):
     """Four cases with two channels and an ignore label, in two folds; preprocessed."""
     labels = {"background": 0, "organ": ORGAN, "lesion": LESION, "ignore": IGNORE}
@@ -83,31 +89,31 @@ def test_a_fresh_start_without_the_encoder_file_says_so(workplace, planned, cont
     assert "does not exist" in said and "run: hiendmae plan" in said
 
 
-def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1, continued):
+def test_validation_alone_then_the_best_configuration(workplace, spawning, planned, fold_1, continued):
     validation = workplace.results(planned, 0) / "validation"
     assert not list(validation.glob("*.npz"))
     workplace.train(planned, 0, "--val", "--npz")
     assert (validation / "case_003.npz").is_file()
     model = ["-p", planned.plans_name, "-tr", planned.trainer, "-f", 0, 1]
-    said = workplace.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
+    said = spawning.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
     assert f"nnUNetv2_predict -d {planned.dataset_name}" in said and planned.trainer in said
 
 
-def test_prediction_needs_no_encoder_file(workplace, planned, fold_1, continued, tmp_path):
-    assert not workplace.encoder_file.exists()
-    segmentation = workplace.predict(planned, tmp_path, 0, 1, processes=1)
+def test_prediction_needs_no_encoder_file(spawning, planned, fold_1, continued, tmp_path):
+    assert not spawning.encoder_file.exists()
+    segmentation = spawning.predict(planned, tmp_path, 0, 1, processes=1)
     assert segmentation.shape == SHAPE
     # never the ignore label
     assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}
 
 
-def test_exported_model_predicts_the_same_elsewhere(workplace, planned, fold_1, interrupted, tmp_path):
+def test_exported_model_predicts_the_same_elsewhere(workplace, spawning, planned, fold_1, interrupted, tmp_path):
     model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
-    workplace.run("nnUNetv2_export_model_to_zip", *model, "-f", 1, "-o", tmp_path / "model.zip")
+    spawning.run("nnUNetv2_export_model_to_zip", *model, "-f", 1, "-o", tmp_path / "model.zip")
     # another machine: it has the archive and new images, and neither data, plans nor encoder
     folders = make_folders(tmp_path / "elsewhere")
     elsewhere = replace(workplace, environment={**workplace.environment, **folders.environment})
-    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
+    replace(elsewhere, spawned=True).run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
     assert not workplace.encoder_file.exists()
     assert [p.name for p in folders.results.iterdir()] == [planned.dataset_name]
 
@@ -122,7 +128,8 @@ def test_exported_model_predicts_the_same_elsewhere(workplace, planned, fold_1, 
 
 
 def test_regions_from_scratch_on_all_cases(tmp_path):
-    workplace = make_workplace(tmp_path / "nnunet")
+    # in processes of its own
+    workplace = replace(make_workplace(tmp_path / "nnunet"), spawned=True)
     regions = {"background": 0, "whole": [ORGAN, LESION], "lesion": LESION}
     order = {"regions_class_order": [ORGAN, LESION]}
     name = make_dataset(workplace.folders, 2, cases=2, shape=SHAPE, labels=regions, extra_json=order)
