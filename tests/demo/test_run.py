@@ -96,6 +96,7 @@ def test_demo_of_all_methods_from_end_to_end(tmp_path, monkeypatch):
     # nnU-Net's evaluation says the same in a process of its own
     predictions, labels = output / "predictions" / "scratch", find_data(None).finetuning / "labelsTs"
     summary = (predictions / "summary.json").read_text()
+    (predictions / "summary.json").unlink()
     files = ["-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json"]
     forked.run(["nnUNetv2_evaluate_folder", labels, predictions, *files, "-np", 1], os.environ, start=forked.spawn)
     assert (predictions / "summary.json").read_text() == summary
