@@ -28,9 +28,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quick_fingerprints():
-    """Whatever the dataset, nnU-Net's own takes seconds."""
-    forked.quicken_fingerprints()
+def quick_nnunet():
+    forked.quicken_nnunet()
 
 
 @pytest.fixture
