@@ -28,7 +28,7 @@ $(INSTALLED): pyproject.toml setup.py
 	touch $(INSTALLED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/hiendmae demo -o $(DEMO_OUTPUT)

@@ -2,19 +2,34 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 # before torch is imported, and for every process that a test starts: the tests' tensors are tiny, and threads that
 # spin while they wait for each other on busy cores are many times slower than one. nnUNetv2_train asks for all cores
 # again, hence the passive waiting; OMP_THREAD_LIMIT would stop that, but makes torch's convolutions wait for ever
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+# nnU-Net reads this when it is imported: one process for each of its pools that is not told otherwise
+os.environ.update(nnUNet_def_n_proc="1")
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import forked
 from matplotlib.figure import Figure
 from nnunet_data import Folders, make_folders
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: they are given to processes as a whole, and what comes last should be short."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_nnunet():
+    forked.quicken_nnunet()
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
-"""nnU-Net's own console scripts, each in a process of its own, on plans and trainers of ours."""
+"""nnU-Net's own console scripts on plans and trainers of ours."""
 
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
+from stopped import run_and_kill
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
 from nnunetv2_hiendmae.trainers.schedule import learning_rate
@@ -21,6 +19,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     return make_workplace(tmp_path_factory.mktemp("stock") / "nnunet")
+
+
+@pytest.fixture(scope="module")
+def spawning(workplace):
+    """The same, but each command in a process of its own: one run of each script is enough."""
+    return replace(workplace, spawned=True)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +53,9 @@ def interrupted(workplace, planned, fold_1):
     """Fold 0, killed in its last epoch; afterwards the encoder file is gone."""
     folder = workplace.results(planned, 0)
     script, dataset, configuration, fold, *rest = planned.next_commands[1].split()
-    process = workplace.start(script, dataset, configuration, fold, *rest, "-device", "cpu")
-    try:
-        deadline = time.monotonic() + 200
-        while not any(f"Epoch {EPOCHS - 1}" in log.read_text() for log in folder.glob("training_log*")):
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    command = [script, dataset, configuration, fold, *rest, "-device", "cpu"]
+    begins = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer.on_epoch_start"
+    run_and_kill(begins, EPOCHS, command, workplace.environment)
     workplace.encoder_file.unlink()
     return folder
 
@@ -92,31 +89,31 @@ def test_a_fresh_start_without_the_encoder_file_says_so(workplace, planned, cont
     assert "does not exist" in said and "run: hiendmae plan" in said
 
 
-def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1, continued):
+def test_validation_alone_then_the_best_configuration(workplace, spawning, planned, fold_1, continued):
     validation = workplace.results(planned, 0) / "validation"
     assert not list(validation.glob("*.npz"))
     workplace.train(planned, 0, "--val", "--npz")
     assert (validation / "case_003.npz").is_file()
     model = ["-p", planned.plans_name, "-tr", planned.trainer, "-f", 0, 1]
-    said = workplace.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
+    said = spawning.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
     assert f"nnUNetv2_predict -d {planned.dataset_name}" in said and planned.trainer in said
 
 
-def test_prediction_needs_no_encoder_file(workplace, planned, fold_1, continued, tmp_path):
-    assert not workplace.encoder_file.exists()
-    segmentation = workplace.predict(planned, tmp_path, 0, 1, processes=1)
+def test_prediction_needs_no_encoder_file(spawning, planned, fold_1, continued, tmp_path):
+    assert not spawning.encoder_file.exists()
+    segmentation = spawning.predict(planned, tmp_path, 0, 1, processes=1)
     assert segmentation.shape == SHAPE
     # never the ignore label
     assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}
 
 
-def test_exported_model_predicts_the_same_elsewhere(workplace, planned, fold_1, interrupted, tmp_path):
+def test_exported_model_predicts_the_same_elsewhere(workplace, spawning, planned, fold_1, interrupted, tmp_path):
     model = ["-d", planned.dataset_id, "-c", "3d_fullres", "-p", planned.plans_name, "-tr", planned.trainer]
-    workplace.run("nnUNetv2_export_model_to_zip", *model, "-f", 1, "-o", tmp_path / "model.zip")
+    spawning.run("nnUNetv2_export_model_to_zip", *model, "-f", 1, "-o", tmp_path / "model.zip")
     # another machine: it has the archive and new images, and neither data, plans nor encoder
     folders = make_folders(tmp_path / "elsewhere")
     elsewhere = replace(workplace, environment={**workplace.environment, **folders.environment})
-    elsewhere.run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
+    replace(elsewhere, spawned=True).run("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip")
     assert not workplace.encoder_file.exists()
     assert [p.name for p in folders.results.iterdir()] == [planned.dataset_name]
 
@@ -131,7 +128,8 @@ def test_exported_model_predicts_the_same_elsewhere(workplace, planned, fold_1, 
 
 
 def test_regions_from_scratch_on_all_cases(tmp_path):
-    workplace = make_workplace(tmp_path / "nnunet")
+    # in processes of its own
+    workplace = replace(make_workplace(tmp_path / "nnunet"), spawned=True)
     regions = {"background": 0, "whole": [ORGAN, LESION], "lesion": LESION}
     order = {"regions_class_order": [ORGAN, LESION]}
     name = make_dataset(workplace.folders, 2, cases=2, shape=SHAPE, labels=regions, extra_json=order)

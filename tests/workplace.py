@@ -1,11 +1,10 @@
-"""A place to run console scripts in: nnU-Net's folders, its variables, one process per script."""
+"""A place to run console scripts in: nnU-Net's folders and its variables."""
 
 import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -30,30 +29,21 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Workplace:
-    """nnU-Net's folders and the environment of its commands."""
+    """nnU-Net's folders and the environment of its commands.
+
+    Args:
+        spawned: each command is a new process, as a user starts it; else a child of a server that has imported nnU-Net.
+    """
 
     folders: Folders
     environment: dict[str, str]
     encoder_file: Path
-
-    def start(self, script: str, *arguments: object) -> subprocess.Popen:
-        """A console script in the background, in a process group of its own."""
-        command = [str(Path(sys.executable).parent / script), *map(str, arguments)]
-        return subprocess.Popen(
-            command,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
-            start_new_session=True,
-        )
+    spawned: bool = False
 
     def run(self, script: str, *arguments: object, fails: bool = False) -> str:
         """What a console script said; it must succeed, or fail when `fails`."""
-        process = self.start(script, *arguments)
-        said, _ = process.communicate(timeout=300)
-        assert (process.returncode != 0) == fails, f"{script} {arguments} → {process.returncode}\n{said[-4000:]}"
-        return said
+        start = forked.spawn if self.spawned else forked.Process
+        return forked.run([script, *arguments], self.environment, start=start, fails=fails)
 
     def preprocess(self, planned: PlannedFinetuning) -> None:
         """The first of the printed commands, as it was printed."""

@@ -2,15 +2,20 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import forked
 import pytest
 from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
 from nnunetv2_hiendmae.cli import main
+from nnunetv2_hiendmae.demo import process
 from nnunetv2_hiendmae.demo.budget import METHODS
+from nnunetv2_hiendmae.demo.datasets import find_data
 from nnunetv2_hiendmae.demo.process import Runner, console_script
 from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE
@@ -34,8 +39,26 @@ VIEWS = {
 }  # fmt: skip
 
 
+def fork_commands(monkeypatch) -> None:
+    """From here on the demo's commands are forked; what each takes of memory is said to be what this process took."""
+    started = {}
+
+    def start(command, stdout, **options):
+        child = forked.Process(command, stdout=stdout, **options)
+        started[child.pid] = child, stdout.name
+        return child
+
+    def wait4(pid, _):
+        code = forked.wait(*started[pid])
+        return pid, code << 8 if code >= 0 else -code, resource.getrusage(resource.RUSAGE_SELF)
+
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=start, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(process.os, "wait4", wait4)
+
+
 @pytest.mark.slow
-def test_demo_of_all_methods_from_end_to_end(tmp_path):
+def test_demo_of_all_methods_from_end_to_end(tmp_path, monkeypatch):
+    fork_commands(monkeypatch)
     output, said = tmp_path / "demo", []
     results = run_demo(output, methods=METHODS, num_processes=1, say=said.append, **SMALLEST)
 
@@ -69,6 +92,14 @@ def test_demo_of_all_methods_from_end_to_end(tmp_path):
 
     with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
         run_demo(output)
+
+    # nnU-Net's evaluation says the same in a process of its own
+    predictions, labels = output / "predictions" / "scratch", find_data(None).finetuning / "labelsTs"
+    summary = (predictions / "summary.json").read_text()
+    (predictions / "summary.json").unlink()
+    files = ["-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json"]
+    forked.run(["nnUNetv2_evaluate_folder", labels, predictions, *files, "-np", 1], os.environ, start=forked.spawn)
+    assert (predictions / "summary.json").read_text() == summary
 
 
 @pytest.mark.slow
@@ -177,10 +208,11 @@ def test_unknown_method(tmp_path):
 
 
 @pytest.mark.slow
-def test_failing_phase_names_its_log(tmp_path):
+def test_failing_phase_names_its_log(tmp_path, monkeypatch):
     runner = Runner(tmp_path / "logs", dict(os.environ), say=lambda _: None)
     with pytest.raises(UserError, match=r"phase 'look'.*encoder\.safetensors.*01_look\.log"):
         runner.ours("look", "inspect", tmp_path / "encoder.safetensors")
+    fork_commands(monkeypatch)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: nnUNetv2_train.*01_train\.log.*required"):
         runner.stock("train", "nnUNetv2_train")
     assert not runner.phases

@@ -11,7 +11,6 @@ import pytest
 import SimpleITK as sitk
 from filelock import FileLock
 from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
@@ -71,22 +70,10 @@ def tree(root):
     return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-@pytest.fixture
-def few_samples(monkeypatch):
-    """nnU-Net's extractor draws 10^8 voxels whatever the dataset: too many for a test."""
-    original = DatasetFingerprintExtractor.__init__
-
-    def patched(self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        self.num_foreground_voxels_for_intensitystats = 10000
-
-    monkeypatch.setattr(DatasetFingerprintExtractor, "__init__", patched)
-
-
 # ---- what comes out
 
 
-def test_a_label_free_fingerprint_gives_way_once_there_are_labels(nnunet, few_samples):
+def test_a_label_free_fingerprint_gives_way_once_there_are_labels(nnunet):
     """Stock commands would otherwise plan supervised training with statistics of whole bodies."""
     name = make(nnunet)
     run(1)
@@ -151,7 +138,7 @@ def test_body_mask_is_never_empty():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", [("CT",), ("T1", "T2")])
-def test_labels_change_nothing(nnunet, few_samples, channels):
+def test_labels_change_nothing(nnunet, channels):
     one, other = (
         make(nnunet, i, channels=channels, with_labels=labelled, name=n)
         for i, labelled, n in ((1, False, "Without"), (2, True, "With"))
@@ -191,7 +178,7 @@ def test_labels_for_some_cases_are_not_used(nnunet):
 
 
 @pytest.mark.slow
-def test_broken_label_does_not_stop_pretraining(nnunet, few_samples, caplog):
+def test_broken_label_does_not_stop_pretraining(nnunet, caplog):
     name = make(nnunet, with_labels=True)
     (nnunet.raw / name / "labelsTr" / "case_001.nii.gz").write_bytes(b"")
     assert run(1).done == 2

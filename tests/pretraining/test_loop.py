@@ -2,17 +2,17 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_preprocessed
+from stopped import run_and_kill
 
 from nnunetv2_hiendmae import load_encoder
 from nnunetv2_hiendmae.errors import UserError
@@ -30,7 +30,6 @@ PICTURES = {
     "mae3d": ["crop"],
 }
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
-CLI = [sys.executable, "-W", "ignore", "-m", "nnunetv2_hiendmae.cli"]
 methods = pytest.mark.parametrize("method", list(METHODS))
 
 
@@ -133,7 +132,7 @@ def free_port() -> str:
 def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, shapes):
     """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1)."""
     one = tmp_path / "one"
-    subprocess.run([*CLI, *cli_arguments(method, one)], env=environment(nnunet), check=True)
+    forked.run(["hiendmae", *cli_arguments(method, one)], environment(nnunet))
     two = tmp_path / "two"
     launcher = [
         sys.executable,
@@ -157,20 +156,13 @@ def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, sh
 def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnunet, tmp_path, method):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     long = ("--epochs", "8", "--steps-per-epoch", "6")
-    subprocess.run([*CLI, *cli_arguments(method, undisturbed, *long)], env=environment(nnunet), check=True)
-    process = subprocess.Popen([*CLI, *cli_arguments(method, killed, *long)], env=environment(nnunet))
-    deadline = time.monotonic() + 120
+    forked.run(["hiendmae", *cli_arguments(method, undisturbed, *long)], environment(nnunet))
     # between checkpoints: after the first one, with some steps of the next epoch done
-    while process.poll() is None and time.monotonic() < deadline:
-        steps = len((killed / "log.jsonl").read_text().splitlines()) if (killed / "log.jsonl").exists() else 0
-        if (killed / CHECKPOINT).exists() and steps >= 8:
-            break
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
-    assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] < 48
-    subprocess.run([*CLI, *cli_arguments(method, killed, *long, "--c")], env=environment(nnunet), check=True)
+    steps = "nnunetv2_hiendmae.pretraining.runlog:RunLog.step"
+    run_and_kill(steps, 8, ["hiendmae", *cli_arguments(method, killed, *long)], environment(nnunet))
+    assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == 6 < len(read_log(killed)) < 48
+    continued = ["hiendmae", *cli_arguments(method, killed, *long, "--c")]
+    forked.run(continued, environment(nnunet), start=forked.spawn)
     assert (killed / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
     without_speed = [[{**line, "samples_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
     assert without_speed[0] == without_speed[1]
