@@ -13,7 +13,7 @@ import torch
 from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
-from nnunetv2_hiendmae.trainers.schedule import learning_rate
+from nnunetv2_hiendmae.trainers.trainers import learning_rate
 
 pytestmark = pytest.mark.slow
 
