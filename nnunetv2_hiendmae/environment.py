@@ -10,7 +10,7 @@ EXT_TRAINER_VARIABLE = "nnUNet_extTrainer"
 
 
 def discovery_folder() -> Path:
-    """The one folder that nnU-Net's trainer search may look into (see DESIGN: never the package root)."""
+    """The one folder that nnU-Net's trainer search may look into (it imports all it finds: never the package root)."""
     return Path(__file__).parent / "_discovery"
 
 

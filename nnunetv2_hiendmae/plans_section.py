@@ -1,6 +1,6 @@
 """The one key that we add to nnU-Net's plans: written when planning, read by the trainers."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 PLANS_KEY = "hiendmae"
@@ -70,16 +70,9 @@ class PlansSection:
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     citations: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form."""
-        data = asdict(self)
-        data["citations"] = list(self.citations)
-        data["recipe"]["betas"] = list(self.recipe.betas)
-        return data
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "PlansSection":
-        """Inverse of `to_dict`.
+        """From what plans hold.
 
         Raises:
             ValueError: unknown fields or values out of range.

@@ -20,7 +20,7 @@ ALLOWED = {
     "errors": set(),
     "environment": {"errors"},
     "files": {"errors"},
-    "options": {"errors"},
+    "options": {"errors", "plans_section"},
     "volume_format": set(),
     "plans_section": set(),
     "recipes": {"plans_section", "volume_format"},

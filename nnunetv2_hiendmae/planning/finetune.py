@@ -1,31 +1,55 @@
 """From an encoder file and a dataset to plans for fine-tuning, and the stock commands that follow."""
 
+import logging
 import shlex
-from collections.abc import Set
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.configuration import default_num_processes
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
+from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.environment import dataset_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.options.plan import PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
-    channel_names,
+    RawDataset,
     check_labels,
-    ensure_labelled_fingerprint,
-    raw_dataset_json,
+    extract_fingerprint,
+    is_ct,
+    normalization_scheme,
+    read_fingerprint,
+    read_raw_dataset,
 )
-from nnunetv2_hiendmae.planning.fitting import check_channels, finetuning_spec, fit_volume
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION, check_plans_name, write_plans
+from nnunetv2_hiendmae.planning.plans import CONFIGURATION, check_plans_name, make_plans, save_plans
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, read_metadata
 
 WARMUP_FRACTION = 0.1
+# nnU-Net's readers that turn every image to RAS; the second reads what the first does not
+REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+NNUNETS_CHOICE = "auto"
+# where a value comes from, in the messages
+_GIVEN, _FILE, _DATASET = "given", "from the encoder file", "from the dataset"
+_NNUNETS_RULE = "by nnU-Net's rule"
+# how options of the recipe are told
+_TOLD = {
+    "batch_size": "batch size {batch_size}",
+    "decoder_width": "decoder width {decoder_width}",
+    "drop_path_rate": "drop path {drop_path_rate:g}",
+    "epochs": "{epochs} epochs of {iterations_per_epoch} iterations",
+    "warmup_epochs": "{warmup_epochs} epochs of warm-up",
+    "lr": "lr {lr:g}",
+    "weight_decay": "weight decay {weight_decay:g}",
+    "layer_decay": "layer decay {layer_decay:g}",
+    "grad_clip": "gradients clipped to {grad_clip:g}",
+}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,84 +72,42 @@ class PlannedFinetuning:
 
 
 def plan_finetuning(
-    dataset: str,
-    encoder_file: Path,
-    *,
-    plans_name: str | None = None,
-    from_scratch: bool = False,
-    epochs: int | None = None,
-    warmup_epochs: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    batch_size: int | None = None,
-    patch_size: tuple[int, int, int] | None = None,
-    spacing_mm: tuple[float, float, float] | None = None,
-    window_hu: tuple[float, float] | None = None,
-    reader: str | None = None,
-    iterations_per_epoch: int | None = None,
-    val_iterations_per_epoch: int | None = None,
-    decoder_width: int | None = None,
-    drop_path_rate: float | None = None,
-    freeze_encoder: bool = False,
-    layer_decay: float | None = None,
-    grad_clip: float | None = None,
-    num_processes: int = default_num_processes,
+    dataset: str | int, encoder_file: str | Path, options: PlanOptions | None = None, **changes: Any
 ) -> PlannedFinetuning:
     """Writes plans for fine-tuning an encoder, or for training its architecture from scratch.
 
-    What is None comes from the encoder file (architecture, spacing, window, reader) or from its method's recipe;
-    warm-up is a tenth of `epochs` when only those are given. Runs nnU-Net's own fingerprint extraction where
-    there is no fingerprint, or one made without labels.
+    What the options leave open comes from the encoder file (architecture, spacing, window, reader) or from its
+    method's recipe; warm-up is a tenth of `epochs` when only those are given. A window is ignored, with a warning,
+    where no channel is CT. Plans with a frozen encoder get a name of their own. Runs nnU-Net's own fingerprint
+    extraction where there is no fingerprint, or one made without labels.
 
     Args:
         dataset: id or full name; needs labels.
         encoder_file: its architecture is used; its weights unless `from_scratch`.
-        patch_size, spacing_mm: (D, H, W) in voxels and mm.
-        window_hu: (lo, hi); ignored, with a warning, where no channel is CT.
-        reader: nnU-Net reader, "auto": nnU-Net's choice.
-        freeze_encoder: train the decoder alone; the plans get a name of their own.
-        layer_decay: factor of the learning rate per encoder layer below the top.
-        num_processes: for the fingerprint, and in the printed preprocessing command.
+        changes: fields of `PlanOptions` that differ from `options`.
 
     Raises:
         UserError: the dataset, the file or a value does not fit; nothing was written then.
     """
-    given = {name for name, value in locals().items() if value is not None and value is not False}
-    name = dataset_name(dataset)
-    dataset_json = raw_dataset_json(name)
-    metadata = _known_metadata(encoder_file)
-    method = None if from_scratch else metadata.method
-    recipe = RECIPES[metadata.method]
-    if from_scratch and freeze_encoder:
-        raise UserError("a frozen encoder needs weights, got --from-scratch and --freeze-encoder; leave one out")
-    default_name = TRAINERS[method].replace("nnUNetTrainer", "nnUNetPlans") + ("_frozen" if freeze_encoder else "")
-    plans_name = plans_name or default_name
-    check_plans_name(name, plans_name)
-    check_labels(name, dataset_json)
-
-    batch_size = recipe.batch_size if batch_size is None else batch_size
-    decoder_width = recipe.decoder_width if decoder_width is None else decoder_width
-    if min(batch_size, decoder_width, num_processes) < 1:
-        raise UserError(
-            f"batch size {batch_size}, decoder width {decoder_width} and {num_processes} processes must be at least 1"
-        )
-    channels = channel_names(dataset_json)
+    options = replace(options or PlanOptions(), **changes)
+    if options.epochs is not None and options.warmup_epochs is None:
+        options = replace(options, warmup_epochs=int(WARMUP_FRACTION * options.epochs))
+    raw = read_raw_dataset(dataset_name(dataset))
+    metadata = _known_metadata(Path(encoder_file))
+    method = None if options.from_scratch else metadata.method
+    trainer, recipe = TRAINERS[method], RECIPES[metadata.method]
+    frozen = "_frozen" if options.freeze_encoder else ""
+    plans_name = options.plans_name or trainer.replace("nnUNetTrainer", "nnUNetPlans") + frozen
+    check_plans_name(raw.name, plans_name)
+    check_labels(raw)
+    given = {k: v for k, v in asdict(options).items() if v is not None and v is not False}
+    frozen_lr = {"lr": recipe.frozen_lr} if options.freeze_encoder and recipe.frozen_lr is not None else {}
+    values = {**asdict(recipe), **asdict(recipe.finetune), **frozen_lr, **given}
     try:
-        spec = finetuning_spec(metadata.spec, recipe, len(channels), patch_size, drop_path_rate)
-        check_channels(metadata, channels)
-        volume = fit_volume(metadata, dataset_json, spacing_mm, window_hu, reader)
-        finetune = _recipe(
-            recipe.finetune,
-            epochs=epochs,
-            warmup_epochs=warmup_epochs,
-            lr=recipe.frozen_lr if freeze_encoder and lr is None else lr,
-            weight_decay=weight_decay,
-            iterations_per_epoch=iterations_per_epoch,
-            val_iterations_per_epoch=val_iterations_per_epoch,
-            grad_clip=grad_clip,
-            freeze_encoder=freeze_encoder,
-            layer_decay=layer_decay,
-        )
+        spec = _finetuning_spec(metadata.spec, raw.channels, values)
+        _check_channels(metadata, raw.channels)
+        volume = _fit_volume(metadata.volume, raw, options)
+        finetune = FinetuneRecipe(**{f.name: values[f.name] for f in fields(FinetuneRecipe)})
     except ValueError as e:
         raise UserError(f"{e}; change it and run hiendmae plan again") from e
     section = PlansSection(recipe=finetune)
@@ -133,15 +115,15 @@ def plan_finetuning(
         file = Path(encoder_file).resolve()
         section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
 
-    ensure_labelled_fingerprint(name, num_processes)
-    path = write_plans(
-        name, plans_name, spec, volume, decoder_width=decoder_width, batch_size=batch_size, section=section
-    )
-    chosen = {"batch_size": batch_size, "decoder_width": decoder_width}
-    messages = _messages(section, spec, volume, metadata, channels, metadata.method, chosen, given)
-    number = int(name[7:10])
-    commands = _next_commands(number, name, plans_name, TRAINERS[method], num_processes)
-    return PlannedFinetuning(path, plans_name, number, name, TRAINERS[method], messages, commands)
+    if read_fingerprint(raw.name, with_labels=True) is None:
+        logger.info("extracting the fingerprint of %s", raw.name)
+        extract_fingerprint(raw.name, options.num_processes)
+    width, batch = values["decoder_width"], values["batch_size"]
+    path = save_plans(make_plans(raw, plans_name, spec, volume, decoder_width=width, batch_size=batch, section=section))
+    messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
+    number = int(raw.name[7:10])
+    commands = _next_commands(raw, number, plans_name, trainer, options.num_processes)
+    return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, commands)
 
 
 def _known_metadata(encoder_file: Path) -> EncoderMetadata:
@@ -154,10 +136,114 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
     return metadata
 
 
-def _recipe(base: FinetuneRecipe, **given: Any) -> FinetuneRecipe:
-    if given["epochs"] is not None and given["warmup_epochs"] is None:
-        given["warmup_epochs"] = int(WARMUP_FRACTION * given["epochs"])
-    return replace(base, **{k: v for k, v in given.items() if v is not None})
+def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dict[str, Any]) -> EncoderSpec:
+    """The encoder of the segmentation network: no CLS, trainable positions, the dataset's channels and crop; that of
+    the file within the recipe's limit, where none is given.
+
+    Raises:
+        ValueError: channels or crop do not fit.
+    """
+    if source.in_channels not in (1, len(channels)):
+        raise ValueError(
+            f"the encoder has {source.in_channels} input channels, the dataset {len(channels)}: only 1 can be spread"
+        )
+    limits = zip(source.img_size, values["crop_limit"] or source.img_size, source.patch_size, strict=True)
+    own = tuple(min(size, max(p, most // p * p)) for size, most, p in limits)
+    size = tuple(values.get("patch_size", own))
+    if len(size) != 3:
+        raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
+    encoder = ENCODERS[source.kind]
+    step = tuple(p * encoder.tokens_per_step for p in source.patch_size)
+    fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
+    if size != fitting:
+        raise ValueError(f"patch size {size}: each axis must be a multiple of {step} for this encoder, e.g. {fitting}")
+    if size == step:
+        raise ValueError(f"patch size {size} is the smallest step of this encoder, needed at least two; make it larger")
+    return source.with_(
+        cls_token=False,
+        pos_embed="learned",
+        in_channels=len(channels),
+        img_size=size,
+        drop_path_rate=values["drop_path_rate"],
+        **encoder.finetuning,
+    )
+
+
+def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
+    """Several channels must be those of pretraining; one may be spread over others, with a warning.
+
+    Raises:
+        ValueError: several channels, and other ones.
+    """
+    seen = metadata.volume.channel_names
+    if len(seen) > 1 and [n.casefold() for n in seen] != [n.casefold() for n in names]:
+        raise ValueError(
+            f"the encoder was trained on the channels {', '.join(seen)}, the dataset has {', '.join(names)}: needed "
+            "the same, in the same order"
+        )
+    if metadata.spec.in_channels == 1 and len(names) > 1:
+        logger.warning(
+            "the encoder saw one channel, the dataset has %d: its kernel is spread over them, each gets 1/%d of it",
+            len(names),
+            len(names),
+        )
+    schemes = metadata.volume.normalization_schemes
+    others = [n for n in names if normalization_scheme(n) not in schemes]
+    if others and schemes:
+        known = ", ".join(seen or sorted(set(schemes)))
+        logger.warning("%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), known)
+
+
+def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> VolumeFormat:
+    """How the dataset's volumes become arrays: as in pretraining where the dataset allows it.
+
+    Raises:
+        ValueError: a value is out of range, or the given reader cannot read the dataset.
+    """
+    reader = _fit_reader(seen, raw.dataset_json, options.reader)
+    volume = replace(seen.overridden(options.spacing_mm, options.window_hu), image_reader_writer=reader)
+    if any(map(is_ct, raw.channels)):
+        return volume
+    if volume.window_hu is not None:
+        logger.warning("no channel of %s is CT: the window is ignored, nnU-Net's normalisation is used", raw.channels)
+    return replace(volume, window_hu=None)
+
+
+def _fit_reader(seen: VolumeFormat, dataset_json: dict[str, Any], given: str | None) -> str | None:
+    """Name of the reader; None: nnU-Net's choice."""
+    ending, wanted = dataset_json["file_ending"].lower(), seen.image_reader_writer
+    if given == NNUNETS_CHOICE or (given is None and wanted is None):
+        return None
+    if given is not None:
+        if not _reads(given, ending):
+            raise ValueError(f"reader {given} is none of nnU-Net's, or cannot read {ending}")
+        return given
+    own = dataset_json.get("overwrite_image_reader_writer", "None")
+    if own not in ("None", wanted):
+        logger.warning(
+            "dataset.json asks for the reader %s, the encoder was trained with %s (orientation: %s): the dataset's is "
+            "used, check that it gives the same orientation, or give --reader %s",
+            own,
+            wanted,
+            seen.orientation,
+            wanted,
+        )
+        return None
+    for name in (wanted, *(REORIENTING_READERS if wanted in REORIENTING_READERS else ())):
+        if _reads(name, ending):
+            return name
+    logger.warning(
+        "%s cannot read %s: nnU-Net's own reader is used, check that the orientation is the same as in pretraining",
+        wanted,
+        ending,
+    )
+    return None
+
+
+def _reads(reader: str, file_ending: str) -> bool:
+    with suppress(RuntimeError):
+        return file_ending in recursive_find_reader_writer_by_name(reader).supported_file_endings
+    return False
 
 
 def _messages(
@@ -166,45 +252,35 @@ def _messages(
     volume: VolumeFormat,
     metadata: EncoderMetadata,
     channels: tuple[str, ...],
-    method: str,
-    chosen: dict[str, Any],
-    given: Set[str],
+    values: dict[str, Any],
+    given: dict[str, Any],
 ) -> tuple[str, ...]:
     """One line per origin: what was given, what the file said, what the dataset, what the recipe."""
-    file, dataset, recipe = "from the encoder file", "from the dataset", f"from the recipe of {method}"
-    settings = section.recipe
+    recipe, seen = f"from the recipe of {metadata.method}", metadata.volume
     weights = f"weights of {section.encoder_file}" if section.encoder_file else "the architecture only, no weights"
-    encoder = f"{weights} ({spec.kind}, {spec.depth} blocks of width {spec.embed_dim})"
-    window = f"window {volume.window_hu} HU" if volume.window_hu else "intensities by nnU-Net's rule"
-    spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else "spacing by nnU-Net's rule"
-    reader = f"reader {volume.image_reader_writer}" if volume.image_reader_writer else "reader by nnU-Net's rule"
-    reader_of_file = volume.image_reader_writer and volume.image_reader_writer == metadata.volume.image_reader_writer
+    window = f"window {volume.window_hu} HU" if volume.window_hu else f"intensities {_NNUNETS_RULE}"
+    spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else f"spacing {_NNUNETS_RULE}"
+    reader, of_file = volume.image_reader_writer, seen.image_reader_writer or ""
+    # option, where it comes from unless it was given, what it is
     facts = [
-        ("encoder", file, encoder),
-        ("patch_size", file if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
-        ("spacing_mm", file if metadata.volume.spacing_mm else dataset, spacing),
-        ("window_hu" if volume.window_hu else "", file if volume.window_hu else dataset, window),
-        ("reader", file if reader_of_file else dataset, reader),
-        ("channels", dataset, f"channels {', '.join(channels)}"),
-        *((name, recipe, f"{name.replace('_', ' ')} {value}") for name, value in chosen.items()),
-        ("drop_path_rate", recipe, f"drop path {spec.drop_path_rate:g}"),
-        ("epochs", recipe, f"{settings.epochs} epochs of {settings.iterations_per_epoch} iterations"),
-        ("warmup_epochs", "given" if "epochs" in given else recipe, f"{settings.warmup_epochs} epochs of warm-up"),
-        ("lr", recipe, f"lr {settings.lr:g}"),
-        ("weight_decay", recipe, f"weight decay {settings.weight_decay:g}"),
-        ("layer_decay", recipe, f"layer decay {settings.layer_decay:g}"),
-        ("grad_clip", recipe, f"gradients clipped to {settings.grad_clip:g}"),
+        ("encoder", _FILE, f"{weights} ({spec.kind}, {spec.depth} blocks of width {spec.embed_dim})"),
+        ("patch_size", _FILE if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
+        ("spacing_mm", _FILE if seen.spacing_mm else _DATASET, spacing),
+        ("window_hu" if volume.window_hu else "", _FILE if volume.window_hu else _DATASET, window),
+        ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader or _NNUNETS_RULE}"),
+        ("channels", _DATASET, f"channels {', '.join(channels)}"),
+        *((option, recipe, text.format(**values)) for option, text in _TOLD.items()),
     ]
-    if settings.freeze_encoder:
-        facts.append(("freeze_encoder", recipe, "encoder frozen"))
-    told = {"given": [], file: [], dataset: [], recipe: []}
-    for name, origin, text in facts:
-        told["given" if name in given else origin].append(text)
+    if section.recipe.freeze_encoder:
+        facts.append(("freeze_encoder", _GIVEN, "encoder frozen"))
+    told = {_GIVEN: [], _FILE: [], _DATASET: [], recipe: []}
+    for option, origin, text in facts:
+        told[_GIVEN if option in given else origin].append(text)
     return tuple(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items() if texts)
 
 
-def _next_commands(number: int, name: str, plans_name: str, trainer: str, num_processes: int) -> tuple[str, ...]:
-    images = nnunet_folder("nnUNet_raw") / name / "imagesTs"
+def _next_commands(raw: RawDataset, number: int, plans_name: str, trainer: str, num_processes: int) -> tuple[str, ...]:
+    images = raw.folder / "imagesTs"
     source = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER"
     return (
         f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION} -np {num_processes}",

@@ -1,16 +1,14 @@
-"""The training images of a raw dataset, what makes one of them unusable, and work on all of them at once."""
+"""What makes a training image unusable, and work on all of them at once."""
 
 import io
 import logging
 import multiprocessing
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from copy import deepcopy
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,106 +16,21 @@ import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.environment import nnunet_folder
-from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.planning.dataset import channel_names, raw_dataset_json
+from nnunetv2_hiendmae.errors import UserError, some
 
 logger = logging.getLogger(__name__)
 
+# dataset, case
+Key = tuple[str, str]
 # dataset, case, reason
 BrokenCase = tuple[str, str, str]
-Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
 class BrokenCaseError(Exception):
     """One case cannot be used; the message is the reason, in one line. The others go on."""
-
-
-@dataclass(frozen=True)
-class RawDataset:
-    """Training images of `$nnUNet_raw/<name>`; imagesTs is never looked at.
-
-    Args:
-        dataset_json: with `labels` (background only) and `numTraining` filled in where the file lacks them.
-        cases: image files of every case, one per channel.
-        labelled: every case has a label file.
-    """
-
-    name: str
-    dataset_json: dict[str, Any]
-    cases: dict[str, tuple[str, ...]]
-    labelled: bool
-
-    @property
-    def channels(self) -> tuple[str, ...]:
-        """Channel names in order."""
-        return channel_names(self.dataset_json)
-
-    def reader(self) -> type[BaseReaderWriter]:
-        """nnU-Net's reader for these files: the one that reads the first readable image.
-
-        Raises:
-            UserError: nnU-Net has no reader for the file ending.
-        """
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            for images in self.cases.values():
-                try:
-                    return determine_reader_writer_from_dataset_json(self.dataset_json, images[0], verbose=False)
-                except (RuntimeError, IndexError):
-                    continue
-            try:
-                # nothing is readable: let every case be named with its own reason
-                return determine_reader_writer_from_dataset_json(self.dataset_json, verbose=False)
-            except RuntimeError as e:
-                raise UserError(
-                    f"nnU-Net has no reader for '{self.dataset_json['file_ending']}' files ({self.name}); "
-                    f"check file_ending in its dataset.json"
-                ) from e
-
-
-def read_raw_dataset(name: str) -> RawDataset:
-    """Lists a raw dataset; reads no image.
-
-    Raises:
-        UserError: dataset.json is missing or incomplete, or there are no training images.
-    """
-    folder = nnunet_folder("nnUNet_raw") / name
-    dataset_json = raw_dataset_json(name)
-    # nnU-Net changes what it is given
-    listing = deepcopy(dataset_json)
-    try:
-        found = get_filenames_of_train_images_and_targets(str(folder), listing)
-    except FileNotFoundError as e:
-        raise UserError(f"{name} has no training images ({e}); put CASE_0000 files into imagesTr") from e
-    except KeyError as e:
-        raise UserError(
-            f'an entry under "dataset" in {folder / "dataset.json"} has no {e}; nnU-Net needs "images" and "label", '
-            f'where there is no label write "label": ""'
-        ) from e
-    if not found:
-        raise UserError(
-            f"{folder / 'imagesTr'} holds no '{dataset_json['file_ending']}' files; check file_ending in dataset.json"
-        )
-    return RawDataset(
-        name,
-        {"labels": {"background": 0}, "numTraining": len(found), **dataset_json},
-        {str(case): _images(folder, str(case), files["images"], listing) for case, files in found.items()},
-        all(Path(files["label"]).is_file() for files in found.values()),
-    )
-
-
-def _images(folder: Path, case: str, found: list[str], dataset_json: dict[str, Any]) -> tuple[str, ...]:
-    if "dataset" in dataset_json:
-        return tuple(found)
-    # found by pattern: with 0000 and 0002 there, 0002 would pass for the second channel
-    ending = dataset_json["file_ending"]
-    return tuple(str(folder / "imagesTr" / f"{case}_{i:04d}{ending}") for i in range(len(found)))
 
 
 def check_files(images: Sequence[str]) -> None:
@@ -197,28 +110,26 @@ def naming_reason() -> Iterator[None]:
 
 
 def map_cases(
-    task: Callable[[Job], Result],
-    jobs: Mapping[tuple[str, str], Job],
-    num_processes: int,
-    title: str,
-) -> tuple[dict[tuple[str, str], Result], list[BrokenCase]]:
-    """Runs `task` on every job, keyed by (dataset, case), in spawned processes (in this one if `num_processes` is 1).
+    jobs: Mapping[Key, Callable[[], Result]], num_processes: int, title: str
+) -> tuple[dict[Key, Result], list[BrokenCase]]:
+    """Does every job, in spawned processes (in this one if `num_processes` is 1).
 
     Returns:
-        Results in the order of `jobs`, and the cases whose task raised BrokenCaseError.
+        Results in the order of `jobs`, and the cases whose job raised BrokenCaseError.
 
     Raises:
-        UserError: a task raised it, or a process was killed.
+        UserError: a job raised it, or a process was killed.
     """
-    results: dict[tuple[str, str], Result] = {}
-    broken: dict[tuple[str, str], str] = {}
-    for key, outcome in _with_progress(_outcomes(task, jobs, num_processes), len(jobs), title):
+    results: dict[Key, Result] = {}
+    broken: list[BrokenCase] = []
+    outcomes = _outcomes(jobs.values(), num_processes)
+    for key, outcome in zip(jobs, _with_progress(outcomes, len(jobs), title), strict=True):
         if isinstance(outcome, BrokenCaseError):
-            broken[key] = str(outcome)
-            logger.warning("%s %s is broken and left out: %s", *key, outcome)
+            broken.append((*key, str(outcome)))
+            logger.warning("%s %s is broken and left out: %s", *broken[-1])
         else:
             results[key] = outcome
-    return {k: results[k] for k in jobs if k in results}, [(*k, broken[k]) for k in jobs if k in broken]
+    return results, broken
 
 
 def refuse_if_nothing_left(dataset: str, broken: Sequence[BrokenCase]) -> None:
@@ -226,31 +137,26 @@ def refuse_if_nothing_left(dataset: str, broken: Sequence[BrokenCase]) -> None:
     Raises:
         UserError: always; names the first broken cases of a dataset of which nothing could be used.
     """
-    told = "; ".join(f"{case} ({reason})" for _, case, reason in broken[:3])
-    more = f"; and {len(broken) - 3} more" if len(broken) > 3 else ""
-    raise UserError(f"all {len(broken)} training images of {dataset} are broken: {told}{more}; replace them")
+    told = some((f"{case} ({reason})" for _, case, reason in broken), separator="; ")
+    raise UserError(f"all {len(broken)} training images of {dataset} are broken: {told}; replace them")
 
 
-def _outcomes(
-    task: Callable[[Job], Result], jobs: Mapping[tuple[str, str], Job], num_processes: int
-) -> Iterator[tuple[tuple[str, str], Result | BrokenCaseError]]:
-    if min(num_processes, len(jobs)) <= 1:
-        for key, job in jobs.items():
-            try:
-                yield key, task(job)
-            except BrokenCaseError as e:
-                yield key, e
+def _outcome(job: Callable[[], Result]) -> Result | BrokenCaseError:
+    try:
+        return job()
+    except BrokenCaseError as e:
+        return e
+
+
+def _outcomes(jobs: Collection[Callable[[], Result]], num_processes: int) -> Iterator[Result | BrokenCaseError]:
+    processes = min(num_processes, len(jobs))
+    if processes <= 1:
+        yield from map(_outcome, jobs)
         return
     # spawn, as nnU-Net does: a forked child may inherit a lock that nobody releases
-    context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(min(num_processes, len(jobs)), mp_context=context)
+    executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     try:
-        keys = {executor.submit(task, job): key for key, job in jobs.items()}
-        for future in as_completed(keys):
-            error = future.exception()
-            if error is not None and not isinstance(error, BrokenCaseError):
-                raise error
-            yield keys.pop(future), error if error is not None else future.result()
+        yield from executor.map(_outcome, jobs)
     except BrokenProcessPool as e:
         raise UserError(
             f"a background process was killed, most likely for want of memory; "

@@ -1,47 +1,53 @@
 """`hiendmae preprocess`: raw images, with or without labels, become the arrays that pretraining reads."""
 
+import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from filelock import FileLock, Timeout
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, is_ct
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION
-from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
+from nnunetv2_hiendmae.files import locked, write_text
+from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
+from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
+from nnunetv2_hiendmae.planning.plans import (
+    CONFIGURATION,
+    array_settings,
+    check_plans_name,
+    data_folder,
+    make_plans,
+    read_plans,
+    save_plans,
+)
 from nnunetv2_hiendmae.preprocessing.cases import (
     BrokenCase,
     BrokenCaseError,
-    RawDataset,
+    Key,
     check_files,
     check_finite,
     check_volume,
     map_cases,
     naming_reason,
-    read_raw_dataset,
     refuse_if_nothing_left,
 )
 from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
-from nnunetv2_hiendmae.preprocessing.plans import (
-    Settings,
-    choose_settings,
-    data_folder,
-    ensure_plans,
-    plans_path,
-)
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
+from nnunetv2_hiendmae.weights import read_metadata
 
+# of the encoder that the plans name, where no file does
+DEFAULT_PRESET = "vit_base_p16"
 # the image comes last: where it stands, the case is finished
 CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
@@ -63,105 +69,100 @@ class PreprocessSummary:
     broken: tuple[BrokenCase, ...]
 
 
-@dataclass(frozen=True)
-class _CaseJob:
-    case: str
-    images: tuple[str, ...]
-    channels: tuple[str, ...]
-    plans: Path
-    folder: Path
-    partial: Path
-
-
 def preprocess_datasets(
-    datasets: Sequence[str | int],
-    *,
-    plans_name: str = PRETRAIN_PLANS,
-    like: str | Path | None = None,
-    spacing_mm: Sequence[float] | None = None,
-    window_hu: Sequence[float] | None = None,
-    num_processes: int = 4,
+    datasets: Sequence[str | int], options: PreprocessOptions | None = None, **changes: Any
 ) -> PreprocessSummary:
     """Fingerprint, plans and preprocessed cases of raw datasets, for pretraining.
 
     Labels are never read into the result: the arrays are the same with and without them. Finished cases are
     skipped, so an interrupted run continues where it stopped. Broken cases are logged, listed and left out.
+    Channels other than CT keep nnU-Net's normalisation.
+
+    Plans are written to `$nnUNet_preprocessed/<dataset>/<plans_name>.json`, cases to the folder
+    `<plans_name>_3d_fullres` beside it, in nnU-Net's format.
 
     Args:
         datasets: ids or names; all get the same settings and need the same channels.
-        plans_name: plans are written to `$nnUNet_preprocessed/<dataset>/<plans_name>.json`, cases to the folder
-            `<plans_name>_3d_fullres` beside it, in nnU-Net's format.
-        like: a method of `planning.recipes.RECIPES` (None: its default) or an encoder file, whose spacing, window
-            and image reader are taken over.
-        spacing_mm: target spacing (D, H, W) in mm; wins over `like`.
-        window_hu: CT window (lo, hi) in HU that becomes [0, 1]; wins over `like`. Channels other than CT keep
-            nnU-Net's normalisation.
-        num_processes: 1 works in this process.
+        changes: fields of `PreprocessOptions` that differ from `options`.
 
     Raises:
         UserError: the datasets or settings cannot be used, settings differ from those of existing data, every
             case of a dataset is broken, or the disk is full.
     """
-    if not datasets or num_processes < 1:
-        raise UserError(f"{len(datasets)} datasets and {num_processes} processes, needed at least one of each")
-    settings = choose_settings(like, spacing_mm, window_hu)
+    options = replace(options or PreprocessOptions(), **changes)
+    if not datasets:
+        raise UserError("0 datasets, needed at least one: -d")
     # a dataset given twice, by id and by name, is one dataset
     raws = [read_raw_dataset(name) for name in dict.fromkeys(dataset_name(d) for d in datasets)]
     channels = _common_channels(raws)
-    _say_what_keeps_nnunets_normalisation(channels, settings.volume)
-    settings = replace(settings, spec=settings.spec.with_(in_channels=len(channels)))
+    spec, recipe = _wanted(options, channels)
     for raw in raws:
-        plans_path(raw.name, plans_name)
+        check_plans_name(raw.name, options.plans_name, for_pretraining=True)
     with ExitStack() as stack:
         for raw in raws:
-            stack.enter_context(_locked(raw.name, plans_name))
-        return _preprocess(raws, plans_name, settings, num_processes, stack)
+            lock = nnunet_folder("nnUNet_preprocessed") / raw.name / f".{options.plans_name}.lock"
+            in_use = f"another process is preprocessing {raw.name} with {options.plans_name}; wait for it to end"
+            stack.enter_context(locked(lock, in_use))
+        return _preprocess(raws, options, spec, recipe, stack)
 
 
 def _preprocess(
-    raws: list[RawDataset], plans_name: str, settings: Settings, num_processes: int, stack: ExitStack
+    raws: list[RawDataset], options: PreprocessOptions, spec: EncoderSpec, recipe: MethodRecipe, stack: ExitStack
 ) -> PreprocessSummary:
+    jobs: dict[Key, Callable[[], None]] = {}
+    finished: set[Key] = set()
     broken: list[BrokenCase] = []
-    jobs: dict[tuple[str, str], _CaseJob] = {}
-    finished: dict[str, int] = {}
     # everything that can be refused is refused before hours of work begin
     for raw in raws:
-        fingerprint, found = ensure_fingerprint(raw, num_processes)
+        fingerprint, found = ensure_fingerprint(raw, options.num_processes)
         broken += found
-        _check_fingerprint(raw, fingerprint, settings.volume)
-        plans = ensure_plans(raw, plans_name, settings)
-        left_out = {case for _, case, _ in found}
+        _refuse_statistics_of_labels(raw, fingerprint, recipe)
+        plans = _ensure_plans(raw, options.plans_name, spec, recipe)
         folder = data_folder(plans)
-        folder.mkdir(exist_ok=True)
-        partial = stack.enter_context(_partial_folder(folder))
+        unfinished = _unfinished_folder(folder, stack)
         for case, images in raw.cases.items():
             if all((folder / f"{case}{end}").is_file() for end in CASE_FILES):
-                finished[raw.name] = finished.get(raw.name, 0) + 1
-            elif case not in left_out:
-                jobs[raw.name, case] = _CaseJob(case, images, raw.channels, plans, folder, partial)
-    skipped = sum(finished.values())
-    if skipped:
-        logger.info("%d cases are finished already", skipped)
-    done, found = map_cases(_preprocess_case, jobs, num_processes, "preprocessing")
+                finished.add((raw.name, case))
+                continue
+            job = partial(_preprocess_case, case, images, raw.channels, plans, folder, unfinished)
+            jobs[raw.name, case] = job
+    if finished:
+        logger.info("%d cases are finished already", len(finished))
+    for name, case, _ in broken:
+        jobs.pop((name, case), None)
+    done, found = map_cases(jobs, options.num_processes, "preprocessing")
     broken += found
     for raw in raws:
-        if not finished.get(raw.name) and not any(name == raw.name for name, _ in done):
+        if raw.name not in {name for name, _ in (*finished, *done)}:
             refuse_if_nothing_left(raw.name, [b for b in broken if b[0] == raw.name])
-    return PreprocessSummary(len(done), skipped, tuple(broken))
+    return PreprocessSummary(len(done), len(finished), tuple(broken))
 
 
 def _common_channels(raws: list[RawDataset]) -> tuple[str, ...]:
     first = raws[0]
-    for raw in raws[1:]:
-        if raw.channels != first.channels:
-            raise UserError(
-                f"{first.name} has the channels {', '.join(first.channels)} and {raw.name} has "
-                f"{', '.join(raw.channels)}, needed the same; preprocess them in separate commands"
-            )
+    for other in (raw for raw in raws if raw.channels != first.channels):
+        raise UserError(
+            f"{first.name} has the channels {', '.join(first.channels)} and {other.name} has "
+            f"{', '.join(other.channels)}, needed the same; preprocess them in separate commands"
+        )
     return first.channels
 
 
-def _say_what_keeps_nnunets_normalisation(channels: tuple[str, ...], volume: VolumeFormat) -> None:
+def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[EncoderSpec, MethodRecipe]:
+    """The encoder that the plans name, and the recipe with the volumes of `like` and what was given over them."""
+    like = DEFAULT_METHOD if options.like is None else str(options.like)
+    if like in RECIPES:
+        spec, recipe = PRESETS[DEFAULT_PRESET], RECIPES[like]
+    elif Path(like).is_file():
+        metadata = read_metadata(Path(like))
+        spec = metadata.spec
+        recipe = replace(RECIPES.get(metadata.method, RECIPES[DEFAULT_METHOD]), volume=metadata.volume)
+    else:
+        raise UserError(f"--like '{like}' is neither a method ({', '.join(RECIPES)}) nor an existing encoder file")
+    try:
+        volume = recipe.volume.overridden(options.spacing_mm, options.window_hu)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{e}; check --spacing and --window") from e
     others = [name for name in channels if not is_ct(name)]
     if volume.window_hu is not None and others:
         logger.warning(
@@ -169,46 +170,47 @@ def _say_what_keeps_nnunets_normalisation(channels: tuple[str, ...], volume: Vol
             *volume.window_hu,
             ", ".join(others),
         )
+    return spec.with_(in_channels=len(channels)), replace(recipe, volume=volume)
 
 
-@contextmanager
-def _locked(name: str, plans_name: str) -> Iterator[None]:
-    folder = nnunet_folder("nnUNet_preprocessed") / name
-    lock = FileLock(folder / f".{plans_name}.lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as e:
-        raise UserError(f"another process is preprocessing {name} with {plans_name}; wait for it to end") from e
-    except OSError as e:
-        raise UserError(f"cannot write to {folder}: {e.strerror or e}; choose a writable nnUNet_preprocessed") from e
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _check_fingerprint(raw: RawDataset, fingerprint: dict[str, Any], volume: VolumeFormat) -> None:
-    if all(shape[0] == 1 for shape in fingerprint["shapes_after_crop"]):
-        raise UserError(f"every image of {raw.name} is a single slice; 2D is not supported, needed 3D volumes")
-    if volume.window_hu is None and not fingerprint.get(LABEL_FREE_KEY) and any(map(is_ct, raw.channels)):
+def _refuse_statistics_of_labels(raw: RawDataset, fingerprint: dict[str, Any], recipe: MethodRecipe) -> None:
+    if recipe.volume.window_hu is None and not fingerprint.get(LABEL_FREE_KEY) and any(map(is_ct, raw.channels)):
         raise UserError(
             f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
             f"pretraining must not see labels; give --window LO HI"
         )
 
 
-@contextmanager
-def _partial_folder(folder: Path) -> Iterator[Path]:
+def _ensure_plans(raw: RawDataset, plans_name: str, spec: EncoderSpec, recipe: MethodRecipe) -> Path:
+    """Existing plans that make the same arrays stay as they are; others are replaced, but never while preprocessed
+    cases depend on them."""
+    path = check_plans_name(raw.name, plans_name, for_pretraining=True)
+    width, batch = recipe.decoder_width, recipe.batch_size
+    plans = make_plans(raw, plans_name, spec, recipe.volume, decoder_width=width, batch_size=batch, section=None)
+    write_text(path.with_name("dataset.json"), json.dumps(raw.dataset_json, indent=4) + "\n")
+    existing = read_plans(path)
+    if existing is None:
+        return save_plans(plans)
+    old, new = array_settings(existing), array_settings(plans)
+    changed = [key for key in new if old[key] != new[key]]
+    if not changed:
+        return path
+    folder = data_folder(path)
+    if any(folder.glob("*.b2nd")):
+        told = ", ".join(f"{key} {old[key]}, now {new[key]}" for key in changed)
+        raise UserError(f"{folder} was made with other settings: {told}; choose another name with -p or delete it")
+    return save_plans(plans)
+
+
+def _unfinished_folder(folder: Path, stack: ExitStack) -> Path:
     """Where cases are written before they are moved to `folder`: nnU-Net allows nothing but cases in there."""
-    partial = folder.with_name(f".{folder.name}.partial")
+    folder.mkdir(exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
     # the lock is ours, so what lies there was left by a process that was killed
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+    return unfinished
 
 
 class _CheckedPreprocessor(DefaultPreprocessor):
@@ -236,25 +238,25 @@ class _CheckedPreprocessor(DefaultPreprocessor):
         return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
 
 
-def _preprocess_case(job: _CaseJob) -> None:
-    plans = PlansManager(str(job.plans))
-    preprocessor = _CheckedPreprocessor(job.channels)
+def _preprocess_case(
+    case: str, images: Sequence[str], channels: tuple[str, ...], plans_file: Path, folder: Path, unfinished: Path
+) -> None:
+    plans = PlansManager(str(plans_file))
+    configuration = plans.get_configuration(CONFIGURATION)
     try:
-        with TemporaryDirectory(dir=job.partial) as temporary:
-            written = Path(temporary) / job.case
+        with TemporaryDirectory(dir=unfinished) as temporary:
+            written = Path(temporary) / case
             # the segmentation is None, always: no label may reach pretraining
-            preprocessor.run_case_save(
-                str(written), list(job.images), None, plans, plans.get_configuration(CONFIGURATION), {}
-            )
+            _CheckedPreprocessor(channels).run_case_save(str(written), list(images), None, plans, configuration, {})
             for end in CASE_FILES:
-                source = written.with_name(f"{job.case}{end}")
+                source = written.with_name(f"{case}{end}")
                 with source.open("rb") as f:
                     os.fsync(f.fileno())
-                source.replace(job.folder / source.name)
+                source.replace(folder / source.name)
     # blosc2 says RuntimeError for every failure to write
     except (OSError, RuntimeError) as e:
-        free = shutil.disk_usage(job.folder).free / 1e9
+        free = shutil.disk_usage(folder).free / 1e9
         raise UserError(
-            f"cannot write {job.case} to {job.folder} ({e}; {free:.1f} GB free): no space left on the disk or not "
+            f"cannot write {case} to {folder} ({e}; {free:.1f} GB free): no space left on the disk or not "
             f"writable; free some and run the same command again"
         ) from e

@@ -8,14 +8,40 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.optim import parameter_groups
+from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import TRAINERS
-from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
 from nnunetv2_hiendmae.weights import load_into
+
+__all__ = sorted(TRAINERS.values())
+
+
+def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int) -> float:
+    """Linear warm-up to `peak` at `warmup_epochs`, then cosine to 0 at `epochs`."""
+    # one epoch late: nnU-Net's epochs are long, the first must not be spent at 0
+    return peak * warmup_cosine(epoch + 1, warmup_epochs + 1, epochs + 1)
+
+
+class WarmupCosine(LRScheduler):
+    """`learning_rate` for every parameter group, times the group's "lr_scale" if it has one: a pure function of the
+    epoch, so that continuing needs no state. nnU-Net calls `step(epoch)` before each epoch."""
+
+    def __init__(self, optimizer: Optimizer, peak: float, epochs: int, warmup_epochs: int):
+        self.peak, self.epochs, self.warmup_epochs = peak, epochs, warmup_epochs
+        super().__init__(optimizer)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Sets the learning rate of `epoch`; None: of the next one."""
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        lr = learning_rate(self.last_epoch, self.peak, self.epochs, self.warmup_epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
 class _ViTTrainer(nnUNetTrainer):
@@ -84,7 +110,12 @@ class _ViTTrainer(nnUNetTrainer):
         groups = parameter_groups(network, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
         if recipe.grad_clip < NNUNET_GRAD_CLIP:
-            optimizer.register_step_pre_hook(_clipping(recipe.grad_clip))
+
+            def clip(*_: Any) -> None:
+                # nnU-Net has unscaled the gradients by now
+                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], recipe.grad_clip)
+
+            optimizer.register_step_pre_hook(clip)
         return optimizer, WarmupCosine(optimizer, recipe.lr, recipe.epochs, recipe.warmup_epochs)
 
     def on_train_start(self):
@@ -136,27 +167,20 @@ class _ViTTrainer(nnUNetTrainer):
         return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
+# one per method: it insists on an encoder that the method pretrained
 class nnUNetTrainer_HiEndMAE(_ViTTrainer):
-    """Fine-tunes an encoder pretrained with Hi-End-MAE."""
-
     method = "hiendmae"
 
 
 class nnUNetTrainer_MiM(_ViTTrainer):
-    """Fine-tunes an encoder pretrained with MiM."""
-
     method = "mim"
 
 
 class nnUNetTrainer_GLMAE(_ViTTrainer):
-    """Fine-tunes an encoder pretrained with GL-MAE."""
-
     method = "glmae"
 
 
 class nnUNetTrainer_MAE3D(_ViTTrainer):
-    """Fine-tunes an encoder pretrained with the plain 3D masked autoencoder."""
-
     method = "mae3d"
 
 
@@ -168,11 +192,3 @@ class nnUNetTrainer_ViTUNETR(_ViTTrainer):
 
 def _described(method: str | None) -> str:
     return "training from scratch" if method is None else f"weights of '{method}'"
-
-
-def _clipping(norm: float):
-    def hook(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        # nnU-Net has unscaled the gradients by now
-        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], norm)
-
-    return hook

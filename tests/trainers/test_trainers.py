@@ -17,7 +17,7 @@ from nnunetv2_hiendmae import trainers
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
 from nnunetv2_hiendmae.planning import plan_finetuning
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
-from nnunetv2_hiendmae.trainers.schedule import learning_rate
+from nnunetv2_hiendmae.trainers.trainers import learning_rate
 
 EPOCHS, WARMUP = 10, 2
 
@@ -179,10 +179,10 @@ def test_continuing_needs_no_file_and_gives_the_same_rate(make, encoder_file, tm
 def test_missing_and_changed_files_stop_the_start(make, encoder_file):
     changed, missing = make(), make()
     encoder_file.write_bytes(encoder_file.read_bytes() + b"\0")
-    with pytest.raises(RuntimeError, match=r"changed since the plans were made; run: hiendmae plan"):
+    with pytest.raises(RuntimeError, match=r"encoder\.safetensors changed .*run: hiendmae plan"):
         changed.on_train_start()
     encoder_file.unlink()
-    with pytest.raises(RuntimeError, match=r"does not exist.*hiendmae plan"):
+    with pytest.raises(RuntimeError, match=r"encoder\.safetensors does not exist.*run: hiendmae plan"):
         missing.on_train_start()
 
 
@@ -271,7 +271,7 @@ def test_wrong_plans_are_refused_before_a_folder_is_made(make, nnunet):
         make(nnUNetTrainer_MAE3D)
     with pytest.raises(RuntimeError, match=r"training from scratch.*use -tr nnUNetTrainer_ViTUNETR"):
         make(nnUNetTrainer_HiEndMAE, section={"method": None, "encoder_file": None})
-    with pytest.raises(RuntimeError, match=r"unknown fields.*surprise"):
+    with pytest.raises(RuntimeError, match=r"'hiendmae'.*'surprise'.*run: hiendmae plan"):
         make(section={"surprise": 1})
     plans = json.loads(next(nnunet.preprocessed.rglob("nnUNetPlans_*.json")).read_text())
     del plans["hiendmae"]
