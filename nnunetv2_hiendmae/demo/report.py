@@ -9,7 +9,7 @@ from typing import Any
 from nnunetv2_hiendmae.demo.datasets import DemoData
 from nnunetv2_hiendmae.demo.results import foreground, predictions_folder
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.inspection.pictures import overlay_picture
+from nnunetv2_hiendmae.inspection.figures import overlay_picture
 
 PICTURES = "pictures"
 OVERLAY = "segmentation.png"
