@@ -19,6 +19,7 @@ from nnunetv2_hiendmae.inspection.figures import draw_planes
 from nnunetv2_hiendmae.inspection.reconstruct import load_run
 from nnunetv2_hiendmae.inspection.volumes import (
     Grid,
+    RawImage,
     known_format,
     preprocess,
     read_image,
@@ -79,12 +80,10 @@ def attention_pictures(
     if cls and not spec.cls_token:
         raise UserError(f"--cls, but the encoder of {encoder_file} has no CLS token; leave --cls out")
     raw = read_image(image, volumes)
-    stored = raw.grid.turned(raw.to_stored)
-    point = _query_point(stored, voxel, point_mm)
+    point = _query_point(raw.grid.turned(raw.to_stored), voxel, point_mm)
     crop, crop_grid, token = _cut(*preprocess(raw, volumes), spec, point)
     rows = _rows(network, crop, blocks, token, cls, seed)
     maps = {name: weights.numpy() for layer, row in rows.items() for name, weights in _by_head(layer, row, heads)}
-
     record = {
         "image": [str(f) for f in image],
         "query": "CLS" if cls else "patch",
@@ -94,13 +93,9 @@ def attention_pictures(
         "maps": {name: _sums(row, spec.num_tokens) for name, row in maps.items()},
     }
     write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
-    shown, window = raw.grid.covered(crop_grid, MARGIN), volumes.window_hu if volumes.is_ct(0) else None
-    for name, row in maps.items():
-        spread = resample(row[-spec.num_tokens :].reshape(spec.grid), crop_grid.resized(spec.grid), raw.grid)
-        write_nifti(output / f"{name}.nii.gz", apply_orientation(spread, raw.to_stored), stored)
-        about = {"shown": shown, "point": point, "window": window, "title": name}
-        draw_planes(output / f"{name}.png", raw.data[0], spread, raw.grid, **about)
-    return [output / f"{name}.png" for name in maps]
+    window = volumes.window_hu if volumes.is_ct(0) else None
+    patches = {name: row[-spec.num_tokens :].reshape(spec.grid) for name, row in maps.items()}
+    return [_write(output / name, weights, raw, crop_grid, point, window) for name, weights in patches.items()]
 
 
 @torch.no_grad()
@@ -265,3 +260,13 @@ def _sums(row: np.ndarray, patches: int) -> dict[str, float]:
     weights = row[-patches:]
     on_cls = float(row[:-patches].sum())
     return {"sum_over_patches": float(weights.sum()), "on_cls": on_cls, "largest": float(weights.max())}
+
+
+def _write(
+    stem: Path, weights: np.ndarray, raw: RawImage, crop: Grid, point: np.ndarray, window: tuple[float, float] | None
+) -> Path:
+    spread = resample(weights, crop.resized(weights.shape), raw.grid)
+    write_nifti(stem.with_suffix(".nii.gz"), apply_orientation(spread, raw.to_stored), raw.grid.turned(raw.to_stored))
+    picture, shown = stem.with_suffix(".png"), raw.grid.covered(crop, MARGIN)
+    draw_planes(picture, raw.data[0], spread, raw.grid, shown=shown, point=point, window=window, title=stem.name)
+    return picture

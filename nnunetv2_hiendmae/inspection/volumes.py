@@ -10,7 +10,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.affines import voxel_sizes
+from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nnunetv2.imageio.reader_writer_registry import (
     determine_reader_writer_from_file_ending,
@@ -210,9 +210,8 @@ def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid
     intensities = {str(c): volumes.ct_statistics for c in range(len(image.data))}
     plans = PlansManager({"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities})
     # the preprocessor adds to what it is given
-    data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        image.data, None, dict(image.properties), plans, configuration, {}
-    )
+    case = image.data, None, dict(image.properties)
+    data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(*case, plans, configuration, {})
     return data, _preprocessed_grid(properties, data.shape[1:])
 
 
@@ -253,11 +252,9 @@ def _reader_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
     if "sitk_stuff" in properties:
         stuff = properties["sitk_stuff"]
         axes = len(stuff["spacing"])
-        affine = np.eye(4)
         # of a 4D file, whose last axis holds the channels, the first three
-        affine[:3, :3] = np.reshape(stuff["direction"], (axes, axes))[:3, :3] * np.array(stuff["spacing"])[:3]
-        affine[:3, 3] = stuff["origin"][:3]
-        affine = LPS_TO_RAS @ affine
+        steps = np.reshape(stuff["direction"], (axes, axes))[:3, :3] * np.array(stuff["spacing"])[:3]
+        affine = LPS_TO_RAS @ from_matvec(steps, stuff["origin"][:3])
     elif "nibabel_stuff" in properties:
         stuff = properties["nibabel_stuff"]
         affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
