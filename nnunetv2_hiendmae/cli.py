@@ -4,44 +4,19 @@ import argparse
 import logging
 import sys
 import warnings
+from importlib import import_module
 from types import ModuleType
 
-from nnunetv2_hiendmae.commands import (
-    attention,
-    classify,
-    compare,
-    convert,
-    demo,
-    doctor,
-    env,
-    inspect,
-    methods,
-    plan,
-    preprocess,
-    presets,
-    pretrain,
-    reconstruct,
-    splits,
-)
 from nnunetv2_hiendmae.errors import UserError
 
-# in the order of the help
+# in the order of the help: what is there, pretraining and fine-tuning, results
+NAMES = (
+    ("env", "doctor", "methods", "presets", "inspect"),
+    ("convert", "preprocess", "pretrain", "plan", "splits"),
+    ("compare", "classify", "reconstruct", "attention", "demo"),
+)
 COMMANDS: dict[str, ModuleType] = {
-    "env": env,
-    "doctor": doctor,
-    "methods": methods,
-    "presets": presets,
-    "inspect": inspect,
-    "convert": convert,
-    "preprocess": preprocess,
-    "pretrain": pretrain,
-    "plan": plan,
-    "splits": splits,
-    "compare": compare,
-    "classify": classify,
-    "reconstruct": reconstruct,
-    "attention": attention,
-    "demo": demo,
+    name: import_module(f"nnunetv2_hiendmae.commands.{name}") for names in NAMES for name in names
 }
 
 
@@ -69,12 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(
-            name,
-            help=command.HELP,
-            description=command.HELP,
-            formatter_class=_HelpFormatter,
-        )
+        sub = commands.add_parser(name, help=command.HELP, description=command.HELP, formatter_class=_HelpFormatter)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from nnunetv2_hiendmae.errors import UserError
+
 HELP = "where in an image the token of one voxel looks: attention of an encoder's or decoder's layers"
 
 
@@ -29,19 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.inspection.attention_maps import Query, attention_pictures
+    from nnunetv2_hiendmae.inspection.attention import attention_pictures
 
-    pictures = attention_pictures(
-        args.image,
-        args.output,
-        Query(args.voxel, args.point, args.cls),
-        encoder_file=args.encoder_file,
-        run_dir=args.run_dir,
-        cross=args.cross,
-        layers=args.layers,
-        heads=args.heads,
-        seed=args.seed,
-    )
+    if (args.encoder_file is None) == (args.run_dir is None):
+        raise UserError("give either an encoder file (-w encoder.safetensors) or the folder of a run, not both or none")
+    asked = {"voxel": args.voxel, "point_mm": args.point, "cls": args.cls, "cross": args.cross}
+    chosen = {"layers": args.layers, "heads": args.heads, "seed": args.seed}
+    pictures = attention_pictures(args.image, args.encoder_file or args.run_dir, args.output, **asked, **chosen)
     print("\n".join(str(p) for p in pictures))
 
 

@@ -4,9 +4,16 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_hiendmae.environment import enable_discovery
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD
 
-DEFAULT_METHOD = "hiendmae"
 HELP = "the whole road on the embedded CT data: pretrain, fine-tune, predict, Dice"
+# option -> field of the demo's budget, and what it counts
+BUDGET = {
+    "--pretrain-epochs": ("pretrain_epochs", "pretraining epochs"),
+    "--steps-per-epoch": ("steps_per_epoch", "pretraining steps per epoch"),
+    "--epochs": ("finetune_epochs", "fine-tuning epochs"),
+    "--iterations-per-epoch": ("iterations_per_epoch", "fine-tuning batches per epoch"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,26 +26,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", default=argparse.SUPPRESS, metavar="M", help=f"see: hiendmae methods (default: {DEFAULT_METHOD})"
     )
     which.add_argument("--all", action="store_true", help="all methods and scratch in one table")
-    add("--pretrain-epochs", type=int, metavar="N", help="pretraining epochs")
-    add("--steps-per-epoch", type=int, metavar="N", help="pretraining steps per epoch")
-    add("--epochs", type=int, metavar="N", help="fine-tuning epochs")
-    add("--iterations-per-epoch", type=int, metavar="N", help="fine-tuning batches per epoch")
+    for option, (name, what) in BUDGET.items():
+        add(option, dest=name, type=int, metavar="N", help=what)
     add("--seed", type=int, default=0)
     add("-np", dest="processes", type=int, default=2, metavar="N", help="processes")
     add("-device", default="cpu", choices=["cuda", "cpu"], help="device")
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.demo.budget import METHODS
-    from nnunetv2_hiendmae.demo.run import run_demo
+    from nnunetv2_hiendmae.demo.run import METHODS, run_demo
 
     enable_discovery()
-    budget = {
-        "pretrain_epochs": args.pretrain_epochs,
-        "steps_per_epoch": args.steps_per_epoch,
-        "finetune_epochs": args.epochs,
-        "iterations_per_epoch": args.iterations_per_epoch,
-    }
+    given = {name: getattr(args, name) for name, _ in BUDGET.values()}
     run_demo(
         args.output,
         data=args.data,
@@ -46,5 +45,5 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         num_processes=args.processes,
         device=args.device,
-        **{k: v for k, v in budget.items() if v is not None},
+        **{name: value for name, value in given.items() if value is not None},
     )

@@ -19,6 +19,7 @@ DATASET_PATTERN = "Dataset[0-9][0-9][0-9]_*/dataset.json"
 # what nnU-Net needs of a dataset.json; old datasets have the second name
 REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
 EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}'
+NO_CLASSES = ("background", "ignore")
 
 
 @dataclass(frozen=True)
@@ -28,40 +29,38 @@ class DemoData:
     Args:
         pretraining: dataset without labels.
         finetuning: dataset with labels.
+        dataset_json: of `finetuning`.
         held_out: whether `finetuning` has test images with labels (imagesTs, labelsTs).
         embedded: whether these are the volumes that ship with the package.
     """
 
     pretraining: Path
     finetuning: Path
+    dataset_json: dict[str, Any]
     held_out: bool
     embedded: bool
 
     @property
     def pretraining_id(self) -> str:
         """nnU-Net id, as `-d` takes it."""
-        return _dataset_id(self.pretraining)
+        return str(int(self.pretraining.name[7:10]))
 
     @property
     def finetuning_id(self) -> str:
         """nnU-Net id, as `-d` takes it."""
-        return _dataset_id(self.finetuning)
-
-    @property
-    def dataset_json(self) -> dict[str, Any]:
-        """Of the fine-tuning data."""
-        return _description(self.finetuning)
-
-    @property
-    def file_ending(self) -> str:
-        """Of the fine-tuning data, e.g. '.nii.gz'."""
-        return self.dataset_json["file_ending"]
+        return str(int(self.finetuning.name[7:10]))
 
     @property
     def first_channel_is_ct(self) -> bool:
         """Whether nnU-Net takes the first channel of the fine-tuning data for CT."""
         names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
         return isinstance(names, dict) and str(names.get("0")).casefold() == "ct"
+
+    @property
+    def foreground(self) -> dict[str, int | tuple[int, ...]]:
+        """Class name -> label, or the tuple of labels of a region; without background and ignore label."""
+        labels = {k: tuple(v) if isinstance(v, list) else v for k, v in self.dataset_json["labels"].items()}
+        return {name: value for name, value in labels.items() if value != 0 and name not in NO_CLASSES}
 
 
 def find_data(folder: Path | None) -> DemoData:
@@ -80,20 +79,21 @@ def find_data(folder: Path | None) -> DemoData:
             f"{root} holds {len(unlabelled)} nnU-Net datasets without and {len(labelled)} with labels, needed one of "
             "each: DatasetXXX_A/imagesTr for pretraining, DatasetYYY_B/imagesTr + labelsTr for fine-tuning"
         )
-    data = DemoData(unlabelled[0], labelled[0], _held_out(labelled[0]), embedded=folder is None)
-    labels = data.dataset_json.get("labels")
-    if not isinstance(labels, dict) or "background" not in labels or not set(labels) - {"background", "ignore"}:
+    dataset = labelled[0]
+    description, cases = _description(dataset), len(_files(dataset, "labelsTr"))
+    labels = description.get("labels")
+    if not isinstance(labels, dict) or "background" not in labels or not set(labels) - set(NO_CLASSES):
         raise UserError(
-            f'"labels" of {data.finetuning / "dataset.json"} is {labels}, needed name -> value with the background and '
-            f"at least one more; change it, e.g. {EXAMPLE_JSON}"
+            f'"labels" of {dataset / "dataset.json"} is {labels}, needed name -> value with the background and at '
+            f"least one more; change it, e.g. {EXAMPLE_JSON}"
         )
-    cases = len(_files(data.finetuning, "labelsTr"))
-    if cases < NNUNET_FOLDS and not (data.finetuning / "splits_final.json").is_file():
+    if cases < NNUNET_FOLDS and not (dataset / "splits_final.json").is_file():
         raise UserError(
-            f"{data.finetuning} has {cases} labelled cases, nnU-Net makes folds from {NNUNET_FOLDS} on; "
-            'write its splits_final.json, e.g. [{"train": ["a"], "val": ["b"]}]'
+            f"{dataset} has {cases} labelled cases, nnU-Net makes folds from {NNUNET_FOLDS} on; write its "
+            'splits_final.json, e.g. [{"train": ["a"], "val": ["b"]}]'
         )
-    return data
+    held_out = bool(_files(dataset, "labelsTs") and _files(dataset, "imagesTs"))
+    return DemoData(unlabelled[0], dataset, description, held_out, embedded=folder is None)
 
 
 def install(data: DemoData, raw: Path) -> None:
@@ -122,14 +122,10 @@ def isotropic_spacing(data: DemoData) -> float:
                 f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); "
                 f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
             ) from e
-        spacing, size = np.array(reader.GetSpacing()), np.array(reader.GetSize())
+        spacing = np.array(reader.GetSpacing())
         finest.append(spacing.min())
-        longest.append((spacing * size).max())
+        longest.append((spacing * reader.GetSize()).max())
     return float(f"{max(np.median(finest), np.median(longest) / LONGEST_AXIS_VOXELS):.3g}")
-
-
-def _held_out(dataset: Path) -> bool:
-    return bool(_files(dataset, "labelsTs")) and bool(_files(dataset, "imagesTs"))
 
 
 def _files(dataset: Path, part: str) -> list[Path]:
@@ -150,7 +146,3 @@ def _description(dataset: Path) -> dict[str, Any]:
         if not any(content.get(key) for key in keys):
             raise UserError(f'{path} has no "{keys[0]}", which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}')
     return content
-
-
-def _dataset_id(dataset: Path) -> str:
-    return str(int(dataset.name[len("Dataset") :].split("_")[0]))

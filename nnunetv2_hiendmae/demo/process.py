@@ -1,6 +1,5 @@
 """Starting the commands of the demo, one after the other, with logs, times and memory."""
 
-import json
 import logging
 import os
 import shlex
@@ -9,9 +8,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 from nnunetv2_hiendmae.errors import UserError
 
@@ -20,14 +20,28 @@ USER_MUST_ACT = 2
 LINES_ON_FAILURE = 15
 
 
+def run_command(command: Sequence[str], environment: Mapping[str, str], log: IO) -> tuple[int, float]:
+    """Runs a command as a process, which is ended where this one is interrupted.
+
+    Returns:
+        its exit code, and the resident memory of the largest of its processes in GB (10^9 bytes).
+    """
+    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        # wait4 and not wait: it also tells the memory of this one command
+        _, status, usage = os.wait4(process.pid, 0)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    process.returncode = os.waitstatus_to_exitcode(status)
+    # Linux counts in KiB, macOS in bytes
+    return process.returncode, round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One finished command.
-
-    Args:
-        seconds: wall clock.
-        peak_gb: resident memory of the largest process of the command, in GB (10^9 bytes).
-    """
+    """One finished command: its wall clock, and the memory of its largest process in GB (10^9 bytes)."""
 
     name: str
     command: str
@@ -50,56 +64,37 @@ class Runner:
     say: Callable[[str], None] = logger.info
     phases: list[Phase] = field(default_factory=list)
 
-    def ours(self, name: str, *arguments: object) -> None:
-        """Runs `hiendmae ARGUMENTS`.
+    def run(self, name: str, program: str, *arguments: object, seed: int | None = None) -> None:
+        """Runs `hiendmae`, or one of nnU-Net's console scripts.
+
+        Args:
+            name: of the phase and its log.
+            seed: nnU-Net's own training entry point with seeded random generators, arguments as `nnUNetv2_train`.
 
         Raises:
-            UserError: the command says that the user must change something.
+            UserError: a command of ours says that the user must change something, or there is no such script.
             RuntimeError: the command failed; the message holds its last lines and its log.
         """
-        command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", *map(str, arguments)]
-        self._run(name, command, shlex.join(["hiendmae", *command[3:]]))
-
-    def stock(self, name: str, script: str, *arguments: object) -> None:
-        """Runs one of nnU-Net's console scripts.
-
-        Raises:
-            UserError: no such script in this environment.
-            RuntimeError: as `ours`.
-        """
-        command = [console_script(script), *map(str, arguments)]
-        self._run(name, command, shlex.join([script, *command[1:]]))
-
-    def seeded_training(self, name: str, seed: int, *arguments: object) -> None:
-        """Runs nnU-Net's own training entry point with seeded random generators, arguments as `nnUNetv2_train`.
-
-        Raises:
-            RuntimeError: as `ours`.
-        """
-        module = "nnunetv2_hiendmae.demo.seeded_train"
-        command = [sys.executable, "-m", module, str(seed), *map(str, arguments)]
-        self._run(name, command, shlex.join(["nnUNetv2_train", *command[4:]]) + f"  (seed {seed})")
-
-    def _run(self, name: str, command: Sequence[str], shown: str) -> None:
+        rest = list(map(str, arguments))
+        told = shlex.join([program, *rest])
+        if program == "hiendmae":
+            command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", *rest]
+        elif seed is None:
+            command = [console_script(program), *rest]
+        else:
+            command = [sys.executable, "-m", "nnunetv2_hiendmae.demo.seeded_train", str(seed), *rest]
+            told += f"  (seed {seed})"
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{len(self.phases) + 1:02d}_{name}.log"
-        self.say(f"{name}: {shown}")
+        self.say(f"{name}: {told}")
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as out:
-            out.write(f"$ {shown}\n")
+            out.write(f"$ {told}\n")
             out.flush()
-            process = subprocess.Popen(command, env=self.environment, stdout=out, stderr=subprocess.STDOUT)
-            try:
-                # wait4 and not wait: it also tells the memory of this one command
-                _, status, usage = os.wait4(process.pid, 0)
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        phase = Phase(name, shown, round(time.perf_counter() - start, 1), _gigabytes(usage.ru_maxrss))
-        if process.returncode:
-            _fail(phase, process.returncode, log)
+            code, peak_gb = run_command(command, self.environment, out)
+        phase = Phase(name, told, round(time.perf_counter() - start, 1), peak_gb)
+        if code:
+            _fail(phase, code, log)
         self.phases.append(phase)
         self.say(f"{name}: done in {phase.seconds:.0f} s, largest process {phase.peak_gb:.1f} GB")
 
@@ -115,16 +110,6 @@ def console_script(name: str) -> str:
     if found is None:
         raise UserError(f"no command {name} beside {sys.executable} or on PATH; run: pip install nnunetv2")
     return found
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """One dict per line of a log."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _gigabytes(maxrss: int) -> float:
-    # Linux counts in KiB, macOS in bytes
-    return round(maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
 def _fail(phase: Phase, code: int, log: Path) -> None:

@@ -1,16 +1,23 @@
-"""What a demo shows: pictures and a page of words."""
+"""What came of a demo: losses, Dice, times, memory and versions, pictures, and a page of words."""
 
 import json
+import math
+import os
+import platform
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from nnunetv2_hiendmae.demo.datasets import DemoData
-from nnunetv2_hiendmae.demo.results import foreground, predictions_folder
+from nnunetv2_hiendmae.demo.process import Phase
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.inspection.pictures import overlay_picture
+from nnunetv2_hiendmae.inspection.figures import overlay_picture
 
+PACKAGES = ("nnunetv2_hiendmae", "nnunetv2", "torch", "timm", "lightning-fabric", "dynamic-network-architectures")
 PICTURES = "pictures"
 OVERLAY = "segmentation.png"
 PROGRESS = "progress"
@@ -20,166 +27,183 @@ CT_SOFT_TISSUE = (-175.0, 250.0)
 WORTH_MENTIONING = 0.02
 
 
-def write_pictures(output: Path, data: DemoData, runs: Sequence[Any], outcome: dict[str, Any]) -> None:
-    """Into `pictures`: each method's progress and last reconstructions, and truth and predictions of the first case."""
+def collect(
+    settings: dict[str, Any], measured: dict[str, dict[str, Any]], data: DemoData, phases: Sequence[Phase]
+) -> dict[str, Any]:
+    """Everything that `results.json` holds.
+
+    Args:
+        settings: methods, seed, device and budget.
+        measured: "pretraining", "finetuning" and "dice" of every run.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        "settings": settings,
+        "data": {
+            "pretraining": data.pretraining.name,
+            "finetuning": data.finetuning.name,
+            "embedded": data.embedded,
+            "dice_on": "held-out test cases" if data.held_out else "validation cases of fold 0",
+        },
+        **measured,
+        "seconds": {phase.name: phase.seconds for phase in phases},
+        "seconds_total": round(sum(phase.seconds for phase in phases), 1),
+        "peak_gb_of_largest_process": {phase.name: phase.peak_gb for phase in phases},
+        "commands": [phase.command for phase in phases],
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": cores},
+    }
+
+
+def pretraining_losses(run_dir: Path) -> dict[str, Any]:
+    """Mean loss of the first and of the last epoch, and the number of steps, from a run's log."""
+    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [step for step in map(json.loads, filter(str.strip, lines)) if "loss" in step]
+    first, last = (fmean(s["loss"] for s in steps if s["epoch"] == steps[i]["epoch"]) for i in (0, -1))
+    return {"first_epoch_loss": first, "last_epoch_loss": last, "steps": len(steps)}
+
+
+def finetuning_losses(fold: Path) -> dict[str, Any]:
+    """nnU-Net's training loss of the first and last epoch, from its text log."""
+    text = "".join(p.read_text(encoding="utf-8") for p in sorted(fold.glob("training_log_*.txt")))
+    losses = [float(value) for value in re.findall(r"train_loss (\S+)", text)]
+    return {"first_epoch_loss": losses[0], "last_epoch_loss": losses[-1], "epochs": len(losses)}
+
+
+def dice(predictions: Path, data: DemoData) -> dict[str, Any]:
+    """Dice per class (None where the truth holds none of it) and their mean over the classes that the truth holds,
+    from nnU-Net's `summary.json`."""
+    content = json.loads((predictions / "summary.json").read_text(encoding="utf-8"))
+    per_class: dict[str, float | None] = {}
+    for name, value in data.foreground.items():
+        cases = [case["metrics"][str(value)] for case in content["metric_per_case"]]
+        values = [case["Dice"] for case in cases if case["n_ref"] > 0 and not math.isnan(case["Dice"])]
+        per_class[name] = round(fmean(values), 4) if values else None
+    known = [value for value in per_class.values() if value is not None]
+    return {"per_class": per_class, "mean": round(fmean(known), 4) if known else None}
+
+
+def write_pictures(output: Path, data: DemoData, predictions: Mapping[str, Path], outcome: dict[str, Any]) -> None:
+    """Into `pictures`: each method's progress and last reconstructions, and truth and predictions of the first case.
+
+    Args:
+        predictions: folder of segmentations by the name of the run.
+    """
     pictures = output / PICTURES
     pictures.mkdir(exist_ok=True)
     for method in outcome["pretraining"]:
-        pretraining = output / "pretraining" / method
-        shutil.copyfile(pretraining / "progress.png", pictures / f"{method}_{PROGRESS}.png")
-        for view, montage in last_reconstructions(pretraining).items():
-            shutil.copyfile(montage, pictures / f"{method}_{view}.png")
+        run_dir = output / "pretraining" / method
+        shutil.copyfile(run_dir / "progress.png", pictures / f"{method}_{PROGRESS}.png")
+        # epoch_NUMBER_VIEW: of every view the last one that was drawn
+        for montage in sorted((run_dir / "reconstructions").glob("epoch_*_*.png")):
+            shutil.copyfile(montage, pictures / f"{method}_{montage.stem.split('_', 2)[2]}.png")
 
-    folders = {run.name: predictions_folder(output, data, run) for run in runs}
-    images, truths = ("imagesTs", "labelsTs") if data.held_out else ("imagesTr", "labelsTr")
-    case = sorted(p.name for p in next(iter(folders.values())).glob(f"*{data.file_ending}"))[0]
-    identifier = case.removesuffix(data.file_ending)
-    masks = {"labels": data.finetuning / truths / case}
-    for name, folder in folders.items():
-        mean = outcome["dice"][name]["mean"]
-        masks[f"{name}, Dice {_number(mean)}"] = folder / case
+    ending, part = data.dataset_json["file_ending"], "Ts" if data.held_out else "Tr"
+    case = min(p.name for p in next(iter(predictions.values())).glob(f"*{ending}"))
+    identifier = case.removesuffix(ending)
+    masks = {"labels": data.finetuning / f"labels{part}" / case}
+    masks |= {f"{name}, Dice {_number(outcome['dice'][name]['mean'])}": f / case for name, f in predictions.items()}
     overlay_picture(
         pictures / OVERLAY,
-        data.finetuning / images / f"{identifier}_0000{data.file_ending}",
+        data.finetuning / f"images{part}" / f"{identifier}_0000{ending}",
         masks,
-        _colours(data),
+        _coloured(data.foreground),
         window=CT_SOFT_TISSUE if data.first_channel_is_ct else None,
         title=f"{data.finetuning.name}, case {identifier}",
     )
-
-
-def last_reconstructions(pretraining: Path) -> dict[str, Path]:
-    """Name of the view -> montage of the last epoch that was drawn, in a run folder of pretraining."""
-    epochs: dict[str, dict[str, Path]] = {}
-    for montage in sorted((pretraining / "reconstructions").glob("epoch_*_*.png")):
-        _, epoch, view = montage.stem.split("_", 2)
-        epochs.setdefault(epoch, {})[view] = montage
-    return epochs[max(epochs)]
 
 
 def write_report(output: Path, outcome: dict[str, Any]) -> None:
     """Writes `report.md`."""
     machine, data, settings = outcome["machine"], outcome["data"], outcome["settings"]
     peaks = outcome["peak_gb_of_largest_process"]
-    times = [[name, f"{seconds:.0f}", f"{peaks[name]:.1f}"] for name, seconds in outcome["seconds"].items()]
+    losses = ([name, _loss(run), str(run["epochs"])] for name, run in outcome["finetuning"].items())
+    times = ([name, f"{seconds:.0f}", f"{peaks[name]:.1f}"] for name, seconds in outcome["seconds"].items())
     methods = ", ".join(f"`{name}`" for name in settings["methods"])
-    lines = [
+    commands = "\n".join(outcome["commands"])
+    paragraphs = [
         "# Demo: pretrain, fine-tune, predict",
-        "",
         f"Pretrained with {methods} on {data['pretraining']} (no labels), fine-tuned on {data['finetuning']} by stock "
         "nnU-Net: from each pretrained encoder and from scratch, with the same network, budget and seed.",
-        "",
         f"## Dice on the {data['dice_on']}",
-        "",
-        *_dice_table(outcome),
-        "",
+        _dice_table(outcome),
         "– : the truth holds none of this class, it is left out of the mean; or no pretraining.",
-        "",
-        *_verdict(outcome),
-        "",
+        "## How to read this",
+        _verdict(outcome),
         "The image, its labels, and the predictions:",
-        "",
         f"![{OVERLAY}]({PICTURES}/{OVERLAY})",
-        "",
         "## Pretraining",
-        "",
         *_pretraining(outcome),
-        "",
         *_pretraining_pictures(output / PICTURES, settings["methods"]),
         "## Fine-tuning",
-        "",
-        *_table(
-            ["run", "loss, first → last epoch", "epochs"],
-            [[name, _loss(run), str(run["epochs"])] for name, run in outcome["finetuning"].items()],
-        ),
-        "",
+        _table(["run", "loss, first → last epoch", "epochs"], losses),
         f"{settings['iterations_per_epoch']} batches of {settings['finetune_batch_size']} crops per epoch. nnU-Net's "
         "loss is cross-entropy minus soft Dice, so it may be negative.",
-        "",
         "## Time and memory",
-        "",
         f"{outcome['seconds_total'] / 60:.1f} minutes on {machine['cores']} cores ({machine['system']} "
         f"{machine['architecture']}, device {settings['device']}). Memory is that of the largest process.",
-        "",
-        *_table(["phase", "seconds", "GB"], times),
-        "",
+        _table(["phase", "seconds", "GB"], times),
         "## Commands",
-        "",
-        "```",
-        *outcome["commands"],
-        "```",
-        "Settings: `" + json.dumps(settings) + "`",
-        "",
+        f"```\n{commands}\n```\nSettings: `{json.dumps(settings)}`",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in outcome["versions"].items()),
     ]
-    write_text(output / "report.md", "\n".join(lines) + "\n")
+    write_text(output / "report.md", "\n\n".join(paragraphs) + "\n")
 
 
-def _dice_table(outcome: dict[str, Any]) -> list[str]:
+def _dice_table(outcome: dict[str, Any]) -> str:
     """One row per run."""
-    dice, seconds = outcome["dice"], outcome["seconds"]
-    classes = list(next(iter(dice.values()))["per_class"])
-    rows = [
+    runs, seconds = outcome["dice"], outcome["seconds"]
+    classes = list(next(iter(runs.values()))["per_class"])
+    rows = (
         [
-            name,
-            *(_number(run["per_class"][c]) for c in classes),
-            f"**{_number(run['mean'])}**",
-            _minutes(seconds.get(f"pretrain_{name}")),
-            _minutes(seconds[f"train_{name}"]),
+            *(name, *(_number(run["per_class"][c]) for c in classes), f"**{_number(run['mean'])}**"),
+            *(_minutes(seconds.get(f"{phase}_{name}")) for phase in ("pretrain", "train")),
         ]
-        for name, run in dice.items()
-    ]
+        for name, run in runs.items()
+    )
     return _table(["run", *classes, "**mean**", "pretraining, min", "fine-tuning, min"], rows)
 
 
 def _pretraining(outcome: dict[str, Any]) -> list[str]:
     """What each method spent, and how its loss went."""
-    rows = [
-        [
-            method,
-            str(run["steps"]),
-            f"{run['samples_per_step']} × {run['views_per_sample']}",
-            _loss(run),
-            ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "its own",
-        ]
-        for method, run in outcome["pretraining"].items()
-    ]
-    words = [
+    runs = outcome["pretraining"]
+    words = (
         "The budget is a number of optimizer steps and of views per step. A view is one crop that the encoder learns "
         "from: Hi-End-MAE and MAE3D take one of a volume, MiM and GL-MAE several. Losses of different methods measure "
         "different things and cannot be compared with each other. Options are those that make a method smaller than in "
-        "its paper, to fit the encoder and the time.",
-    ]
-    if len(rows) > 1:
-        words.append(
-            f"All methods see the same arrays, preprocessed as for `{outcome['settings']['preprocessed_like']}`, "
+        "its paper, to fit the encoder and the time."
+    )
+    rows = (
+        [
+            *(method, str(run["steps"]), f"{run['samples_per_step']} × {run['views_per_sample']}", _loss(run)),
+            ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "its own",
+        ]
+        for method, run in runs.items()
+    )
+    if len(runs) > 1:
+        words += (
+            f"\nAll methods see the same arrays, preprocessed as for `{outcome['settings']['preprocessed_like']}`, "
             "whatever spacing and window their papers used."
         )
-    return [
-        *_table(["method", "steps", "samples × views per step", "loss, first → last epoch", "options"], rows),
-        "",
-        *words,
-    ]
+    return [_table(["method", "steps", "samples × views per step", "loss, first → last epoch", "options"], rows), words]
 
 
 def _pretraining_pictures(pictures: Path, methods: Sequence[str]) -> list[str]:
-    lines = [
+    paragraphs = [
         "Reconstructions: crops, what the encoder saw of them, and what was predicted. The loss leaves out every "
         "patch's own mean and spread, so the pictures take these two from the true patch.",
-        "",
     ]
     for method in methods:
+        paragraphs.append(f"### {method}")
         names = [p.stem.removeprefix(f"{method}_") for p in pictures.glob(f"{method}_*.png")]
         # progress last
-        names.sort(key=lambda name: (name == PROGRESS, name))
-        lines += [f"### {method}", ""]
-        for name in names:
+        for name in sorted(names, key=lambda name: (name == PROGRESS, name)):
             said = "Loss, learning rate and speed" if name == PROGRESS else f"Reconstruction, view `{name}`"
-            lines += [f"{said}:", "", f"![{method}, {name}]({PICTURES}/{method}_{name}.png)", ""]
-    return lines
+            paragraphs += [f"{said}:", f"![{method}, {name}]({PICTURES}/{method}_{name}.png)"]
+    return paragraphs
 
 
-def _verdict(outcome: dict[str, Any]) -> list[str]:
+def _verdict(outcome: dict[str, Any]) -> str:
     means = {name: run["mean"] for name, run in outcome["dice"].items()}
     if None in means.values():
         said = "The truth holds no foreground, so nothing can be compared."
@@ -187,35 +211,26 @@ def _verdict(outcome: dict[str, Any]) -> list[str]:
         gains = {name: mean - means[SCRATCH] for name, mean in means.items() if name != SCRATCH}
         told = "; ".join(f"{name} {_gain(gain)}" for name, gain in gains.items())
         said = f"Mean Dice against the run from scratch: {told}."
-    words = [
-        "## How to read this",
-        "",
-        said + " One seed, a few minutes of training and very few volumes show that the road works from end to end; "
+    embedded = (
+        "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement "
+        "with another program. The held-out patient is not among the pretraining volumes; the training patient is.\n"
+    )
+    return (
+        f"{said} One seed, a few minutes of training and very few volumes show that the road works from end to end; "
         "they show nothing about how good a method is, nor which is better than another. Published pretraining runs "
-        "see thousands of volumes for days.",
-    ]
-    if outcome["data"]["embedded"]:
-        words.append(
-            "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement "
-            "with another program. The held-out patient is not among the pretraining volumes; the training patient is."
-        )
-    words.append(
+        f"see thousands of volumes for days.\n{embedded if outcome['data']['embedded'] else ''}"
         "nnU-Net itself seeds neither its network nor its loaders; the demo seeds the random generators and then calls "
         "nnU-Net's own training entry point, with loading in the same process."
     )
-    return words
 
 
 def _gain(gain: float) -> str:
     if abs(gain) < WORTH_MENTIONING:
         return f"{gain:+.3f}, which is no difference at this budget"
-    if gain > 0:
-        return f"{gain:+.3f}, ahead"
-    return f"{gain:+.3f}, behind: at this budget pretraining did not help"
+    return f"{gain:+.3f}, {'ahead' if gain > 0 else 'behind: at this budget pretraining did not help'}"
 
 
-def _colours(data: DemoData) -> dict[str, int]:
-    classes = foreground(data)
+def _coloured(classes: dict[str, int | tuple[int, ...]]) -> dict[str, int]:
     if all(isinstance(value, int) for value in classes.values()):
         return classes
     # regions overlap and cannot be coloured; the files hold the labels they are made of
@@ -223,8 +238,8 @@ def _colours(data: DemoData) -> dict[str, int]:
     return {f"label {value}": value for value in sorted(values)}
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _loss(losses: dict[str, Any]) -> str:

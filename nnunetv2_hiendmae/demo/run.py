@@ -4,19 +4,18 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.demo import report, results
-from nnunetv2_hiendmae.demo.budget import METHODS, Budget, method_settings
+from nnunetv2_hiendmae.demo import report
 from nnunetv2_hiendmae.demo.datasets import DemoData, find_data, install, isotropic_spacing
 from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, with_discovery
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.recipes import TRAINERS
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
 
 logger = logging.getLogger(__name__)
 
@@ -25,30 +24,52 @@ RESULTS_FILE = "results.json"
 PRETRAINING_PLANS = "DemoPretrainingPlans"
 CONFIGURATION = "3d_fullres"
 FOLD = 0
-# several methods see images that were preprocessed like this one's: a comparison needs the same arrays
-PREPROCESSED_LIKE = "hiendmae"
+METHODS = tuple(RECIPES)
 # what a run writes besides the two reports; removed when an interrupted run starts anew
 WORK_FOLDERS = (*NNUNET_VARIABLES, "pretraining", "predictions", "logs", report.PICTURES)
+# of the decoders that are as large as their papers' unless told otherwise: 8 blocks would dwarf the demo's encoder
+SMALL_DECODER = {"decoder_dim": 96, "decoder_depth": 2, "decoder_heads": 4}
+MIM_VIEWS = {"crops_level2": 1, "crops_level3": 2, "views_per_part": 2}
+GLMAE_VIEWS = {"global_views": 2, "local_views": 2, "global_size": 64, "head_hidden": 256, "head_dim": 128}
+# method -> crops that the encoder learns from in one sample, all read from one volume, and options where the demo is
+# smaller than the paper, which make it that many; a method that is not named here is run with its own defaults, of one
+SMALLER: dict[str, tuple[int, dict[str, Any]]] = {
+    "mim": (4, MIM_VIEWS | SMALL_DECODER),
+    "glmae": (4, GLMAE_VIEWS | SMALL_DECODER),
+    "mae3d": (1, SMALL_DECODER),
+}
 
 
 @dataclass(frozen=True)
-class Run:
-    """One of the fine-tunings.
+class Budget:
+    """How much is computed, the same for every method; the defaults fit a laptop.
 
     Args:
-        name: the pretraining method, or "scratch".
-        arguments: further ones for `hiendmae plan`.
+        views_per_step: crops that the encoder learns from in one optimizer step of pretraining.
+        spacing_mm: voxel spacing (D, H, W); None: isotropic, about 128 voxels along a volume's longest axis.
+        pretrain_lr, finetune_lr: peak learning rates, high because network, batches and runs are small.
+
+    Raises:
+        UserError: a number is not positive.
     """
 
-    name: str
-    encoder: Path
-    trainer: str
-    arguments: tuple[str, ...] = ()
+    encoder: str = "vit_nano_p8"
+    pretrain_epochs: int = 15
+    steps_per_epoch: int = 40
+    views_per_step: int = 8
+    pretrain_lr: float = 1e-3
+    finetune_epochs: int = 25
+    iterations_per_epoch: int = 10
+    finetune_batch_size: int = 2
+    finetune_lr: float = 1e-3
+    decoder_width: int = 16
+    spacing_mm: tuple[float, float, float] | None = None
 
-    @property
-    def plans(self) -> str:
-        """Name of the plans."""
-        return f"Demo_{self.name}"
+    def __post_init__(self):
+        # now, and not when the command is reached after minutes
+        for name, value in asdict(self).items():
+            if isinstance(value, int | float) and value <= 0:
+                raise UserError(f"{name} is {value}, needed more than 0; see: hiendmae demo --help")
 
 
 @dataclass(frozen=True)
@@ -68,7 +89,7 @@ def run_demo(
     output: Path,
     *,
     data: Path | None = None,
-    methods: Sequence[str] = ("hiendmae",),
+    methods: Sequence[str] = (DEFAULT_METHOD,),
     seed: int = 0,
     num_processes: int = 2,
     device: str = "cpu",
@@ -101,31 +122,40 @@ def run_demo(
     """
     settings = Budget(**budget)
     methods = tuple(dict.fromkeys(methods))
-    _check_methods(methods, settings)
+    samples = _samples(methods, settings.views_per_step)
     output = Path(output).resolve()
     found = find_data(data)
     if settings.spacing_mm is None:
         settings = replace(settings, spacing_mm=(isotropic_spacing(found),) * 3)
     claim(output)
-    facts = {"methods": methods, "preprocessed_like": _like(methods), "seed": seed, "device": device}
-    facts |= asdict(settings)
+    # several methods see images that were preprocessed like one's: a comparison needs the same arrays
+    like = methods[0] if len(methods) == 1 else DEFAULT_METHOD
+    facts = {"methods": methods, "preprocessed_like": like, "seed": seed, "device": device, **asdict(settings)}
     write_text(output / SETTINGS_FILE, json.dumps(facts, indent=2) + "\n")
 
     runner = Runner(output / "logs", _environment(output, num_processes), say)
     demo = _Demo(runner, found, output, settings, seed, num_processes, device)
     install(found, output / "nnUNet_raw")
-    _preprocess(demo, _like(methods))
-    encoders = {method: _pretrain(demo, method) for method in methods}
-    runs = [Run(method, encoder, TRAINERS[method]) for method, encoder in encoders.items()]
-    runs.append(Run(report.SCRATCH, encoders[methods[0]], TRAINERS[None], ("--from-scratch",)))
-    for run in runs:
-        _plan(demo, run)
-    for run in runs:
-        _finetune(demo, run)
+    _preprocess(demo, like)
+    run_dirs = {method: _pretrain(demo, method, about) for method, about in samples.items()}
+    runs = (*methods, report.SCRATCH)
+    for name in runs:
+        # from scratch, an encoder file only says what the network is
+        _plan(demo, name, run_dirs.get(name, run_dirs[methods[0]]) / "encoder.safetensors")
+    folds, predictions = {}, {}
+    for name in runs:
+        folds[name] = _finetune(demo, name)
+        # segmentations that the Dice values belong to
+        predictions[name] = _predict(demo, name) if found.held_out else folds[name] / "validation"
 
+    measured = {
+        "pretraining": {m: {**report.pretraining_losses(run_dirs[m]), **about} for m, about in samples.items()},
+        "finetuning": {name: report.finetuning_losses(fold) for name, fold in folds.items()},
+        "dice": {name: report.dice(folder, found) for name, folder in predictions.items()},
+    }
     # as JSON gives it back, so that what is returned equals what the file holds
-    outcome = json.loads(json.dumps(results.collect(output, found, facts, runs, runner.phases)))
-    report.write_pictures(output, found, runs, outcome)
+    outcome = json.loads(json.dumps(report.collect(facts, measured, found, runner.phases)))
+    report.write_pictures(output, found, predictions, outcome)
     report.write_report(output, outcome)
     # last of all: its presence says that the run is complete
     write_text(output / RESULTS_FILE, json.dumps(outcome, indent=2) + "\n")
@@ -133,17 +163,23 @@ def run_demo(
     return outcome
 
 
-def _check_methods(methods: tuple[str, ...], budget: Budget) -> None:
+def _samples(methods: Sequence[str], views_per_step: int) -> dict[str, dict[str, Any]]:
+    """What a step of every method is made of.
+
+    Raises:
+        UserError: no or an unknown method, or one whose samples have more views than a step, or do not fill it.
+    """
     if not methods:
         raise UserError("no method was given, needed at least one; see: hiendmae methods")
+    made = {}
     for method in methods:
         if method not in METHODS:
             raise UserError(f"unknown method '{method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
-        budget.samples_per_step(method)
-
-
-def _like(methods: tuple[str, ...]) -> str:
-    return methods[0] if len(methods) == 1 else PREPROCESSED_LIKE
+        views, options = SMALLER.get(method, (1, {}))
+        if views_per_step % views:
+            raise UserError(f"views_per_step is {views_per_step}, {method} needs a multiple of {views}")
+        made[method] = {"samples_per_step": views_per_step // views, "views_per_sample": views, "options": options}
+    return made
 
 
 def claim(output: Path) -> None:
@@ -172,63 +208,75 @@ def _environment(output: Path, num_processes: int) -> dict[str, str]:
     ours = {name: str(output / name) for name in NNUNET_VARIABLES}
     ours[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
     # 0: nnU-Net's loaders run in the training process, where a seed reaches them
-    ours["nnUNet_n_proc_DA"] = "0"
-    ours["nnUNet_def_n_proc"] = str(num_processes)
-    ours["PYTHONUNBUFFERED"] = "1"
+    ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **ours}
 
 
 def _preprocess(demo: _Demo, like: str) -> None:
-    demo.runner.ours(
-        "preprocess", "preprocess", "-d", demo.data.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
+    demo.runner.run(
+        "preprocess", "hiendmae", "preprocess", "-d", demo.data.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
         "--spacing", *demo.budget.spacing_mm, "-np", demo.num_processes,
     )  # fmt: skip
 
 
-def _pretrain(demo: _Demo, method: str) -> Path:
+def _pretrain(demo: _Demo, method: str, samples: Mapping[str, Any]) -> Path:
+    """Returns the run's folder."""
     budget, folder = demo.budget, demo.output / "pretraining" / method
     precision = ("--precision", "fp32") if demo.device == "cpu" else ()
-    options = [f"{key}={value}" for key, value in method_settings(method).options.items()]
-    demo.runner.ours(
-        f"pretrain_{method}", "pretrain", "-d", demo.data.pretraining_id, "-p", PRETRAINING_PLANS, "--method", method,
-        "--encoder", budget.encoder, "--epochs", budget.pretrain_epochs, "--steps-per-epoch", budget.steps_per_epoch,
-        "--batch-size", budget.samples_per_step(method), "--lr", budget.pretrain_lr, "--seed", demo.seed,
-        "--workers", demo.num_processes, *precision, "-device", demo.device,
-        *(("--set", *options) if options else ()), "--name", f"demo_{method}", "-o", folder,
+    options = [f"{key}={value}" for key, value in samples["options"].items()]
+    demo.runner.run(
+        f"pretrain_{method}", "hiendmae", "pretrain", "-d", demo.data.pretraining_id, "-p", PRETRAINING_PLANS,
+        "--method", method, "--encoder", budget.encoder, "--epochs", budget.pretrain_epochs,
+        "--steps-per-epoch", budget.steps_per_epoch, "--batch-size", samples["samples_per_step"],
+        "--lr", budget.pretrain_lr, "--seed", demo.seed, "--workers", demo.num_processes, *precision,
+        "-device", demo.device, *(("--set", *options) if options else ()), "--name", f"demo_{method}", "-o", folder,
     )  # fmt: skip
-    return folder / "encoder.safetensors"
+    return folder
 
 
-def _plan(demo: _Demo, run: Run) -> None:
-    budget, epochs = demo.budget, demo.budget.finetune_epochs
+def _plan(demo: _Demo, name: str, encoder: Path) -> None:
+    budget, epochs, (plans, _) = demo.budget, demo.budget.finetune_epochs, _plans_and_trainer(name)
     # drop path and clipping differ between the methods' recipes: here the runs differ in their first weights alone
-    demo.runner.ours(
-        f"plan_{run.name}", "plan", "-d", demo.data.finetuning_id, "-w", run.encoder, "--name", run.plans,
+    demo.runner.run(
+        f"plan_{name}", "hiendmae", "plan", "-d", demo.data.finetuning_id, "-w", encoder, "--name", plans,
         "--epochs", epochs, "--warmup-epochs", epochs // 10, "--lr", budget.finetune_lr,
         "--spacing", *budget.spacing_mm, "--batch-size", budget.finetune_batch_size,
         "--iterations-per-epoch", budget.iterations_per_epoch, "--val-iterations-per-epoch", 1,
         "--decoder-width", budget.decoder_width, "--drop-path", 0, "--grad-clip", 12, "-np", demo.num_processes,
-        *run.arguments,
+        *(("--from-scratch",) if name == report.SCRATCH else ()),
     )  # fmt: skip
 
 
-def _finetune(demo: _Demo, run: Run) -> None:
-    runner, data, name = demo.runner, demo.data, run.name
-    dataset, chosen = data.finetuning_id, ("-p", run.plans, "-tr", run.trainer)
-    runner.stock(
-        f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", run.plans, "-c", CONFIGURATION,
+def _plans_and_trainer(name: str) -> tuple[str, str]:
+    return f"Demo_{name}", TRAINERS.get(name, TRAINERS[None])
+
+
+def _finetune(demo: _Demo, name: str) -> Path:
+    """Returns the folder of the trained fold."""
+    dataset, (plans, trainer) = demo.data.finetuning_id, _plans_and_trainer(name)
+    demo.runner.run(
+        f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", plans, "-c", CONFIGURATION,
         "-np", demo.num_processes,
     )  # fmt: skip
-    runner.seeded_training(f"train_{name}", demo.seed, dataset, CONFIGURATION, FOLD, *chosen, "-device", demo.device)
-    if not data.held_out:
-        return
-    predictions = demo.output / "predictions" / name
+    demo.runner.run(
+        f"train_{name}", "nnUNetv2_train", dataset, CONFIGURATION, FOLD, "-p", plans, "-tr", trainer,
+        "-device", demo.device, seed=demo.seed,
+    )  # fmt: skip
+    results = demo.output / "nnUNet_results" / demo.data.finetuning.name
+    return results / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{FOLD}"
+
+
+def _predict(demo: _Demo, name: str) -> Path:
+    """Returns the folder of the held-out cases' segmentations."""
+    data, (plans, trainer), folder = demo.data, _plans_and_trainer(name), demo.output / "predictions" / name
     # 0: for a few small images, processes of their own take longer to start than to work
-    runner.stock(
-        f"predict_{name}", "nnUNetv2_predict", "-i", data.finetuning / "imagesTs", "-o", predictions, "-d", dataset,
-        "-c", CONFIGURATION, "-f", FOLD, *chosen, "-device", demo.device, "-npp", 0, "-nps", 0, "--disable_tta",
+    demo.runner.run(
+        f"predict_{name}", "nnUNetv2_predict", "-i", data.finetuning / "imagesTs", "-o", folder,
+        "-d", data.finetuning_id, "-c", CONFIGURATION, "-f", FOLD, "-p", plans, "-tr", trainer,
+        "-device", demo.device, "-npp", 0, "-nps", 0, "--disable_tta",
     )  # fmt: skip
-    runner.stock(
-        f"evaluate_{name}", "nnUNetv2_evaluate_folder", data.finetuning / "labelsTs", predictions,
-        "-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json", "-np", demo.num_processes,
+    demo.runner.run(
+        f"evaluate_{name}", "nnUNetv2_evaluate_folder", data.finetuning / "labelsTs", folder,
+        "-djfile", folder / "dataset.json", "-pfile", folder / "plans.json", "-np", demo.num_processes,
     )  # fmt: skip
+    return folder

@@ -1,7 +1,7 @@
 """`hiendmae reconstruct`: what a pretraining run makes of masked crops, as pictures and where they lie."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,21 @@ from nibabel.orientations import apply_orientation
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.inspection.geometry import Grid, write_nifti
-from nnunetv2_hiendmae.inspection.runs import load_method, read_run
-from nnunetv2_hiendmae.inspection.volumes import case_grid
-from nnunetv2_hiendmae.pretraining.checkpoint import DATA_KEY, read_settings
+from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.checkpoint import (
+    CHECKPOINT,
+    DATA_KEY,
+    SETTINGS,
+    PretrainSettings,
+    load_checkpoint,
+    read_settings,
+)
 from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, find_data
 from nnunetv2_hiendmae.pretraining.launch import Execution
-from nnunetv2_hiendmae.pretraining.method import Reconstruction
+from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage
 from nnunetv2_hiendmae.pretraining.views import Views
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -60,32 +67,60 @@ def reconstruct(
     Execution(device, workers=0)
     if cases < 1 or seed < 0:
         raise UserError(f"--cases is {cases} and --seed {seed}, needed at least 1 case and a seed of 0 or more")
-    settings = read_run(run_dir)
+    settings, method = load_run(run_dir)
     data = find_data(settings.datasets, settings.plans_name, settings.configuration)
     if read_settings(run_dir).get(DATA_KEY) != data.digest():
         logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")
-    chosen = _choose(data, case, cases, seed)
-    grids = {number: case_grid(data.cases[number]) for number in chosen}
-    method = load_method(run_dir, settings).to(device)
-    views, pictures = _unaugmented(method.views()), []
-    for number, grid in grids.items():
-        drawn = _draw(data, number, views, seed)
+    grids = {chosen: case_grid(chosen) for chosen in _choose(data.cases, case, cases, seed)}
+    views, pictures = _unaugmented(method.to(device).views()), []
+    for chosen, grid in grids.items():
+        # alone, so that its crop does not depend on which others are shown
+        drawn = SampleDataset(PretrainData((chosen,), data.format), views, seed)[0, data.cases.index(chosen)]
         batch = default_collate([drawn])
         made = method.reconstruct({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-        for name in _views(made, view):
+        if view is not None and view not in made:
+            raise UserError(f"--view {view} is no view of this method, needed one of {', '.join(made)}")
+        for name in made if view is None else [view]:
             location = _location(drawn, made[name], grid)
-            pictures.append(_write(output, data.cases[number], name, made[name], grid, location, data.format))
+            pictures.append(_write(output, chosen, name, made[name], grid, location, data.format))
     return pictures
 
 
-def _choose(data: PretrainData, case: str | None, count: int, seed: int) -> list[int]:
-    names = [c.name for c in data.cases]
-    if case is None:
-        return sorted(np.random.default_rng(seed).permutation(len(names))[:count].tolist())
-    if case not in names:
-        more = ", …" if len(names) > 5 else ""
-        raise UserError(f"the run has no case '{case}', needed one of its {len(names)}: {', '.join(names[:5])}{more}")
-    return [names.index(case)]
+def load_run(run_dir: Path) -> tuple[PretrainSettings, Method]:
+    """Settings of a run, and its method with the weights of the last checkpoint, in eval mode on the CPU.
+
+    Raises:
+        UserError: not a run folder, no checkpoint yet, settings that this version does not know, or a checkpoint
+            that is damaged or does not fit them.
+    """
+    file, checkpoint = run_dir / SETTINGS, run_dir / CHECKPOINT
+    if not file.is_file():
+        raise UserError(f"{run_dir} holds no {SETTINGS}, needed the folder of a run of: hiendmae pretrain")
+    if not checkpoint.is_file():
+        raise UserError(f"{run_dir} has no {CHECKPOINT} yet; let the run reach its first checkpoint")
+    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in read_settings(run_dir).items() if k != DATA_KEY}
+    try:
+        settings = PretrainSettings(**{**stored, "spec": EncoderSpec.from_dict(stored["spec"])})
+    except (KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{file} is damaged or of another version ({e}); start the run anew") from e
+    if settings.method not in METHODS:
+        raise UserError(f"{run_dir} is of the method '{settings.method}', known are {', '.join(METHODS)}")
+    method = settings.build_method()
+    try:
+        method.load_state_dict(load_checkpoint(run_dir)["method"])
+    except RuntimeError as e:
+        reason = " ".join(str(e).split())[:200]
+        raise UserError(f"{checkpoint} does not fit {SETTINGS} beside it ({reason}); start anew") from e
+    return settings, method.eval()
+
+
+def _choose(cases: Sequence[Case], wanted: str | None, count: int, seed: int) -> list[Case]:
+    names = [case.name for case in cases]
+    if wanted is None:
+        return [cases[i] for i in sorted(np.random.default_rng(seed).permutation(len(cases))[:count])]
+    if wanted not in names:
+        raise UserError(f"the run has no case '{wanted}', needed one of its {len(names)}: {some(names, 5)}")
+    return [cases[names.index(wanted)]]
 
 
 def _unaugmented(views: Views) -> Views:
@@ -94,18 +129,6 @@ def _unaugmented(views: Views) -> Views:
         return views
     inner = {f.name: _unaugmented(getattr(views, f.name)) for f in fields(views)}
     return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
-
-
-def _draw(data: PretrainData, number: int, views: Views, seed: int) -> dict[str, Any]:
-    # by the case's number, so that its crop does not depend on which others are shown
-    alone = PretrainData((data.cases[number],), data.format)
-    return SampleDataset(alone, views, seed)[0, number]
-
-
-def _views(made: Mapping[str, Reconstruction], view: str | None) -> list[str]:
-    if view is not None and view not in made:
-        raise UserError(f"--view {view} is no view of this method, needed one of {', '.join(made)}")
-    return list(made) if view is None else [view]
 
 
 def _location(drawn: Mapping[str, Any], made: Reconstruction, grid: Grid) -> Grid | None:
@@ -117,13 +140,7 @@ def _location(drawn: Mapping[str, Any], made: Reconstruction, grid: Grid) -> Gri
 
 
 def _write(
-    output: Path,
-    case: Case,
-    view: str,
-    made: Reconstruction,
-    grid: Grid,
-    location: Grid | None,
-    volumes: VolumeFormat,
+    output: Path, case: Case, view: str, made: Reconstruction, grid: Grid, location: Grid | None, volumes: VolumeFormat
 ) -> Path:
     dataset, _, name = case.name.rpartition("/")
     stem = output / dataset / f"{name}_{view}"

@@ -1,15 +1,17 @@
-"""Volumes as nnU-Net reads and preprocesses them, and where their voxels lie in the world."""
+"""Where voxels lie in the world, and volumes as nnU-Net reads and preprocesses them."""
 
+import gzip
 import logging
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
-from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from nibabel.affines import from_matvec, voxel_sizes
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nnunetv2.imageio.reader_writer_registry import (
     determine_reader_writer_from_file_ending,
     recursive_find_reader_writer_by_name,
@@ -18,11 +20,13 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from scipy.ndimage import affine_transform
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.inspection.geometry import Grid
+from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
 from nnunetv2_hiendmae.pretraining.data import Case
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 logger = logging.getLogger(__name__)
@@ -31,11 +35,117 @@ logger = logging.getLogger(__name__)
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # what nnU-Net's SimpleITKIOWithReorient turns images to, first file axis first
 SITK_READER_AXES = "RAS"
-UNTURNED = np.array([[0, 1], [1, 1], [2, 1]])
+# file axes are x, y, z, array axes D, H, W: columns of an affine in the other order
+REVERSED = [2, 1, 0, 3]
 # nnU-Net's for everything that is not CT
 USUAL_NORMALIZATION = "ZScoreNormalization"
 # as in every plans file of nnU-Net's planner
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+# of a voxel, at the edge of a box: so that rounding in affines does not decide what lies inside
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of an array lie.
+
+    Args:
+        shape: (D, H, W).
+        affine: (4, 4), from array index (d, h, w, 1) to the world (x, y, z, 1) in mm as NIfTI has it: x grows to
+            the patient's right, y to the front, z to the head.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels along D, H, W."""
+        return tuple(voxel_sizes(self.affine).tolist())
+
+    def to_world(self, index: Sequence[float]) -> np.ndarray:
+        """World position (x, y, z) in mm of an array index, which may be fractional."""
+        return self.affine[:3, :3] @ np.asarray(index, float) + self.affine[:3, 3]
+
+    def to_index(self, point: Sequence[float]) -> np.ndarray:
+        """Fractional array index (d, h, w) of a world position in mm."""
+        return np.linalg.solve(self.affine[:3, :3], np.asarray(point, float) - self.affine[:3, 3])
+
+    def cropped(self, lower: Sequence[int], shape: Sequence[int]) -> "Grid":
+        """Grid of `array[lower : lower + shape]`; may reach beyond this one."""
+        affine = self.affine.copy()
+        affine[:3, 3] = self.to_world(lower)
+        return Grid(tuple(int(s) for s in shape), affine)
+
+    def resized(self, shape: Sequence[int]) -> "Grid":
+        """The same box divided into another number of voxels, as nnU-Net's resampling does (align_corners=False)."""
+        scale = np.array(self.shape) / np.array(shape)
+        affine = self.affine.copy()
+        affine[:3, :3] *= scale
+        affine[:3, 3] = self.to_world((scale - 1) / 2)
+        return Grid(tuple(int(s) for s in shape), affine)
+
+    def turn_to(self, axes: str) -> np.ndarray:
+        """The turn (nibabel's orientation transform) after which D, H, W grow towards `axes`, e.g. "SPL"; for oblique
+        grids as nearly as permuting and flipping can."""
+        return ornt_transform(io_orientation(self.affine), axcodes2ornt(tuple(axes)))
+
+    def turned(self, change: np.ndarray) -> "Grid":
+        """The same voxels with axes permuted and flipped by nibabel's orientation transform `change`; arrays by its
+        `apply_orientation`."""
+        # per new axis the old one
+        old = np.argsort(change[:, 0])
+        return Grid(tuple(self.shape[axis] for axis in old), self.affine @ inv_ornt_aff(change, self.shape))
+
+    def covered(self, box: "Grid", margin: float = 0.0) -> tuple[slice, ...]:
+        """Part that the box of a parallel grid covers, widened on every side by `margin` of its extent."""
+        found = []
+        for step, start, size, count in zip(*_steps(box, self), box.shape, self.shape, strict=True):
+            at, beyond = start + step * np.arange(count), 0.5 + TOLERANCE + margin * size
+            inside = (at > -beyond) & (at < size - 1 + beyond)
+            first = int(inside.argmax())
+            found.append(slice(first, first + int(inside.sum())))
+        return tuple(found)
+
+
+def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
+    """Values (d, h, w) of one grid on another whose axes are parallel to it, linear between voxel centres.
+
+    Up to the edge of the source's box its outermost values hold, outside it is zero. (SimpleITK takes one of two
+    opposite edges as outside, which decides about voxels whose centre lies there.)
+    """
+    made, part = np.zeros(target.shape, np.float32), target.covered(source)
+    lower, shape = [s.start for s in part], [s.stop - s.start for s in part]
+    steps, start = _steps(source, target.cropped(lower, shape))
+    made[part] = affine_transform(values.astype(np.float32), steps, start, tuple(shape), order=1, mode="nearest")
+    return made
+
+
+def _steps(source: Grid, target: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Per axis, in voxels of the source: from one voxel of the target to the next, and where the first one lies.
+
+    Raises:
+        ValueError: the axes are not parallel.
+    """
+    matrix = np.linalg.inv(source.affine) @ target.affine
+    steps = matrix[:3, :3].diagonal()
+    if not np.allclose(matrix[:3, :3], np.diag(steps), atol=1e-3 * np.abs(steps).max()):
+        raise ValueError("the grids are not parallel")
+    return steps, matrix[:3, 3]
+
+
+def write_nifti(path: Path, array: np.ndarray, grid: Grid) -> None:
+    """Writes an array (D, H, W) as float32 `.nii.gz` at its place in the world, in one step.
+
+    Raises:
+        UserError: the file cannot be written; an existing one is untouched.
+    """
+    affine = grid.affine[:, REVERSED]
+    image = nibabel.Nifti1Image(np.ascontiguousarray(array.T, dtype=np.float32), affine)
+    for put in (image.set_sform, image.set_qform):
+        put(affine, code="scanner")
+    # without a time stamp: the same picture is the same file
+    write_with(path, lambda temporary: temporary.write_bytes(gzip.compress(image.to_bytes(), 5, mtime=0)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,61 +154,65 @@ class RawImage:
 
     Args:
         data: (C, D, H, W), intensities as in the file.
+        properties: what the reader recorded.
         grid: of `data`; a reorienting reader turns the file's axes.
-        stored_grid: of the file itself, axes as `SimpleITK.GetArrayFromImage` orders them.
+        to_stored: the turn (nibabel's orientation transform) that undoes that.
     """
 
     data: np.ndarray
     properties: dict[str, Any]
     grid: Grid
-    stored_grid: Grid
+    to_stored: np.ndarray
 
 
-def reader_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """Grid of an array (D, H, W) that one of nnU-Net's readers made, from what it recorded.
+def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
+    """Reads an image, one file per channel, with the reader that the encoder's images were read with.
 
-    A format without a place in the world (TIFF) starts at its origin.
+    Args:
+        volumes: with a name for every channel, see `known_format`.
+
+    Raises:
+        UserError: a file is missing or cannot be read, or the number of channels is not the encoder's.
     """
-    if "sitk_stuff" in properties:
-        stuff = properties["sitk_stuff"]
-        axes = len(stuff["spacing"])
-        affine = np.eye(4)
-        # of a 4D file, whose last axis holds the channels, the first three
-        affine[:3, :3] = np.reshape(stuff["direction"], (axes, axes))[:3, :3] * np.array(stuff["spacing"])[:3]
-        affine[:3, 3] = stuff["origin"][:3]
-        affine = LPS_TO_RAS @ affine
-    elif "nibabel_stuff" in properties:
-        stuff = properties["nibabel_stuff"]
-        affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
-    else:
-        affine = np.diag([*reversed(properties["spacing"]), 1.0])
-    return Grid(tuple(int(s) for s in shape), affine[:, [2, 1, 0, 3]])
+    names, channels = [str(f) for f in files], volumes.channel_names
+    if len(names) > len(channels):
+        raise _wrong_channels(len(names), channels)
+    try:
+        with naming_reason():
+            check_files(names)
+            data, properties = _reader(names[0], volumes).read_images(names)
+        if len(data) != len(channels):
+            raise _wrong_channels(len(data), channels)
+        with naming_reason():
+            check_volume(data, properties["spacing"], channels)
+    except BrokenCaseError as e:
+        raise UserError(f"cannot use {', '.join(names)}: {e}; check --image") from e
+    return RawImage(data, properties, _reader_grid(properties, data.shape[1:]), _turn_to_stored(properties))
 
 
-def turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
-    """The turn (nibabel's orientation transform) that undoes what a reorienting reader did to the axes D, H, W."""
-    reoriented = properties.get("sitk_stuff", {}).get("original_orientation")
-    if reoriented is not None:
-        # by name, not by the direction: ITK and nibabel disagree about directions between two axes
-        return ornt_transform(
-            axcodes2ornt(tuple(reversed(SITK_READER_AXES))), axcodes2ornt(tuple(reversed(reoriented)))
-        )
-    stuff = properties.get("nibabel_stuff", {})
-    if "reoriented_affine" not in stuff:
-        return UNTURNED
-    now, before = (io_orientation(stuff[k][:, [2, 1, 0, 3]]) for k in ("reoriented_affine", "original_affine"))
-    return ornt_transform(now, before)
-
-
-def preprocessed_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """Grid of a preprocessed array (D, H, W): nnU-Net cuts off the empty border, then resamples.
-
-    Plans that transpose the axes are not for us (`find_data` refuses them). The spacing differs a little from the
-    plans': the box is divided into a whole number of voxels.
+def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid]:
+    """The image (C, D, H, W) as plans of this format would have it: nnU-Net's preprocessor cuts off the empty border,
+    normalises and resamples; without the mask that nnU-Net's z-score uses where images have large empty borders.
     """
-    before = reader_grid(properties, properties["shape_before_cropping"])
-    lower = [int(a) for a, _ in properties["bbox_used_for_cropping"]]
-    return before.cropped(lower, properties["shape_after_cropping_and_before_resampling"]).resized(shape)
+    spacing = volumes.spacing_mm or image.properties["spacing"]
+    configuration = ConfigurationManager(
+        {
+            "architecture": {},
+            "spacing": [float(s) for s in spacing],
+            "normalization_schemes": list(volumes.normalization_schemes),
+            "use_mask_for_norm": [False] * len(image.data),
+            "resampling_fn_data": resample_data_or_seg_to_shape.__name__,
+            "resampling_fn_data_kwargs": RESAMPLING,
+            "resampling_fn_seg": resample_data_or_seg_to_shape.__name__,
+            "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+        }
+    )
+    intensities = {str(c): volumes.ct_statistics for c in range(len(image.data))}
+    plans = PlansManager({"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities})
+    # the preprocessor adds to what it is given
+    case = image.data, None, dict(image.properties)
+    data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(*case, plans, configuration, {})
+    return data, _preprocessed_grid(properties, data.shape[1:])
 
 
 def case_grid(case: Case) -> Grid:
@@ -110,7 +224,7 @@ def case_grid(case: Case) -> Grid:
     record = case.path.with_suffix(".pkl")
     try:
         *_, properties = nnUNetDatasetBlosc2(str(case.path.parent), [case.path.stem]).load_case(case.path.stem)
-        return preprocessed_grid(properties, case.shape)
+        return _preprocessed_grid(properties, case.shape)
     except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as e:
         raise UserError(
             f"{record} does not say where case {case.name} lies ({type(e).__name__}: {e}); delete the case's files and "
@@ -118,83 +232,69 @@ def case_grid(case: Case) -> Grid:
         ) from e
 
 
-def with_channels(metadata: EncoderMetadata) -> EncoderMetadata:
-    """The metadata with a name and a normalisation for every channel: converted encoders may know neither."""
-    channels = metadata.spec.in_channels
-    schemes, names = metadata.volume.normalization_schemes, metadata.volume.channel_names
-    if len(schemes) != channels:
-        schemes = (USUAL_NORMALIZATION,) * channels
+def known_format(metadata: EncoderMetadata) -> VolumeFormat:
+    """What an encoder's images are, with a name and a normalisation for every channel: a converted encoder may know
+    neither."""
+    channels, volumes = metadata.spec.in_channels, metadata.volume
+    if len(volumes.normalization_schemes) != channels:
+        volumes = replace(volumes, normalization_schemes=(USUAL_NORMALIZATION,) * channels)
         logger.warning("the encoder file does not say how images were normalised: nnU-Net's z-score is used")
-    if len(names) != channels:
-        names = tuple(f"channel {c}" for c in range(channels))
-    return replace(metadata, volume=replace(metadata.volume, normalization_schemes=schemes, channel_names=names))
+    if len(volumes.channel_names) != channels:
+        volumes = replace(volumes, channel_names=tuple(f"channel {c}" for c in range(channels)))
+    return volumes
 
 
-def read_image(files: Sequence[Path], metadata: EncoderMetadata) -> RawImage:
-    """Reads an image, one file per channel, with the reader that the encoder's images were read with.
+def _reader_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
+    """Grid of an array (D, H, W) that one of nnU-Net's readers made, from what it recorded.
 
-    Raises:
-        UserError: a file is missing or cannot be read, or the number of channels is not the encoder's.
+    A format without a place in the world (TIFF) starts at its origin.
     """
-    names, channels = [str(f) for f in files], metadata.spec.in_channels
-    if len(names) > channels:
-        raise _wrong_channels(len(names), metadata)
-    with _telling(names):
-        check_files(names)
-        data, properties = _reader(names[0], metadata).read_images(names)
-    if len(data) != channels:
-        raise _wrong_channels(len(data), metadata)
-    with _telling(names):
-        check_volume(data, properties["spacing"], metadata.volume.channel_names)
-    grid = reader_grid(properties, data.shape[1:])
-    return RawImage(data, properties, grid, grid.turned(turn_to_stored(properties)))
+    if "sitk_stuff" in properties:
+        stuff = properties["sitk_stuff"]
+        axes = len(stuff["spacing"])
+        # of a 4D file, whose last axis holds the channels, the first three
+        steps = np.reshape(stuff["direction"], (axes, axes))[:3, :3] * np.array(stuff["spacing"])[:3]
+        affine = LPS_TO_RAS @ from_matvec(steps, stuff["origin"][:3])
+    elif "nibabel_stuff" in properties:
+        stuff = properties["nibabel_stuff"]
+        affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
+    else:
+        affine = np.diag([*reversed(properties["spacing"]), 1.0])
+    return Grid(tuple(int(s) for s in shape), affine[:, REVERSED])
 
 
-def preprocess(image: RawImage, metadata: EncoderMetadata) -> tuple[np.ndarray, Grid]:
-    """The image (C, D, H, W) as plans of this encoder would have it: nnU-Net's preprocessor cuts off the empty border,
-    normalises and resamples; without the mask that nnU-Net's z-score uses where images have large empty borders.
+def _turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
+    reoriented = properties.get("sitk_stuff", {}).get("original_orientation")
+    if reoriented is not None:
+        # by name, not by the direction: ITK and nibabel disagree about directions between two axes
+        now, before = (axcodes2ornt(tuple(reversed(axes))) for axes in (SITK_READER_AXES, reoriented))
+    else:
+        stuff = properties.get("nibabel_stuff", {"original_affine": np.eye(4)})
+        affines = stuff.get("reoriented_affine", stuff["original_affine"]), stuff["original_affine"]
+        now, before = (io_orientation(affine[:, REVERSED]) for affine in affines)
+    return ornt_transform(now, before)
+
+
+def _preprocessed_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
+    """Grid of a preprocessed array (D, H, W): nnU-Net cuts off the empty border, then resamples.
+
+    Plans that transpose the axes are not for us (`find_data` refuses them). The spacing differs a little from the
+    plans': the box is divided into a whole number of voxels.
     """
-    spacing = metadata.volume.spacing_mm or image.properties["spacing"]
-    configuration = ConfigurationManager(
-        {
-            "architecture": {},
-            "spacing": [float(s) for s in spacing],
-            "normalization_schemes": list(metadata.volume.normalization_schemes),
-            "use_mask_for_norm": [False] * len(image.data),
-            "resampling_fn_data": resample_data_or_seg_to_shape.__name__,
-            "resampling_fn_data_kwargs": RESAMPLING,
-            "resampling_fn_seg": resample_data_or_seg_to_shape.__name__,
-            "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
-        }
-    )
-    intensities = {str(c): metadata.volume.ct_statistics for c in range(len(image.data))}
-    plans = PlansManager({"transpose_forward": [0, 1, 2], "foreground_intensity_properties_per_channel": intensities})
-    # the preprocessor adds to what it is given
-    properties = dict(image.properties)
-    data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(
-        image.data, None, properties, plans, configuration, {}
-    )
-    return data, preprocessed_grid(properties, data.shape[1:])
+    before = _reader_grid(properties, properties["shape_before_cropping"])
+    lower = [int(a) for a, _ in properties["bbox_used_for_cropping"]]
+    return before.cropped(lower, properties["shape_after_cropping_and_before_resampling"]).resized(shape)
 
 
-def _reader(file: str, metadata: EncoderMetadata) -> Any:
-    if metadata.volume.image_reader_writer is not None:
-        return recursive_find_reader_writer_by_name(metadata.volume.image_reader_writer)()
+def _reader(file: str, volumes: VolumeFormat) -> Any:
+    if volumes.image_reader_writer is not None:
+        return recursive_find_reader_writer_by_name(volumes.image_reader_writer)()
     ending = ".nii.gz" if file.endswith(".nii.gz") else Path(file).suffix
     return determine_reader_writer_from_file_ending(ending, file, allow_nonmatching_filename=True, verbose=False)()
 
 
-def _wrong_channels(found: int, metadata: EncoderMetadata) -> UserError:
+def _wrong_channels(found: int, channels: Sequence[str]) -> UserError:
     return UserError(
-        f"--image has {found} channels, the encoder takes {metadata.spec.in_channels} "
-        f"({', '.join(metadata.volume.channel_names)}); give one file per channel, in this order"
+        f"--image has {found} channels, the encoder takes {len(channels)} ({', '.join(channels)}); "
+        "give one file per channel, in this order"
     )
-
-
-@contextmanager
-def _telling(names: Sequence[str]) -> Iterator[None]:
-    try:
-        with naming_reason():
-            yield
-    except BrokenCaseError as e:
-        raise UserError(f"cannot use {', '.join(names)}: {e}; check --image") from e

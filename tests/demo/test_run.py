@@ -14,10 +14,8 @@ from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
 from nnunetv2_hiendmae.cli import main
 from nnunetv2_hiendmae.demo import process
-from nnunetv2_hiendmae.demo.budget import METHODS
-from nnunetv2_hiendmae.demo.datasets import find_data
 from nnunetv2_hiendmae.demo.process import Runner, console_script
-from nnunetv2_hiendmae.demo.run import RESULTS_FILE, SETTINGS_FILE, claim, run_demo
+from nnunetv2_hiendmae.demo.run import METHODS, RESULTS_FILE, SETTINGS_FILE, claim, run_demo
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS as PRETRAINING_METHODS
@@ -211,10 +209,10 @@ def test_unknown_method(tmp_path):
 def test_failing_phase_names_its_log(tmp_path, monkeypatch):
     runner = Runner(tmp_path / "logs", dict(os.environ), say=lambda _: None)
     with pytest.raises(UserError, match=r"phase 'look'.*encoder\.safetensors.*01_look\.log"):
-        runner.ours("look", "inspect", tmp_path / "encoder.safetensors")
+        runner.run("look", "hiendmae", "inspect", tmp_path / "encoder.safetensors")
     fork_commands(monkeypatch)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: nnUNetv2_train.*01_train\.log.*required"):
-        runner.stock("train", "nnUNetv2_train")
+        runner.run("train", "nnUNetv2_train")
     assert not runner.phases
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.inspection.attention import decoder_cross_attention, encoder_attention, self_attention
+from nnunetv2_hiendmae.inspection.attention import decoder_cross_attention, encoder_attention
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
@@ -90,7 +90,23 @@ def test_relative_positions_count():
     block = encoder.blocks[0]
     with torch.no_grad():
         assert torch.allclose(row, of_layer(block.attn, block.norm1(x), bias[0])[:, 2], atol=1e-6)
-        assert not torch.allclose(row, self_attention(block.attn, block.norm1(x))[0, :, 2], atol=1e-2)
+        assert not torch.allclose(row, of_layer(block.attn, block.norm1(x))[:, 2], atol=1e-2)
+
+
+def test_a_look_leaves_the_encoder_as_it_was(monkeypatch):
+    encoder, image = randomised(build_encoder(TINY_SPEC)), torch.rand(1, 1, 16, 16, 16)
+    encoder.blocks[1].attn.fused_attn = False
+    with torch.no_grad():
+        before = encoder.feature_maps(image)
+        encoder_attention(encoder, image, [3, 1, 0], query=0)
+        after = encoder.feature_maps(image)
+        # an error on the way changes nothing either
+        monkeypatch.setattr(encoder, "feature_maps", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            encoder_attention(encoder, image, [0], query=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert [block.attn.fused_attn for block in encoder.blocks] == [True, False, True, True]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in encoder.modules())
 
 
 def test_cross_attention_is_that_of_the_decoder():

@@ -1,0 +1,64 @@
+"""Grids: where a map lies on an image, and what it is there."""
+
+import numpy as np
+import pytest
+from oblique_data import oblique_direction
+
+from nnunetv2_hiendmae.inspection.volumes import Grid, resample
+
+
+def grid(shape, spacing_mm=(1.0, 1.0, 1.0)) -> Grid:
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = oblique_direction() * spacing_mm, (-210.5, 33.3, 871.9)
+    return Grid(shape, affine)
+
+
+def along_first_axis(values, source, target) -> list[float]:
+    made = resample(np.array(values, float).reshape(-1, 1, 1), source, target)
+    assert made.shape == target.shape and made.dtype == np.float32
+    return made[:, 0, 0].tolist()
+
+
+def test_linear_between_centres_and_constant_up_to_the_edge():
+    source = grid((2, 1, 1), (4.0, 1.0, 1.0))
+    # centres of the image's voxels lie at -2.5, -1.5, … mm, those of the map at 0 and 4, its edges at -2 and 6
+    target = source.resized((8, 1, 1)).cropped((-1, 0, 0), (10, 1, 1))
+    expected = [0, 10, 10, 12.5, 17.5, 22.5, 27.5, 30, 30, 0]
+    assert along_first_axis([10, 30], source, target) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_centre_on_the_edge_is_inside():
+    """At both ends, and whatever rounding in oblique affines does to it."""
+    source = grid((2, 1, 1), (3.0, 1.0, 1.0))
+    # a step of two voxels from the lower edge: -1.5, 0.5, 2.5, 4.5 mm and beyond
+    target = source.resized((3, 1, 1)).cropped((-1, 0, 0), (5, 1, 1))
+    affine = target.affine.copy()
+    affine[:3, 3] = target.to_world((0.5, 0, 0))
+    target = Grid((5, 1, 1), affine)
+    assert along_first_axis([10, 40], source, target) == pytest.approx([10, 15, 35, 40, 0], abs=1e-4)
+    assert target.covered(source)[0] == slice(0, 4)
+    # widened by a third of 6 mm there is one more voxel at the far end
+    assert target.covered(source, 1 / 3)[0] == slice(0, 5)
+
+
+def test_nothing_of_the_image_is_covered():
+    source = grid((2, 2, 2))
+    assert not resample(np.ones((2, 2, 2)), source, source.cropped((5, 0, 0), (3, 2, 2))).any()
+
+
+def test_turned_axes_are_not_parallel():
+    source = grid((2, 3, 4))
+    with pytest.raises(ValueError, match="parallel"):
+        resample(np.ones((2, 3, 4)), source, source.turned(np.array([[1, 1], [0, 1], [2, 1]])))
+
+
+def test_resized_and_turned_grids_hold_the_same_box():
+    source = grid((4, 6, 9), (2.0, 1.5, 0.5))
+    corner = (-0.5, -0.5, -0.5)
+    smaller = source.resized((2, 2, 3))
+    assert smaller.spacing_mm == pytest.approx((4.0, 4.5, 1.5))
+    assert smaller.to_world(corner) == pytest.approx(source.to_world(corner))
+    turned = source.turned(np.array([[2, -1], [0, 1], [1, 1]]))
+    assert turned.shape == (6, 9, 4) and turned.spacing_mm == pytest.approx((1.5, 0.5, 2.0))
+    assert turned.to_world((2, 5, 0)) == pytest.approx(source.to_world((3, 2, 5)))
+    assert turned.to_index(source.to_world((1, 4, 8))) == pytest.approx((4, 8, 2))
