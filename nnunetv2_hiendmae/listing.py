@@ -11,8 +11,8 @@ from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, SETTINGS, read_settings
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, read_settings
 from nnunetv2_hiendmae.weights import ConvertOptions, is_encoder_file, own, translate_checkpoint
 from nnunetv2_hiendmae.weights.finding import find
 from nnunetv2_hiendmae.weights.foreign import read_checkpoint

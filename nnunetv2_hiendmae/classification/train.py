@@ -1,95 +1,89 @@
 """Training of a classifier: one readable loop on Lightning Fabric (device, precision)."""
 
 import json
-import logging
 import math
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric import Fabric
-from tqdm import tqdm
 
-from nnunetv2_hiendmae.classification.data import EpochSampler, TrainingCases, batches_of, warn_of_differences
-from nnunetv2_hiendmae.classification.device import single_device
-from nnunetv2_hiendmae.classification.labels import Labels
-from nnunetv2_hiendmae.classification.model_file import (
+from nnunetv2_hiendmae.classification.inputs import epoch_keys, warn_of_differences
+from nnunetv2_hiendmae.classification.labels import read_split, write_split
+from nnunetv2_hiendmae.classification.network import (
     BEST,
     LAST,
-    ClassifierMetadata,
-    load_classifier,
-    save_classifier,
-)
-from nnunetv2_hiendmae.classification.network import (
     Classifier,
+    ClassifierMetadata,
     balanced_weights,
     build_classifier,
+    load_classifier,
+    save_classifier,
     weighted_cross_entropy,
 )
-from nnunetv2_hiendmae.classification.predict import compute_probabilities, measure, write_predictions
-from nnunetv2_hiendmae.classification.runs import EpochLog, load_checkpoint
-from nnunetv2_hiendmae.classification.settings import ClassifySettings
-from nnunetv2_hiendmae.classification.splits import Split, read_split, write_split
+from nnunetv2_hiendmae.classification.predict import COMMAND, compute_probabilities, measure, write_predictions
+from nnunetv2_hiendmae.classification.settings import Task, build_task, run_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
-from nnunetv2_hiendmae.pretraining.checkpoint import claim_run, locked, save_checkpoint
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, build_loader
-from nnunetv2_hiendmae.pretraining.launch import Execution, check_free_disk
+from nnunetv2_hiendmae.options.classify import ClassifyOptions
+from nnunetv2_hiendmae.training.launch import check_free_disk, launch_alone
+from nnunetv2_hiendmae.training.run_folder import RunLog, choose_run_dir, claimed, restore_state, save_state
+from nnunetv2_hiendmae.training.volumes import SampleDataset, load_batches
 from nnunetv2_hiendmae.weights import load_into, read_metadata
-
-logger = logging.getLogger(__name__)
 
 METRICS, PREDICTIONS, PREDICTIONS_TEST = "metrics.json", "predictions.csv", "predictions_test.csv"
 
 
-@dataclass(frozen=True)
-class Task:
-    """A run's settings, its labelled cases and which of them train."""
-
-    settings: ClassifySettings
-    data: PretrainData
-    labels: Labels
-    split: Split
-
-    def cases(self, names: Sequence[str]) -> list[Case]:
-        """The named cases, in that order."""
-        by_name = {case.name: case for case in self.data.cases}
-        return [by_name[name] for name in names]
-
-    def targets(self, names: Sequence[str]) -> torch.Tensor:
-        """Class indices (n,) of the named cases."""
-        return torch.tensor([self.labels.targets[name] for name in names])
-
-
-def train(task: Task, run_dir: Path, execution: Execution, resume: bool = False) -> Path:
-    """Trains into `run_dir` and writes metrics.json and predictions.csv of the best model there.
+def train(
+    datasets: Iterable[str | int],
+    labels_file: Path,
+    encoder_file: Path,
+    options: ClassifyOptions | None = None,
+    **changes: Any,
+) -> Path:
+    """Trains a classifier on preprocessed, labelled cases, as `hiendmae classify train` does, and writes metrics.json
+    and predictions.csv of the best model into the run folder.
 
     The best model is the one with the highest AUC on the validation cases, of equal ones that with the lowest log
     loss, of equal ones the first. Without validation cases it is the last.
+
+    Args:
+        datasets: ids or names.
+        labels_file: CSV with the columns case, label and, if wanted, fold or split.
+        encoder_file: of `hiendmae pretrain` or `hiendmae convert`.
+        changes: fields of `ClassifyOptions` that are other than in `options`.
 
     Returns:
         The path of metrics.json.
 
     Raises:
-        UserError: the encoder does not fit, a folder in use, a full disk, or a loss that is not finite.
+        UserError: bad options, labels or data, the encoder does not fit, a folder in use, a full disk, or a loss that
+            is not finite.
     """
+    options = replace(options or ClassifyOptions(), **changes)
+    task = build_task(datasets, labels_file, encoder_file, options)
+    run_dir = choose_run_dir(options.output, "classification", options.name or run_name(labels_file, task.settings))
+    return run_training(task, run_dir, options.device, options.workers, options.resume)
+
+
+def run_training(task: Task, run_dir: Path, device: str, workers: int, resume: bool = False) -> Path:
+    """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    fabric = single_device(execution, task.settings.precision)
+    fabric = launch_alone(device, task.settings.precision, COMMAND)
     check_free_disk(run_dir, network)
-    with locked(run_dir):
-        claim_run(run_dir, task.settings, task.data, resume)
+    with claimed(run_dir, task.settings, task.data.digest(), resume):
         if resume:
             task = replace(task, split=read_split(run_dir))
         else:
             write_split(run_dir, task.split)
         try:
-            last = _run(fabric, task, network, metadata, run_dir, execution.workers, resume)
-            return _report(fabric, task, run_dir, execution.workers, last)
+            last = _run(fabric, task, network, metadata, run_dir, workers, resume)
+            return _report(fabric, task, run_dir, workers, last)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"the GPU's memory is full with {task.settings.batch_size} cases x {task.settings.inputs.crops} "
@@ -104,7 +98,7 @@ def _build(task: Task) -> tuple[Classifier, ClassifierMetadata]:
     network = build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
     if not settings.from_scratch:
         load_into(network.encoder, settings.encoder_file)
-        warn_of_differences(task.data.format, task.data.cases, settings.inputs, seen.volume, "the encoder")
+        warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
     metadata = ClassifierMetadata(
         settings.spec,
         classes,
@@ -132,49 +126,42 @@ def _run(
     settings, names = task.settings, task.split.train
     optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay), lr=settings.lr)
     model, optimizer = fabric.setup(network, optimizer)
-    first_epoch, best = _restore(fabric, network, optimizer, run_dir) if resume else (0, None)
+    # what a checkpoint holds besides the next epoch and the best rank
+    parts = {"network": network, "optimizer": optimizer, "precision": fabric.strategy.precision}
+    before = restore_state(run_dir, parts, epoch=0, best=None) if resume else {"epoch": 0, "best": None}
+    best, epochs = before["best"], range(before["epoch"], settings.epochs)
 
-    samples = TrainingCases(task.cases(names), task.data.format, settings.inputs, settings.seed, settings.augmentation)
-    sampler = EpochSampler(len(names), settings.batch_size, first_epoch, settings.epochs, settings.seed)
-    loader = build_loader(samples, sampler, workers, pin_memory=fabric.device.type == "cuda")
-    batches = batches_of(fabric.setup_dataloaders(loader, use_distributed_sampler=False))
-    steps = sampler.batches_per_epoch
+    draw = partial(settings.inputs.draw, augment=settings.augmentation)
+    samples = SampleDataset(task.subset(names), draw, settings.seed, case_in_key=True)
+    batches = load_batches(fabric, samples, epoch_keys(epochs, len(names), settings.batch_size, settings.seed), workers)
+    steps = math.ceil(len(names) / settings.batch_size)
     weights = balanced_weights(task.targets(names), len(task.labels.classes)).to(fabric.device)
-
-    log, terminal = EpochLog(run_dir, first_epoch), sys.stderr.isatty()
-    for epoch in tqdm(range(first_epoch, settings.epochs), unit="epoch", disable=not terminal):
-        done, last = epoch + 1, epoch + 1 == settings.epochs
-        model.train()
-        total = 0.0
-        for step in range(epoch * steps, done * steps):
-            lr = settings.lr * warmup_cosine(step, settings.warmup_epochs * steps, settings.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = next(batches)
-            total += _step(fabric, model, optimizer, batch, task, weights, epoch) * len(batch["case"])
-        line = {"epoch": epoch, "loss": round(total / len(names), 7), "lr": lr}
-        if task.split.val and (last or done % settings.validate_epochs == 0):
-            measured = measure(task.labels, task.split.val, _predict(fabric, model, task, task.split.val, workers))
-            line["validation"] = measured
-            rank = [measured["auc"], -measured["log_loss"]]
-            if best is None or rank > best:
-                best = rank
-                save_classifier(run_dir / BEST, network, replace(metadata, epoch=epoch))
-        log.add(line)
-        if not terminal:
-            logger.info(_plain_line(line, settings.epochs))
-        if last:
-            save_classifier(run_dir / LAST, network, replace(metadata, epoch=epoch))
-        if last or done % settings.checkpoint_epochs == 0:
-            state = {
-                "epoch": done,
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "precision": fabric.strategy.precision.state_dict(),
-                "best": best,
-            }
-            save_checkpoint(run_dir, state)
-    return log.lines[-1]
+    with closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log:
+        for epoch in epochs:
+            done, last = epoch + 1, epoch + 1 == settings.epochs
+            model.train()
+            total = 0.0
+            for step in range(epoch * steps, done * steps):
+                lr = settings.lr * warmup_cosine(step, settings.warmup_epochs * steps, settings.epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                batch = next(batches)
+                total += _step(fabric, model, optimizer, batch, task, weights, epoch) * len(batch["case"])
+            line = {"epoch": epoch, "loss": round(total / len(names), 7), "lr": lr}
+            if task.split.val and (last or done % settings.validate_epochs == 0):
+                validation = task.subset(task.split.val)
+                found = compute_probabilities(fabric, model, validation, settings.inputs, workers)
+                line["validation"] = measured = measure(task.labels, task.split.val, found)
+                rank = [measured["auc"], -measured["log_loss"]]
+                if best is None or rank > best:
+                    best = rank
+                    save_classifier(run_dir / BEST, network, replace(metadata, epoch=epoch))
+            log.add(line, _plain_line(line, settings.epochs))
+            if last:
+                save_classifier(run_dir / LAST, network, replace(metadata, epoch=epoch))
+            if last or done % settings.checkpoint_epochs == 0:
+                save_state(run_dir, parts, epoch=done, best=best)
+        return log.last
 
 
 def _step(
@@ -205,24 +192,6 @@ def _step(
     return loss.item()
 
 
-def _predict(fabric: Fabric, model: torch.nn.Module, task: Task, names: Sequence[str], workers: int) -> np.ndarray:
-    return compute_probabilities(fabric, model, task.cases(names), task.data.format, task.settings.inputs, workers)
-
-
-def _restore(
-    fabric: Fabric, network: Classifier, optimizer: torch.optim.Optimizer, run_dir: Path
-) -> tuple[int, list[float] | None]:
-    """Puts back what the last checkpoint holds; the next epoch and the best rank so far."""
-    state = load_checkpoint(run_dir)
-    if state is None:
-        logger.warning(f"{run_dir} was stopped before its first checkpoint: starting again from epoch 0")
-        return 0, None
-    network.load_state_dict(state["network"])
-    optimizer.load_state_dict(state["optimizer"])
-    fabric.strategy.precision.load_state_dict(state["precision"])
-    return state["epoch"], state["best"]
-
-
 def _report(fabric: Fabric, task: Task, run_dir: Path, workers: int, last: dict[str, Any]) -> Path:
     """Predictions and metrics of the best model, as its file is read again."""
     split, labels = task.split, task.labels
@@ -242,7 +211,7 @@ def _report(fabric: Fabric, task: Task, run_dir: Path, workers: int, last: dict[
     }
     for key, names, table in (("validation", split.val, PREDICTIONS), ("test", split.test, PREDICTIONS_TEST)):
         if names:
-            found = _predict(fabric, model, task, names, workers)
+            found = compute_probabilities(fabric, model, task.subset(names), task.settings.inputs, workers)
             write_predictions(run_dir / table, labels.classes, names, found, labels)
             metrics[key] = measure(labels, names, found)
     write_text(run_dir / METRICS, json.dumps(metrics, indent=2))

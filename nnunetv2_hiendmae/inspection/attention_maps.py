@@ -20,8 +20,9 @@ from nnunetv2_hiendmae.inspection.planes import Planes, draw_planes
 from nnunetv2_hiendmae.inspection.runs import load_method, read_run
 from nnunetv2_hiendmae.inspection.volumes import RawImage, preprocess, read_image, turn_to_stored, with_channels
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import ENCODER, PretrainSettings
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.run_files import ENCODER
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_encoder, read_metadata
 
 MEAN = "mean"

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.inspection.geometry import Grid, write_nifti
 from nnunetv2_hiendmae.inspection.runs import load_method, read_run
 from nnunetv2_hiendmae.inspection.volumes import case_grid
-from nnunetv2_hiendmae.pretraining.checkpoint import DATA_KEY, read_settings
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, find_data
-from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
-from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage
-from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.pretraining.progress import columns_of
+from nnunetv2_hiendmae.run_files import DATA_KEY, read_settings
+from nnunetv2_hiendmae.training.launch import check_device
+from nnunetv2_hiendmae.training.views import Views
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,11 @@ def reconstruct(
     Raises:
         UserError: no such run, case, view or device, or data that is gone.
     """
-    Execution(device, workers=0)
+    check_device(device)
     if cases < 1 or seed < 0:
         raise UserError(f"--cases is {cases} and --seed {seed}, needed at least 1 case and a seed of 0 or more")
     settings = read_run(run_dir)
-    data = find_data(settings.datasets, settings.plans_name, settings.configuration)
+    data = find_cases(settings.datasets, settings.plans_name, settings.configuration)
     if read_settings(run_dir).get(DATA_KEY) != data.digest():
         logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")
     chosen = _choose(data, case, cases, seed)
@@ -78,7 +79,7 @@ def reconstruct(
     return pictures
 
 
-def _choose(data: PretrainData, case: str | None, count: int, seed: int) -> list[int]:
+def _choose(data: CaseSet, case: str | None, count: int, seed: int) -> list[int]:
     names = [c.name for c in data.cases]
     if case is None:
         return sorted(np.random.default_rng(seed).permutation(len(names))[:count].tolist())
@@ -96,10 +97,10 @@ def _unaugmented(views: Views) -> Views:
     return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
 
 
-def _draw(data: PretrainData, number: int, views: Views, seed: int) -> dict[str, Any]:
+def _draw(data: CaseSet, number: int, views: Views, seed: int) -> dict[str, Any]:
     # by the case's number, so that its crop does not depend on which others are shown
-    alone = PretrainData((data.cases[number],), data.format)
-    return SampleDataset(alone, views, seed)[0, number]
+    alone = CaseSet((data.cases[number],), data.format)
+    return SampleDataset(alone, views.draw, seed)[0, number]
 
 
 def _views(made: Mapping[str, Reconstruction], view: str | None) -> list[str]:

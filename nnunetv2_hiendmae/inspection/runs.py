@@ -2,18 +2,12 @@
 
 from pathlib import Path
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import (
-    CHECKPOINT,
-    DATA_KEY,
-    SETTINGS,
-    PretrainSettings,
-    load_checkpoint,
-    read_settings,
-)
 from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
+from nnunetv2_hiendmae.training.run_folder import load_checkpoint
 
 
 def read_run(run_dir: Path) -> PretrainSettings:
@@ -28,12 +22,7 @@ def read_run(run_dir: Path) -> PretrainSettings:
         raise UserError(f"{run_dir} has no {CHECKPOINT} yet; let the run reach its first checkpoint")
     stored = {k: v for k, v in read_settings(run_dir).items() if k != DATA_KEY}
     try:
-        changes = {
-            "datasets": tuple(stored["datasets"]),
-            "betas": tuple(stored["betas"]),
-            "spec": EncoderSpec.from_dict(stored["spec"]),
-        }
-        settings = PretrainSettings(**{**stored, **changes})
+        settings = PretrainSettings.from_dict(stored)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{run_dir / SETTINGS} is damaged or of another version ({e}); start the run anew") from e
     if settings.method not in METHODS:
@@ -49,7 +38,7 @@ def load_method(run_dir: Path, settings: PretrainSettings) -> Method:
     """
     method = settings.build_method()
     try:
-        method.load_state_dict(load_checkpoint(run_dir)["method"])
+        method.load_state_dict(load_checkpoint(run_dir, (STEP, STATE))[STATE])
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{run_dir / CHECKPOINT} does not fit {SETTINGS} beside it ({reason}); start anew") from e

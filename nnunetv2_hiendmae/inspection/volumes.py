@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.inspection.geometry import Grid
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
-from nnunetv2_hiendmae.pretraining.data import Case
+from nnunetv2_hiendmae.training.volumes import Case
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 logger = logging.getLogger(__name__)

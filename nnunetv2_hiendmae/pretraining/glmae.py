@@ -16,8 +16,8 @@ from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.teacher import Centre, ProjectionHead, cosine_momentum, follow
-from nnunetv2_hiendmae.pretraining.views import Augmentation
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.training.views import Augmentation
 
 EMBEDDINGS = ("mean", "cls")
 # edges of a global view by those of a local one, as published: 160 and 96 voxels

@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.architectures.tokens import (
 )
 from nnunetv2_hiendmae.pretraining.checks import visible_of
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
-from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from nnunetv2_hiendmae.training.views import MaskedCrop
 
 
 class MaskedCropMethod(Method):

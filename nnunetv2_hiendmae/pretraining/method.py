@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.training.views import Views
 
 Batch = Mapping[str, Any]
 LossDict = dict[str, Tensor]

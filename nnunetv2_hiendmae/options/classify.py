@@ -1,0 +1,90 @@
+"""What a user may set of a classifier's training and predictions."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_hiendmae.options import check_ranges, execution, option
+from nnunetv2_hiendmae.options.execution import count
+from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
+
+
+@dataclass(frozen=True)
+class ClassifyOptions:
+    """Options of `hiendmae classify train`.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    plans_name: str = option(PRETRAIN_PLANS, "plans the images were preprocessed with", flag="-p", metavar="PLANS")
+    configuration: str = option("3d_fullres", "configuration of those plans", flag="-c", metavar="CONFIG")
+    fold: str | None = option(
+        None,
+        "validation fold, 0 to 4 or one of the column fold (default: 0), or 'all': train on all, validate on none",
+        flag="-f",
+        metavar="FOLD",
+    )
+    fraction: float = option(1.0, "share of the training cases of every class", metavar="F", above=0, at_most=1)
+    pool: str = option("mean", "what the head reads: mean of patch tokens, or CLS", choices=("mean", "cls"))
+    input: str = option("resize", "whole volumes resized, or crops of them", choices=("resize", "crops"))
+    crops: int = count(1, "crops per case: random in training, a grid in prediction")
+    crop_size: tuple[int, int, int] | None = option(
+        None, "input in voxels", default_is="the encoder's", metavar=("D", "H", "W")
+    )
+    freeze_encoder: bool = option(False, "train the head only (linear probe)")
+    from_scratch: bool = option(False, "same network without pretrained weights: the baseline")
+    augmentation: bool = option(True, "flips, turns, intensity changes")
+    epochs: int = count(100, "passes over the training cases")
+    warmup_epochs: int | None = option(
+        None, "epochs of linear warm-up", default_is="10% of the epochs", metavar="N", at_least=0
+    )
+    batch_size: int = count(8, "cases per optimizer step", metavar="B")
+    lr: float | None = option(None, "peak learning rate", default_is="1e-4, with --freeze-encoder 1e-3", above=0)
+    weight_decay: float = option(1e-5, "AdamW weight decay", at_least=0)
+    seed: int = execution.seed("decides initial weights, order, crops and augmentation")
+    # scikit-learn takes 32 bits
+    split_seed: int = execution.seed("decides folds and fractions", at_most=2**32 - 1)
+    validate_epochs: int = count(1, "epochs between validations", flag="--validate-every")
+    checkpoint_epochs: int = count(10, "epochs between checkpoints", flag="--checkpoint-every")
+    name: str | None = option(None, "name of the run", default_is="made of the options", metavar="RUN")
+    output: Path | None = option(
+        None, "run folder", flag="-o", default_is="$nnUNet_results/classification/RUN", metavar="DIR"
+    )
+    resume: bool = option(False, "continue from the last checkpoint", flag="--c")
+    precision: str = execution.precision()
+    device: str = execution.device()
+    workers: int = execution.workers("loader processes; do not change results")
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+@dataclass(frozen=True)
+class PredictOptions:
+    """Options of `hiendmae classify predict`.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    plans_name: str | None = option(
+        None, "plans of the images", flag="-p", default_is="those of the run", metavar="PLANS"
+    )
+    configuration: str | None = option(
+        None, "configuration of those plans", flag="-c", default_is="that of the run", metavar="CONFIG"
+    )
+    model: str | None = option(None, "which weights", default_is="best where there is one", choices=("best", "last"))
+    labels: Path | None = option(None, "columns case,label; for metrics only", metavar="CSV")
+    output: Path | None = option(
+        None,
+        "CSV of the probabilities",
+        flag="-o",
+        default_is="predictions_DATASETS.csv in the run folder",
+        metavar="CSV",
+    )
+    precision: str = execution.precision()
+    device: str = execution.device()
+    workers: int = execution.workers("loader processes; do not change results")
+
+    def __post_init__(self):
+        check_ranges(self)
