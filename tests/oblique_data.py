@@ -75,6 +75,6 @@ def write_run(run_dir: Path, spec: EncoderSpec, method: str = "hiendmae", **opti
     data = find_cases(settings.datasets, PLANS, settings.configuration)
     run_dir.mkdir()
     state = {"step": 1, "method": settings.build_method().state_dict(), "optimizer": {}, "precision": {}}
-    with claimed(run_dir, settings, data.digest(), resume=False):
+    with claimed(run_dir, settings, data.digest()):
         save_checkpoint(run_dir, state)
     return run_dir

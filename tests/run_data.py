@@ -120,5 +120,7 @@ def tiny_settings(method: str = "hiendmae", **changes) -> PretrainSettings:
         "seed": 3,
         "checkpoint_epochs": 1,
         "picture_epochs": 2,
+        "device": "cpu",
+        "workers": 0,
     }
     return PretrainSettings(**{**values, **changes})

@@ -13,8 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options import check_ranges
-from nnunetv2_hiendmae.options.classify import ClassifyOptions
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, seeded_globals
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -50,7 +48,8 @@ class Inputs:
         object.__setattr__(self, "size", tuple(self.size))
         if self.mode not in (RESIZE, CROPS):
             raise UserError(f"--input {self.mode} is unknown, needed {RESIZE} or {CROPS}")
-        check_ranges(self, of=ClassifyOptions)
+        if self.crops < 1:
+            raise UserError(f"--crops is {self.crops}, needed at least 1")
         if self.mode == RESIZE and self.crops > 1:
             raise UserError(f"--crops {self.crops} with --input {RESIZE}, which has one input; add --input {CROPS}")
 

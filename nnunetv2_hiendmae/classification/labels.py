@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -22,13 +21,12 @@ from nnunetv2_hiendmae.files import write_text
 
 logger = logging.getLogger(__name__)
 
-CASE, LABEL = "case", "label"
-FOLD, SPLIT = "fold", "split"
+CASE, LABEL, FOLD, SPLIT = "case", "label", "fold", "split"
+PLACES = TRAIN, VALIDATION, TEST = "train", "val", "test"
 FOLDS, ALL = 5, "all"
 SPLITS = "splits.json"
 # names that a message lists before it only counts
 LISTED = 5
-PLACES = TRAIN, VALIDATION, TEST = "train", "val", "test"
 
 
 class _Row(NamedTuple):
@@ -86,21 +84,17 @@ def read_labels(path: Path, cases: Sequence[str], classes: Sequence[str] | None 
     found = {row.label for row in rows.values()}
     if classes is None and len(found) < 2:
         raise UserError(f"all cases in {path} have the label '{found.pop()}', needed at least two classes")
-    strange = sorted(found - set(classes or found))
-    if strange:
+    if strange := sorted(found - set(classes or found)):
         raise UserError(
             f"{path} has labels that the model does not know: {some(strange, LISTED)}; needed {', '.join(classes)}"
         )
     without = [case for case in cases if case not in rows]
     if without and classes is None:
-        logger.warning(
-            f"{len(without)} of {len(cases)} preprocessed cases have no label in {path} and are ignored: "
-            f"{some(without, LISTED)}"
-        )
+        told = f"{len(without)} of {len(cases)} preprocessed cases have no label in {path} and are ignored"
+        logger.warning(f"{told}: {some(without, LISTED)}")
     names = tuple(classes or _ordered(found))
     targets = {case: names.index(row.label) for case, row in sorted(rows.items())}
-    places = {case: rows[case].place for case in targets} if column else None
-    return Labels(names, targets, places, column)
+    return Labels(names, targets, {case: rows[case].place for case in targets} if column else None, column)
 
 
 def _read_rows(path: Path) -> tuple[str | None, list[_Row]]:
@@ -129,12 +123,10 @@ def _check_header(path: Path, header: list[str]) -> None:
     other = next((mark for mark in (";", "\t", "|") if mark in header[0]), None)
     if len(header) == 1 and other:
         raise UserError(f"{path} is separated by {other!r}, needed commas; save it as comma-separated CSV")
-    for name in (CASE, LABEL):
-        if name not in header:
-            raise UserError(f"{path} has no column '{name}' (its first line: {', '.join(header)}), {needed}")
-    for name in (CASE, LABEL, FOLD, SPLIT):
-        if header.count(name) > 1:
-            raise UserError(f"{path} has the column '{name}' twice, needed it once; rename the other")
+    if missing := [name for name in (CASE, LABEL) if name not in header]:
+        raise UserError(f"{path} has no column '{missing[0]}' (its first line: {', '.join(header)}), {needed}")
+    if twice := [name for name in (CASE, LABEL, FOLD, SPLIT) if header.count(name) > 1]:
+        raise UserError(f"{path} has the column '{twice[0]}' twice, needed it once; rename the other")
     if FOLD in header and SPLIT in header:
         raise UserError(f"{path} has the columns '{FOLD}' and '{SPLIT}', needed one of them at most; remove the other")
 
@@ -154,11 +146,10 @@ def _row(path: Path, header: list[str], column: str | None, line: int, fields: l
 
 def _resolve(path: Path, listed: Sequence[_Row], cases: Sequence[str]) -> dict[str, _Row]:
     """Rows by full case name."""
-    known = defaultdict(list, {case: [case] for case in cases})
+    known = {case: [case] for case in cases}
     for case in cases:
-        known[case.partition("/")[2]].append(case)
-    unknown = [row.case for row in listed if row.case not in known]
-    if unknown:
+        known.setdefault(case.partition("/")[2], []).append(case)
+    if unknown := [row.case for row in listed if row.case not in known]:
         raise UserError(
             f"{len(unknown)} cases of {path} are not preprocessed: {some(unknown, LISTED)} (there are {len(cases)}: "
             f"{some(cases, LISTED)}); take them out, or run: hiendmae preprocess"
@@ -167,10 +158,8 @@ def _resolve(path: Path, listed: Sequence[_Row], cases: Sequence[str]) -> dict[s
     for row in listed:
         case, *others = known[row.case]
         if others:
-            raise UserError(
-                f"line {row.line} of {path}: '{row.case}' is in several datasets, needed one of "
-                f"{', '.join(known[row.case])}"
-            )
+            among = ", ".join([case, *others])
+            raise UserError(f"line {row.line} of {path}: '{row.case}' is in several datasets, needed one of {among}")
         if case in rows:
             raise UserError(f"{path} names {case} twice (lines {rows[case].line} and {row.line}); keep one row")
         rows[case] = row
@@ -213,11 +202,11 @@ def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: 
     else:
         places = _fold_places(labels, fold or "0", split_seed)
     split = Split(*(tuple(case for case, place in places.items() if place == name) for name in PLACES))
-    for name, cases in {TRAIN: split.train, **({} if fold == ALL else {VALIDATION: split.val})}.items():
-        missing = sorted(set(range(len(labels.classes))) - {labels.targets[case] for case in cases})
-        if missing:
+    for name, cases in ((TRAIN, split.train), (VALIDATION, split.val)):
+        missing = set(range(len(labels.classes))) - {labels.targets[case] for case in cases}
+        if missing and (name == TRAIN or fold != ALL):
             raise UserError(
-                f"no case of class {', '.join(labels.classes[index] for index in missing)} among the {len(cases)} "
+                f"no case of class {', '.join(labels.classes[i] for i in sorted(missing))} among the {len(cases)} "
                 f"{name} cases, needed one of every class; choose another -f, or change the column '{labels.column}' "
                 "of the labels"
             )
@@ -227,8 +216,7 @@ def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: 
 def _split_places(labels: Labels, fold: str | None) -> dict[str, str]:
     if fold is not None:
         raise UserError(f"-f {fold} with a column '{SPLIT}' in the labels, needed one of the two; leave -f out")
-    strange = sorted(set(labels.places.values()) - set(PLACES))
-    if strange:
+    if strange := sorted(set(labels.places.values()) - set(PLACES)):
         raise UserError(f"the column '{SPLIT}' of the labels holds '{strange[0]}', needed one of {', '.join(PLACES)}")
     return labels.places
 

@@ -1,7 +1,7 @@
 """What a classification run computes: options of the user, the labels, the cases and their split, all checked."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,9 +23,9 @@ LR, LR_FROZEN = 1e-4, 1e-3
 WARMUP_FRACTION = 0.1
 
 
-@dataclass(frozen=True)
-class ClassifySettings(RunSettings):
-    """What a run computes, and how often it saves; what is not told here is as in `ClassifyOptions`.
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(RunSettings, ClassifyOptions):
+    """What a run computes, and how: its options, all decided but `fold`.
 
     Args:
         spec: of the encoder in the network; may differ from that of the file in crop and channels.
@@ -33,39 +33,25 @@ class ClassifySettings(RunSettings):
         labels_sha256: of cases, labels and places.
         fold: number or "all"; None where a column of the labels splits.
         lr: peak learning rate of AdamW, after `warmup_epochs`, cosine to 0 at the end.
-        validate_epochs, checkpoint_epochs: every so many epochs, and at the end.
 
     Raises:
         UserError: a value is out of range.
     """
 
-    declared: ClassVar = ClassifyOptions
-    not_deciding: ClassVar = ("encoder_file", "checkpoint_epochs")
-
     datasets: tuple[str, ...]
-    plans_name: str
-    configuration: str
     spec: EncoderSpec
     encoder_file: str
     encoder_sha256: str
     labels_sha256: str
-    fold: str | None
-    fraction: float
     inputs: Inputs
-    epochs: int
-    warmup_epochs: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    precision: str
-    pool: str = "mean"
-    freeze_encoder: bool = False
-    from_scratch: bool = False
-    augmentation: bool = True
-    seed: int = 0
-    split_seed: int = 0
-    validate_epochs: int = 1
-    checkpoint_epochs: int = 10
+
+    keys: ClassVar = (
+        *("datasets", "plans_name", "configuration", "spec", "encoder_file", "encoder_sha256", "labels_sha256", "fold"),
+        *("fraction", "inputs", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay", "precision", "pool"),
+        *("freeze_encoder", "from_scratch", "augmentation", "seed", "split_seed", "validate_epochs"),
+        "checkpoint_epochs",
+    )
+    not_deciding: ClassVar = ("encoder_file", "checkpoint_epochs")
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,12 +89,10 @@ def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: P
     labels = read_labels(labels_file, [case.name for case in data.cases])
     split = choose_split(labels, options.fold, options.fraction, options.split_seed)
     spec = _spec(metadata, len(data.format.channel_names), options.crop_size)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    defaults = {
+    values = {
         "warmup_epochs": int(WARMUP_FRACTION * options.epochs),
         "lr": LR_FROZEN if options.freeze_encoder else LR,
-    }
-    derived = {
+        **{name: value for name, value in vars(options).items() if value is not None},
         "datasets": data.datasets,
         "spec": spec,
         "encoder_file": str(Path(encoder_file).resolve()),
@@ -118,8 +102,7 @@ def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: P
         "inputs": Inputs(options.input, spec.img_size, options.crops),
         "precision": choose_precision(options.precision, options.device),
     }
-    values = {**defaults, **given, **derived}
-    settings = ClassifySettings(**{f.name: values[f.name] for f in fields(ClassifySettings)})
+    settings = ClassifySettings(**values)
     labelled = tuple(case for case in data.cases if case.name in labels.targets)
     return Task(settings, replace(data, cases=labelled), labels, split)
 

@@ -12,19 +12,9 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
+from nnunetv2_hiendmae.classification import network as net
 from nnunetv2_hiendmae.classification.inputs import epoch_keys, warn_of_differences
 from nnunetv2_hiendmae.classification.labels import read_split, write_split
-from nnunetv2_hiendmae.classification.network import (
-    BEST,
-    LAST,
-    Classifier,
-    ClassifierMetadata,
-    balanced_weights,
-    build_classifier,
-    load_classifier,
-    save_classifier,
-    weighted_cross_entropy,
-)
 from nnunetv2_hiendmae.classification.predict import COMMAND, compute_probabilities, measure, write_predictions
 from nnunetv2_hiendmae.classification.settings import Task, build_task, run_name
 from nnunetv2_hiendmae.errors import UserError
@@ -67,23 +57,22 @@ def train(
     """
     options = replace(options or ClassifyOptions(), **changes)
     task = build_task(datasets, labels_file, encoder_file, options)
-    run_dir = choose_run_dir(options.output, "classification", options.name or run_name(labels_file, task.settings))
-    return run_training(task, run_dir, options.device, options.workers, options.resume)
+    return run_training(task, choose_run_dir(task.settings, "classification", run_name(labels_file, task.settings)))
 
 
-def run_training(task: Task, run_dir: Path, device: str, workers: int, resume: bool = False) -> Path:
+def run_training(task: Task, run_dir: Path) -> Path:
     """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    fabric = launch_alone(device, task.settings.precision, COMMAND)
+    fabric = launch_alone(task.settings.device, task.settings.precision, COMMAND)
     check_free_disk(run_dir, network)
-    with claimed(run_dir, task.settings, task.data.digest(), resume):
-        if resume:
+    with claimed(run_dir, task.settings, task.data.digest()):
+        if task.settings.resume:
             task = replace(task, split=read_split(run_dir))
         else:
             write_split(run_dir, task.split)
         try:
-            last = _run(fabric, task, network, metadata, run_dir, workers, resume)
-            return _report(fabric, task, run_dir, workers, last)
+            last = _run(fabric, task, network, metadata, run_dir)
+            return _report(fabric, task, run_dir, last)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"the GPU's memory is full with {task.settings.batch_size} cases x {task.settings.inputs.crops} "
@@ -91,22 +80,18 @@ def run_training(task: Task, run_dir: Path, device: str, workers: int, resume: b
             ) from e
 
 
-def _build(task: Task) -> tuple[Classifier, ClassifierMetadata]:
+def _build(task: Task) -> tuple[net.Classifier, net.ClassifierMetadata]:
     """The network with its encoder's weights, and what its file will say."""
     settings, classes = task.settings, task.labels.classes
     seen = read_metadata(settings.encoder_file)
-    network = build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
+    network = net.build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
     if not settings.from_scratch:
         load_into(network.encoder, settings.encoder_file)
         warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
-    metadata = ClassifierMetadata(
-        settings.spec,
-        classes,
-        settings.pool,
-        settings.inputs,
-        task.data.format,
-        settings.plans_name,
-        settings.configuration,
+    metadata = net.ClassifierMetadata(
+        **{name: getattr(settings, name) for name in ("spec", "pool", "inputs", "plans_name", "configuration")},
+        classes=classes,
+        volumes=task.data.format,
         method=None if settings.from_scratch else seen.method,
         citations=() if settings.from_scratch else seen.citations,
     )
@@ -114,28 +99,23 @@ def _build(task: Task) -> tuple[Classifier, ClassifierMetadata]:
 
 
 def _run(
-    fabric: Fabric,
-    task: Task,
-    network: Classifier,
-    metadata: ClassifierMetadata,
-    run_dir: Path,
-    workers: int,
-    resume: bool,
+    fabric: Fabric, task: Task, network: net.Classifier, metadata: net.ClassifierMetadata, run_dir: Path
 ) -> dict[str, Any]:
     """All epochs that are left; returns the last one's line of the log."""
-    settings, names = task.settings, task.split.train
+    settings, split = task.settings, task.split
     optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay), lr=settings.lr)
     model, optimizer = fabric.setup(network, optimizer)
     # what a checkpoint holds besides the next epoch and the best rank
     parts = {"network": network, "optimizer": optimizer, "precision": fabric.strategy.precision}
-    before = restore_state(run_dir, parts, epoch=0, best=None) if resume else {"epoch": 0, "best": None}
+    before = restore_state(run_dir, parts, epoch=0, best=None) if settings.resume else {"epoch": 0, "best": None}
     best, epochs = before["best"], range(before["epoch"], settings.epochs)
 
     draw = partial(settings.inputs.draw, augment=settings.augmentation)
-    samples = SampleDataset(task.subset(names), draw, settings.seed, case_in_key=True)
-    batches = load_batches(fabric, samples, epoch_keys(epochs, len(names), settings.batch_size, settings.seed), workers)
-    steps = math.ceil(len(names) / settings.batch_size)
-    weights = balanced_weights(task.targets(names), len(task.labels.classes)).to(fabric.device)
+    samples = SampleDataset(task.subset(split.train), draw, settings.seed, case_in_key=True)
+    keys = epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
+    batches = load_batches(fabric, samples, keys, settings.workers)
+    steps = math.ceil(len(split.train) / settings.batch_size)
+    weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
     with closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log:
         for epoch in epochs:
             done, last = epoch + 1, epoch + 1 == settings.epochs
@@ -146,64 +126,58 @@ def _run(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batch = next(batches)
-                total += _step(fabric, model, optimizer, batch, task, weights, epoch) * len(batch["case"])
-            line = {"epoch": epoch, "loss": round(total / len(names), 7), "lr": lr}
-            if task.split.val and (last or done % settings.validate_epochs == 0):
-                validation = task.subset(task.split.val)
-                found = compute_probabilities(fabric, model, validation, settings.inputs, workers)
-                line["validation"] = measured = measure(task.labels, task.split.val, found)
+                loss = _loss(model, batch, task, weights, epoch)
+                fabric.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+                total += loss.item() * len(batch["case"])
+            line = {"epoch": epoch, "loss": round(total / len(split.train), 7), "lr": lr}
+            told = f"epoch {done}/{settings.epochs} loss {line['loss']:.4f} lr {lr:.2e}"
+            if split.val and (last or done % settings.validate_epochs == 0):
+                found = compute_probabilities(fabric, model, task.subset(split.val), settings.inputs, settings.workers)
+                line["validation"] = measured = measure(task.labels, split.val, found)
+                told += f", validation AUC {measured['auc']:.4f}"
                 rank = [measured["auc"], -measured["log_loss"]]
                 if best is None or rank > best:
                     best = rank
-                    save_classifier(run_dir / BEST, network, replace(metadata, epoch=epoch))
-            log.add(line, _plain_line(line, settings.epochs))
+                    net.save_classifier(run_dir / net.BEST, network, replace(metadata, epoch=epoch))
+            log.add(line, told)
             if last:
-                save_classifier(run_dir / LAST, network, replace(metadata, epoch=epoch))
+                net.save_classifier(run_dir / net.LAST, network, replace(metadata, epoch=epoch))
             if last or done % settings.checkpoint_epochs == 0:
                 save_state(run_dir, parts, epoch=done, best=best)
         return log.last
 
 
-def _step(
-    fabric: Fabric,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: dict[str, Any],
-    task: Task,
-    weights: torch.Tensor,
-    epoch: int,
-) -> float:
-    """One optimizer step; every crop has the label of its case. Returns the mean loss.
+def _loss(model: torch.nn.Module, batch: dict[str, Any], task: Task, weights: torch.Tensor, epoch: int) -> torch.Tensor:
+    """Mean over the crops of a batch; every crop has the label of its case.
 
     Raises:
-        UserError: the loss is not finite; weights are as before the step.
+        UserError: it is not finite.
     """
     images, names = batch["image"], batch["case"]
-    targets = task.targets(names).to(fabric.device).repeat_interleave(images.shape[1])
-    loss = weighted_cross_entropy(model(images.flatten(0, 1)), targets, weights)
+    targets = task.targets(names).to(weights.device).repeat_interleave(images.shape[1])
+    loss = net.weighted_cross_entropy(model(images.flatten(0, 1)), targets, weights)
     if not math.isfinite(loss.item()):
         raise UserError(
             f"the loss is {loss.item()} in epoch {epoch}; cases in this batch: {', '.join(names)}; look for broken "
             "intensities in them, or lower --lr, or use --precision fp32, under another --name"
         )
-    fabric.backward(loss)
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+    return loss
 
 
-def _report(fabric: Fabric, task: Task, run_dir: Path, workers: int, last: dict[str, Any]) -> Path:
+def _report(fabric: Fabric, task: Task, run_dir: Path, last: dict[str, Any]) -> Path:
     """Predictions and metrics of the best model, as its file is read again."""
-    split, labels = task.split, task.labels
-    file = run_dir / (BEST if split.val else LAST)
-    network, metadata = load_classifier(file)
+    settings, split, labels = task.settings, task.split, task.labels
+    file = run_dir / (net.BEST if split.val else net.LAST)
+    network, metadata = net.load_classifier(file)
     model = fabric.setup(network)
     metrics = {
         "model": file.name,
         "epoch": metadata.epoch,
         "classes": labels.classes,
-        "fold": task.settings.fold,
-        "fraction": task.settings.fraction,
+        "fold": settings.fold,
+        "fraction": settings.fraction,
         "training_cases": len(split.train),
         "validation": None,
         "test": None,
@@ -211,14 +185,8 @@ def _report(fabric: Fabric, task: Task, run_dir: Path, workers: int, last: dict[
     }
     for key, names, table in (("validation", split.val, PREDICTIONS), ("test", split.test, PREDICTIONS_TEST)):
         if names:
-            found = compute_probabilities(fabric, model, task.subset(names), task.settings.inputs, workers)
+            found = compute_probabilities(fabric, model, task.subset(names), settings.inputs, settings.workers)
             write_predictions(run_dir / table, labels.classes, names, found, labels)
             metrics[key] = measure(labels, names, found)
     write_text(run_dir / METRICS, json.dumps(metrics, indent=2))
     return run_dir / METRICS
-
-
-def _plain_line(line: dict[str, Any], epochs: int) -> str:
-    validation = line.get("validation")
-    told = f", validation AUC {validation['auc']:.4f}" if validation else ""
-    return f"epoch {line['epoch'] + 1}/{epochs} loss {line['loss']:.4f} lr {line['lr']:.2e}{told}"

@@ -7,41 +7,38 @@ from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from
 from nnunetv2_hiendmae.options.classify import ClassifyOptions, PredictOptions
 
 HELP = "classify preprocessed volumes with a pretrained encoder"
+ACTIONS = {
+    "train": ("train a classifier on labelled cases", ClassifyOptions),
+    "predict": ("write probabilities of preprocessed cases", PredictOptions),
+}
+# files that an action cannot do without
+NEEDED = {
+    "train": [
+        ("--labels", "labels_file", "CSV", "columns case,label and, if wanted, fold or split"),
+        ("-w", "encoder_file", "FILE", "encoder file (encoder.safetensors)"),
+    ],
+    "predict": [("-m", "run_dir", "RUN_DIR", "run folder of classify train")],
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-
-    def add_action(name: str, about: str, options: type, *needed: tuple[str, str, str, str]) -> None:
-        sub = actions.add_parser(name, help=about, description=about, formatter_class=parser.formatter_class)
+    for action, (about, options) in ACTIONS.items():
+        sub = actions.add_parser(action, help=about, description=about, formatter_class=parser.formatter_class)
         add_datasets(sub)
-        for flag, dest, metavar, told in needed:
+        for flag, dest, metavar, told in NEEDED[action]:
             sub.add_argument(flag, dest=dest, type=Path, required=True, metavar=metavar, help=told)
         add_options(sub, options)
 
-    add_action(
-        "train",
-        "train a classifier on labelled cases",
-        ClassifyOptions,
-        ("--labels", "labels_file", "CSV", "columns case,label and, if wanted, fold or split"),
-        ("-w", "encoder_file", "FILE", "encoder file (encoder.safetensors)"),
-    )
-    add_action(
-        "predict",
-        "write probabilities of preprocessed cases",
-        PredictOptions,
-        ("-m", "run_dir", "RUN_DIR", "run folder of classify train"),
-    )
-
 
 def run(args: argparse.Namespace) -> None:
+    options = from_arguments(ACTIONS[args.action][1], args)
     if args.action == "train":
         from nnunetv2_hiendmae.classification.train import train
 
-        options = from_arguments(ClassifyOptions, args)
         metrics = train(args.datasets, args.labels_file, args.encoder_file, options)
         print(f"metrics: {metrics}\nnext: hiendmae classify predict -d DATASET -m {metrics.parent}")
     else:
         from nnunetv2_hiendmae.classification.predict import predict
 
-        print(f"predictions: {predict(args.datasets, args.run_dir, from_arguments(PredictOptions, args))}")
+        print(f"predictions: {predict(args.datasets, args.run_dir, options)}")

@@ -86,22 +86,18 @@ def flag(name: str, about: Option) -> str:
     return about.flag or f"--{name.replace('_', '-')}"
 
 
-def check_ranges(
-    settings: Any, told: Callable[[str, Option], str] = flag, mend: str = "", of: type | None = None
-) -> None:
+def check_ranges(settings: Any, told: Callable[[str, Option], str] = flag, mend: str = "") -> None:
     """Checks every option of a settings object, for its `__post_init__`.
 
     Args:
-        of: the settings class that declares the options, if it is not the object's own; what the object lacks is
-            not checked.
         told: what an option is called in messages.
         mend: what to do about it; "{name}" is the option's name.
 
     Raises:
         UserError: a value is out of range: what came, what was needed.
     """
-    for name, (_, about) in declared(of or type(settings)).items():
-        value = getattr(settings, name, None)
+    for name, (_, about) in declared(type(settings)).items():
+        value = getattr(settings, name)
         if not about.holds(value):
             raise UserError(f"{told(name, about)} is {value}, needed {about.needed}{mend.format(name=name)}")
 

@@ -3,18 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_hiendmae.options import check_ranges, execution, option
-from nnunetv2_hiendmae.options.execution import count
+from nnunetv2_hiendmae.options import execution, option
+from nnunetv2_hiendmae.options.execution import DHW, count
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
 
 @dataclass(frozen=True)
-class ClassifyOptions:
-    """Options of `hiendmae classify train`.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+class ClassifyOptions(execution.CheckedOptions):
+    """Options of `hiendmae classify train`."""
 
     plans_name: str = option(PRETRAIN_PLANS, "plans the images were preprocessed with", flag="-p", metavar="PLANS")
     configuration: str = option("3d_fullres", "configuration of those plans", flag="-c", metavar="CONFIG")
@@ -28,16 +24,12 @@ class ClassifyOptions:
     pool: str = option("mean", "what the head reads: mean of patch tokens, or CLS", choices=("mean", "cls"))
     input: str = option("resize", "whole volumes resized, or crops of them", choices=("resize", "crops"))
     crops: int = count(1, "crops per case: random in training, a grid in prediction")
-    crop_size: tuple[int, int, int] | None = option(
-        None, "input in voxels", default_is="the encoder's", metavar=("D", "H", "W")
-    )
+    crop_size: tuple[int, int, int] | None = option(None, "input in voxels", default_is="the encoder's", metavar=DHW)
     freeze_encoder: bool = option(False, "train the head only (linear probe)")
     from_scratch: bool = option(False, "same network without pretrained weights: the baseline")
     augmentation: bool = option(True, "flips, turns, intensity changes")
     epochs: int = count(100, "passes over the training cases")
-    warmup_epochs: int | None = option(
-        None, "epochs of linear warm-up", default_is="10% of the epochs", metavar="N", at_least=0
-    )
+    warmup_epochs: int | None = count(None, "epochs of linear warm-up", 0, default_is="10% of the epochs")
     batch_size: int = count(8, "cases per optimizer step", metavar="B")
     lr: float | None = option(None, "peak learning rate", default_is="1e-4, with --freeze-encoder 1e-3", above=0)
     weight_decay: float = option(1e-5, "AdamW weight decay", at_least=0)
@@ -48,43 +40,25 @@ class ClassifyOptions:
     checkpoint_epochs: int = count(10, "epochs between checkpoints", flag="--checkpoint-every")
     name: str | None = option(None, "name of the run", default_is="made of the options", metavar="RUN")
     output: Path | None = option(
-        None, "run folder", flag="-o", default_is="$nnUNet_results/classification/RUN", metavar="DIR"
+        None, "run folder (default: $nnUNet_results/classification/RUN)", flag="-o", metavar="DIR"
     )
     resume: bool = option(False, "continue from the last checkpoint", flag="--c")
     precision: str = execution.precision()
     device: str = execution.device()
     workers: int = execution.workers("loader processes; do not change results")
 
-    def __post_init__(self):
-        check_ranges(self)
-
 
 @dataclass(frozen=True)
-class PredictOptions:
-    """Options of `hiendmae classify predict`.
+class PredictOptions(execution.CheckedOptions):
+    """Options of `hiendmae classify predict`."""
 
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    plans_name: str | None = option(
-        None, "plans of the images", flag="-p", default_is="those of the run", metavar="PLANS"
-    )
+    plans_name: str | None = option(None, "plans of the images (default: those of the run)", flag="-p", metavar="PLANS")
     configuration: str | None = option(
         None, "configuration of those plans", flag="-c", default_is="that of the run", metavar="CONFIG"
     )
     model: str | None = option(None, "which weights", default_is="best where there is one", choices=("best", "last"))
     labels: Path | None = option(None, "columns case,label; for metrics only", metavar="CSV")
-    output: Path | None = option(
-        None,
-        "CSV of the probabilities",
-        flag="-o",
-        default_is="predictions_DATASETS.csv in the run folder",
-        metavar="CSV",
-    )
+    output: Path | None = option(None, "default: predictions_DATASETS.csv in the run folder", flag="-o", metavar="CSV")
     precision: str = execution.precision()
     device: str = execution.device()
     workers: int = execution.workers("loader processes; do not change results")
-
-    def __post_init__(self):
-        check_ranges(self)

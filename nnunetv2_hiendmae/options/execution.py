@@ -3,9 +3,21 @@
 import os
 from typing import Any
 
-from nnunetv2_hiendmae.options import option
+from nnunetv2_hiendmae.options import check_ranges, option
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+DHW = ("D", "H", "W")
+
+
+class CheckedOptions:
+    """Base of options: frozen dataclasses.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 def precision() -> Any:
@@ -21,9 +33,8 @@ def workers(help: str) -> Any:
     return option(min(4, os.cpu_count() or 1), help, metavar="N", at_least=0)
 
 
-def count(default: int | None, help: str, metavar: str = "N", **about: Any) -> Any:
-    """At least 1."""
-    return option(default, help, metavar=metavar, at_least=1, **about)
+def count(default: int | None, help: str, at_least: int = 1, metavar: str = "N", **about: Any) -> Any:
+    return option(default, help, at_least=at_least, metavar=metavar, **about)
 
 
 def seed(help: str, at_most: int = 2**63 - 1, **about: Any) -> Any:

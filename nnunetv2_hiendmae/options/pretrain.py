@@ -5,39 +5,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.options import check_ranges, execution, option
-from nnunetv2_hiendmae.options.execution import count
+from nnunetv2_hiendmae.options import execution, option
+from nnunetv2_hiendmae.options.execution import DHW, count
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
-
-_DHW = ("D", "H", "W")
 
 
 @dataclass(frozen=True)
-class PretrainOptions:
-    """Options of `hiendmae pretrain`; None: what the method or the preset of the encoder says.
-
-    Raises:
-        UserError: a value is out of range.
-    """
+class PretrainOptions(execution.CheckedOptions):
+    """Options of `hiendmae pretrain`; None: what the method or the preset of the encoder says. `method_options` are
+    texts key=value or a mapping."""
 
     plans_name: str = option(PRETRAIN_PLANS, "plans the images were preprocessed with", flag="-p", metavar="PLANS")
     configuration: str = option("3d_fullres", "configuration of those plans", flag="-c", metavar="CONFIG")
     method: str = option("hiendmae", "see: hiendmae methods", metavar="M")
     encoder: str | None = option(None, "see: hiendmae presets", default_is="the method's", metavar="PRESET")
-    crop_size: tuple[int, int, int] | None = option(None, "crop in voxels", default_is="the preset's", metavar=_DHW)
+    crop_size: tuple[int, int, int] | None = option(None, "crop in voxels", default_is="the preset's", metavar=DHW)
     patch_size: tuple[int, int, int] | None = option(
-        None, "ViT patch in voxels", default_is="the preset's", metavar=_DHW
+        None, "ViT patch in voxels", default_is="the preset's", metavar=DHW
     )
     epochs: int | None = count(None, "epochs", default_is="the method's")
     steps_per_epoch: int | None = count(None, "optimizer steps per epoch", default_is="the method's")
-    warmup_epochs: int | None = option(
-        None, "epochs of linear warm-up", default_is="the method's, 10% at most", metavar="N", at_least=0
-    )
+    warmup_epochs: int | None = count(None, "epochs of linear warm-up", 0, default_is="the method's, 10% at most")
     batch_size: int | None = count(
-        None,
-        "crops (MiM, GL-MAE: volumes) per optimizer step over all processes",
-        metavar="B",
-        default_is="the method's",
+        None, "crops (MiM, GL-MAE: volumes) per optimizer step over all processes", 1, "B", default_is="the method's"
     )
     accumulate: int | None = count(
         None, "micro-batches per optimizer step; less memory, same result", default_is="the method's"
@@ -60,9 +50,6 @@ class PretrainOptions:
     picture_epochs: int = count(10, "epochs between reconstruction pictures", flag="--pictures-every")
     name: str | None = option(None, "name of the run", default_is="METHOD_PRESET_DATASETS", metavar="RUN")
     output: Path | None = option(
-        None, "run folder", flag="-o", default_is="$nnUNet_results/pretraining/RUN", metavar="DIR"
+        None, "run folder (default: $nnUNet_results/pretraining/RUN)", flag="-o", metavar="DIR"
     )
     resume: bool = option(False, "continue from the last checkpoint", flag="--c")
-
-    def __post_init__(self):
-        check_ranges(self)

@@ -49,27 +49,24 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
     """
     options = replace(options or PretrainOptions(), **changes)
     settings, data = build_settings(datasets, options)
-    run_dir = choose_run_dir(options.output, "pretraining", options.name or run_name(settings, options.encoder))
-    return run_pretraining(settings, data, run_dir, options.device, options.workers, options.resume)
+    return run_pretraining(settings, data, choose_run_dir(settings, "pretraining", run_name(settings)))
 
 
-def run_pretraining(
-    settings: PretrainSettings, data: CaseSet, run_dir: Path, device: str, workers: int, resume: bool = False
-) -> Path | None:
+def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
     """`pretrain` with settings that are decided, into `run_dir`."""
     _check_fits(settings, data)
     method = settings.build_method()
-    fabric = launch(device, settings.precision)
+    fabric = launch(settings.device, settings.precision)
     with ExitStack() as held:
 
         def claim() -> None:
             warn_if_padded(data.cases, method.views().padded_below)
             check_free_disk(run_dir, method)
-            held.enter_context(claimed(run_dir, settings, data.digest(), resume))
+            held.enter_context(claimed(run_dir, settings, data.digest()))
 
         on_first_process(fabric, claim)
         try:
-            _run(fabric, settings, data, method, run_dir, workers, resume)
+            _run(fabric, settings, data, method, run_dir)
         except torch.OutOfMemoryError as e:
             raise UserError(
                 f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
@@ -93,27 +90,19 @@ def _check_fits(settings: PretrainSettings, data: CaseSet) -> None:
         )
 
 
-def _run(
-    fabric: Fabric,
-    settings: PretrainSettings,
-    data: CaseSet,
-    method: Method,
-    run_dir: Path,
-    workers: int,
-    resume: bool,
-) -> None:
+def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:
     optimizer = torch.optim.AdamW(parameter_groups(method, settings.weight_decay), lr=settings.lr, betas=settings.betas)
     model, optimizer = fabric.setup(method, optimizer)
     # what a checkpoint holds besides the step
     parts = {STATE: method, "optimizer": optimizer, "precision": fabric.strategy.precision}
-    first_step = restore_state(run_dir, parts, **{STEP: 0})[STEP] if resume else 0
+    first_step = restore_state(run_dir, parts, **{STEP: 0})[STEP] if settings.resume else 0
     if first_step == settings.total_steps:
         logger.info(f"{run_dir} was already finished")
         return
     steps = range(first_step, settings.total_steps)
     dataset = SampleDataset(data, method.views().draw, settings.seed)
     keys = step_keys(steps, settings.batch_size, settings.accumulate, fabric.global_rank, fabric.world_size)
-    batches = load_batches(fabric, dataset, keys, workers)
+    batches = load_batches(fabric, dataset, keys, settings.workers)
     with closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log:
         for step in steps:
             lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.total_steps)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,41 +17,30 @@ from nnunetv2_hiendmae.training.run_folder import RunSettings
 from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
 
 
-@dataclass(frozen=True)
-class PretrainSettings(RunSettings):
-    """What a run computes, and how often it saves; ranges are those of `PretrainOptions`.
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(RunSettings, PretrainOptions):
+    """What a run computes, and how: its options, all decided.
 
     Args:
         options: of the method.
         batch_size: crops per optimizer step over all processes and accumulated micro-batches.
-        accumulate: micro-batches per optimizer step.
-        checkpoint_epochs, picture_epochs: every so many epochs (and at the end).
+        betas: of AdamW.
 
     Raises:
         UserError: a value is out of range.
     """
 
-    declared: ClassVar = PretrainOptions
-    not_deciding: ClassVar = ("accumulate", "checkpoint_epochs", "picture_epochs")
-
     datasets: tuple[str, ...]
-    plans_name: str
-    configuration: str
-    method: str
     options: dict[str, Any]
     spec: EncoderSpec
-    epochs: int
-    steps_per_epoch: int
-    warmup_epochs: int
-    batch_size: int
-    accumulate: int
-    lr: float
-    weight_decay: float
     betas: tuple[float, float]
-    precision: str
-    seed: int
-    checkpoint_epochs: int = 10
-    picture_epochs: int = 10
+
+    keys: ClassVar = (
+        *("datasets", "plans_name", "configuration", "method", "options", "spec", "epochs", "steps_per_epoch"),
+        *("warmup_epochs", "batch_size", "accumulate", "lr", "weight_decay", "betas", "precision", "seed"),
+        *("checkpoint_epochs", "picture_epochs"),
+    )
+    not_deciding: ClassVar = ("accumulate", "checkpoint_epochs", "picture_epochs")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,12 +71,14 @@ class PretrainSettings(RunSettings):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PretrainSettings":
-        """Inverse of `to_dict`.
+        """Inverse of `to_dict`; how a run is carried out is as by default.
 
         Raises:
-            KeyError, TypeError, ValueError: fields are missing, unknown or not of their kind.
+            ValueError, TypeError: keys are missing or unknown, or a value is not of its kind.
             UserError: a value is out of range.
         """
+        if differing := set(data) ^ set(cls.keys):
+            raise ValueError(f"missing or unknown: {', '.join(sorted(differing))}")
         as_tuples = {name: tuple(data[name]) for name in ("datasets", "betas")}
         return cls(**{**data, **as_tuples, "spec": EncoderSpec.from_dict(data["spec"])})
 
@@ -103,29 +94,29 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
     method = METHODS[options.method]
     method_options = _method_options(method, options.method_options or ())
     data = find_cases(datasets, options.plans_name, options.configuration)
-    recipe = vars(method.recipe)
-    given = {name: value for name, value in vars(options).items() if value is not None}
-    values = {**recipe, **given}
-    values |= {
+    recipe = method.recipe
+    epochs, batch_size = options.epochs or recipe.epochs, options.batch_size or recipe.batch_size
+    values = {
+        **vars(recipe),
+        "warmup_epochs": min(recipe.warmup_epochs, epochs // 10),
+        # fewer micro-batches where the batch of a process cannot be split into as many
+        "accumulate": math.gcd(recipe.accumulate, batch_size // num_processes()),
+        **{name: value for name, value in vars(options).items() if value is not None},
         "datasets": data.datasets,
         "options": method_options,
-        "spec": _spec(options, values["encoder"], len(data.format.channel_names)),
-        "warmup_epochs": given.get("warmup_epochs", min(recipe["warmup_epochs"], values["epochs"] // 10)),
-        # the recipe's micro-batches, fewer where the batch of a process cannot be split into as many
-        "accumulate": given.get("accumulate", math.gcd(recipe["accumulate"], values["batch_size"] // num_processes())),
+        "spec": _spec(options, options.encoder or recipe.encoder, len(data.format.channel_names)),
         "precision": choose_precision(options.precision, options.device),
     }
-    settings = PretrainSettings(**{f.name: values[f.name] for f in fields(PretrainSettings)})
+    settings = PretrainSettings(**values)
     with torch.device("meta"):
         # what cannot be built is told before anything is written
         settings.build_method()
     return settings, data
 
 
-def run_name(settings: PretrainSettings, preset: str | None) -> str:
-    """Default name of a run: method, preset (None: the method's) and dataset ids."""
-    preset = preset or METHODS[settings.method].recipe.encoder
-    return "_".join([settings.method, preset, *(name[7:10] for name in settings.datasets)])
+def run_name(settings: PretrainSettings) -> str:
+    """Default name of a run: method, preset and dataset ids."""
+    return "_".join([settings.method, settings.encoder, *(name[7:10] for name in settings.datasets)])
 
 
 def _method_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:

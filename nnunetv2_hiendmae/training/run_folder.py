@@ -7,7 +7,6 @@ import sys
 from abc import ABC
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,6 @@ from tqdm import tqdm
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import locked, replacing, telling_disk_errors, write_text
-from nnunetv2_hiendmae.options import check_ranges
 from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, ENCODER, LOCK, LOG, SETTINGS, read_settings
 
 logger = logging.getLogger(__name__)
@@ -27,46 +25,48 @@ WANDB_VARIABLE = "nnUNet_wandb_enabled"
 
 
 class RunSettings(ABC):
-    """What a run computes: base of frozen dataclasses with the fields `spec`, `epochs`, `warmup_epochs` and others.
+    """What a run computes: base of frozen dataclasses that extend the user's options, whose fields are decided here:
+    none is None. They have the field `spec`.
 
     Raises:
-        UserError: a value is not in the range that `declared`, the class of the user's options, says.
+        UserError: a value is out of range.
     """
 
-    declared: ClassVar[type]
-    # fields that do not decide the result
+    # what is recorded, in the order of files of 0.1, and which of it does not decide the result
+    keys: ClassVar[tuple[str, ...]]
     not_deciding: ClassVar[tuple[str, ...]]
 
     def __post_init__(self):
-        check_ranges(self, of=self.declared)
+        super().__post_init__()
         if self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs is {self.warmup_epochs}, needed 0 to {self.epochs} (--epochs)")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        return json.loads(json.dumps({**asdict(self), "spec": self.spec.to_dict()}))
+        recorded = {**{key: getattr(self, key) for key in self.keys}, "spec": self.spec.to_dict()}
+        return json.loads(json.dumps(recorded, default=vars))
 
     def deciding(self) -> dict[str, Any]:
         """JSON-ready form of what decides the result; a resumed run must have the same."""
         return {k: v for k, v in self.to_dict().items() if k not in self.not_deciding}
 
 
-def choose_run_dir(output: Path | None, kind: str, name: str) -> Path:
-    """`output`, else $nnUNet_results/KIND/NAME."""
-    return Path(output) if output else nnunet_folder("nnUNet_results") / kind / name
+def choose_run_dir(settings: RunSettings, kind: str, default_name: str) -> Path:
+    """The folder that was asked for, else $nnUNet_results/KIND/NAME."""
+    return Path(settings.output or nnunet_folder("nnUNet_results") / kind / (settings.name or default_name))
 
 
 @contextmanager
-def claimed(run_dir: Path, settings: RunSettings, data_digest: str, resume: bool) -> Iterator[None]:
+def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[None]:
     """Keeps a run folder for this process; records settings and data of a new run, or checks those of a resumed one.
 
     Raises:
-        UserError: another process uses the folder, it holds a run and `resume` is off, there is nothing to resume, or
-            settings or data differ.
+        UserError: another process uses the folder, it holds a run that is not to be resumed, there is nothing to
+            resume, or settings or data differ.
     """
     in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
     with locked(run_dir / LOCK, in_use):
-        if resume:
+        if settings.resume:
             _check_same(run_dir, settings, data_digest)
         elif (run_dir / CHECKPOINT).exists() or (run_dir / ENCODER).exists():
             raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")

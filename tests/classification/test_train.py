@@ -137,7 +137,7 @@ def test_every_crop_has_the_label_of_its_case(small, nnunet, monkeypatch):
 
     original = Classifier.forward
     monkeypatch.setattr(Classifier, "forward", forward)
-    monkeypatch.setattr("nnunetv2_hiendmae.classification.train.weighted_cross_entropy", recorded)
+    monkeypatch.setattr("nnunetv2_hiendmae.classification.network.weighted_cross_entropy", recorded)
     options = ("--input", "crops", "--crops", 3, "--no-augmentation", "--epochs", 1)
     small.train("run", *options)
     steps = [pair for pair in seen if isinstance(pair, tuple)]

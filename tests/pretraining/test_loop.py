@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,8 @@ def preprocessed(nnunet):
 
 
 def run(run_dir: Path, settings=None, workers: int = 0, resume: bool = False) -> list[dict]:
-    settings = settings or tiny_settings()
-    data = find_cases(settings.datasets, PLANS, "3d_fullres")
-    run_pretraining(settings, data, run_dir, "cpu", workers, resume)
+    settings = replace(settings or tiny_settings(), workers=workers, resume=resume)
+    run_pretraining(settings, find_cases(settings.datasets, PLANS, "3d_fullres"), run_dir)
     return read_log(run_dir)
 
 
@@ -231,13 +231,13 @@ def test_bf16_on_the_cpu_runs_and_continues(preprocessed, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_gpu_run_and_continue(preprocessed, tmp_path, precision):
     """On a GPU kernels may differ in the last bit: losses after continuing agree to 1e-2 in half precision."""
-    settings = tiny_settings(precision=precision)
+    settings = tiny_settings(precision=precision, device="cuda")
     data = find_cases(settings.datasets, PLANS, "3d_fullres")
-    run_pretraining(settings, data, tmp_path / "whole", "cuda", 0)
+    run_pretraining(settings, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr("nnunetv2_hiendmae.pretraining.loop.draw_reconstruction", _interrupt)
-        run_pretraining(settings, data, tmp_path / "stopped", "cuda", 0)
-    run_pretraining(settings, data, tmp_path / "stopped", "cuda", 0, resume=True)
+        run_pretraining(settings, data, tmp_path / "stopped")
+    run_pretraining(replace(settings, resume=True), data, tmp_path / "stopped")
     assert losses(read_log(tmp_path / "stopped")) == pytest.approx(losses(read_log(tmp_path / "whole")), abs=1e-2)
 
 

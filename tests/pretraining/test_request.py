@@ -54,7 +54,7 @@ def test_encoder_is_the_methods_unless_given(nnunet):
     settings = {}
     for method in METHODS:
         settings[method] = settings_of([*ANY, "--method", method])
-        assert run_name(settings[method], None) == f"{method}_{METHODS[method].recipe.encoder}_001"
+        assert run_name(settings[method]) == f"{method}_{METHODS[method].recipe.encoder}_001"
     # the paper's hybrid
     assert settings["mim"].spec == PRESETS["convvit_base"]
     assert {s.spec for m, s in settings.items() if m != "mim"} == {PRESETS["vit_base_p16"]}
