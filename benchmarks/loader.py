@@ -21,9 +21,9 @@ from machine import CLOCKS, cpu_model
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset
 from nnunetv2_hiendmae.pretraining.resized import ResizedCrop
-from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from nnunetv2_hiendmae.training.views import MaskedCrop
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 SHAPE = (200, 280, 280)
@@ -93,7 +93,7 @@ class OneView:
         return dict(zip(("image", "ids_shuffle"), self.crop.draw(volume, rng), strict=True))
 
 
-def glmae_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[float]]:
+def glmae_rates(data: CaseSet, args: argparse.Namespace) -> dict[str, list[float]]:
     """Views per second of GL-MAE's two kinds and of one plain crop, taking turns."""
     local, large = (args.crop,) * 3, (args.crop * 5 // 3 // args.patch * args.patch,) * 3
     tokens = {size: (size[0] // args.patch) ** 3 for size in (local, large)}
@@ -102,7 +102,7 @@ def glmae_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[
         f"GL-MAE local view, {local[0]}³": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5))),
         f"GL-MAE global view, {large[0]}³": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0))),
     }
-    datasets = {name: SampleDataset(data, view, 0) for name, view in views.items()}
+    datasets = {name: SampleDataset(data, view.draw, 0) for name, view in views.items()}
     rates = {name: [] for name in views}
     for repeat in range(args.repeats + 1):
         for name, dataset in datasets.items():
@@ -113,11 +113,11 @@ def glmae_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[
     return rates
 
 
-def crop_rates(data: PretrainData, args: argparse.Namespace) -> dict[str, list[float]]:
+def crop_rates(data: CaseSet, args: argparse.Namespace) -> dict[str, list[float]]:
     """Crops per second with and without augmentation, and of the peer, taking turns."""
     size, tokens = (args.crop,) * 3, (args.crop // args.patch) ** 3
     views = {"with augmentation": MaskedCrop(size, tokens), "without": MaskedCrop(size, tokens, augmentation=None)}
-    datasets = {k: SampleDataset(data, v, 0) for k, v in views.items()}
+    datasets = {k: SampleDataset(data, v.draw, 0) for k, v in views.items()}
     rates = {"with augmentation": [], "without": [], "whole volume, with augmentation": []}
     for repeat in range(args.repeats + 1):
         for name, dataset in datasets.items():
@@ -143,7 +143,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = tuple(make_volume(Path(folder), i) for i in range(args.volumes))
         volumes = VolumeFormat(SPACING_MM, (-175, 250), "SimpleITKIO", None, None, ("CTNormalization",), ("CT",))
-        rates = (glmae_rates if args.glmae else crop_rates)(PretrainData(cases, volumes), args)
+        rates = (glmae_rates if args.glmae else crop_rates)(CaseSet(cases, volumes), args)
     print(
         f"machine: {cpu_model()}, 1 of {os.cpu_count()} cores; torch {torch.__version__}, blosc2 {blosc2.__version__}"
     )

@@ -13,8 +13,8 @@ import torch
 from loader import make_volume
 from machine import cpu_model
 
-from nnunetv2_hiendmae.pretraining.data import PretrainData, SampleDataset
 from nnunetv2_hiendmae.pretraining.nested import NestedCrops, cut_blocks, resize
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CROP, PATCH = (96,) * 3, (16,) * 3
@@ -40,8 +40,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = tuple(make_volume(Path(folder), i) for i in range(2))
         form = VolumeFormat((1.5,) * 3, (-175, 250), "SimpleITKIO", None, None, ("CTNormalization",), ("CT",))
-        data = PretrainData(cases, form)
-        datasets = {k: SampleDataset(data, v(CROP, (6, 6, 6), **geometry), 0) for k, v in views.items()}
+        data = CaseSet(cases, form)
+        datasets = {k: SampleDataset(data, v(CROP, (6, 6, 6), **geometry).draw, 0) for k, v in views.items()}
         seconds = {name: [] for name in datasets}
         for repeat in range(args.repeats + 1):
             for name, dataset in datasets.items():

@@ -8,8 +8,9 @@ from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_SPEC, write_preprocessed
 
 from nnunetv2_hiendmae import cli
-from nnunetv2_hiendmae.classification.request import build_task
-from nnunetv2_hiendmae.classification.train import Task
+from nnunetv2_hiendmae.classification.settings import Task, build_task
+from nnunetv2_hiendmae.commands.arguments import from_arguments
+from nnunetv2_hiendmae.options.classify import ClassifyOptions
 
 
 def visible(number: int, shape: tuple[int, int, int]) -> np.ndarray:
@@ -62,7 +63,8 @@ class Bench:
 
     def task(self, *more: object) -> Task:
         """The task that those arguments describe."""
-        return build_task(cli.build_parser().parse_args(self.arguments("run", *more)))
+        args = cli.build_parser().parse_args(self.arguments("run", *more))
+        return build_task(args.datasets, args.labels_file, args.encoder_file, from_arguments(ClassifyOptions, args))
 
     def train(self, run: str, *more: object) -> Path:
         """Trains through the command line; the run folder."""

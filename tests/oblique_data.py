@@ -10,8 +10,8 @@ from run_data import TINY_OPTIONS, tiny_settings
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
-from nnunetv2_hiendmae.pretraining.checkpoint import claim_run, save_checkpoint
-from nnunetv2_hiendmae.pretraining.data import find_data
+from nnunetv2_hiendmae.training.run_folder import claimed, save_checkpoint
+from nnunetv2_hiendmae.training.volumes import find_cases
 
 DATASET = "Dataset007_Oblique"
 PLANS = "ObliquePlans"
@@ -72,9 +72,9 @@ def write_run(run_dir: Path, spec: EncoderSpec, method: str = "hiendmae", **opti
     """A run folder with untrained weights, on the preprocessed oblique dataset."""
     options = {**TINY_OPTIONS[method], **options}
     settings = tiny_settings(method, datasets=(DATASET,), plans_name=PLANS, spec=spec, options=options)
-    data = find_data(settings.datasets, PLANS, settings.configuration)
+    data = find_cases(settings.datasets, PLANS, settings.configuration)
     run_dir.mkdir()
-    claim_run(run_dir, settings, data, resume=False)
     state = {"step": 1, "method": settings.build_method().state_dict(), "optimizer": {}, "precision": {}}
-    save_checkpoint(run_dir, state)
+    with claimed(run_dir, settings, data.digest()):
+        save_checkpoint(run_dir, state)
     return run_dir

@@ -12,7 +12,18 @@ import nnunetv2_hiendmae
 PACKAGE = Path(nnunetv2_hiendmae.__file__).parent
 NAME = PACKAGE.name
 # leaves that anybody may use
-BASE = {"errors", "files", "environment", "options", "volume_format", "recipes", "plans_section", "optim", "figures"}
+BASE = {
+    "errors",
+    "files",
+    "environment",
+    "options",
+    "volume_format",
+    "recipes",
+    "plans_section",
+    "optim",
+    "figures",
+    "run_files",
+}
 # part of the package -> parts of ours that it may import
 ALLOWED = {
     "__init__": BASE | {"weights", "planning", "preprocessing", "pretraining", "classification", "evaluation"},
@@ -26,6 +37,7 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "figures": {"errors", "files"},
+    "run_files": {"errors"},
     "architectures": {"errors"},
     "weights": BASE | {"architectures"},
     "planning": BASE | {"architectures", "weights"},

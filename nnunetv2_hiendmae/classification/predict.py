@@ -1,77 +1,79 @@
-"""Probabilities of cases: by a network in training, or by a finished run on other cases."""
+"""Probabilities of cases, by a network in training or by a finished run, and how good they are."""
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
-from nnunetv2_hiendmae.classification.data import Inputs, RegularCases, batches_of, warn_of_differences
-from nnunetv2_hiendmae.classification.device import choose_precision, single_device
-from nnunetv2_hiendmae.classification.labels import Labels, match_labels, read_labels
-from nnunetv2_hiendmae.classification.metrics import evaluate
-from nnunetv2_hiendmae.classification.model_file import BEST, LAST, ClassifierMetadata, load_classifier
+from nnunetv2_hiendmae.classification.inputs import Inputs, warn_of_differences
+from nnunetv2_hiendmae.classification.labels import Labels, read_labels
+from nnunetv2_hiendmae.classification.network import BEST, LAST, load_classifier
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, build_loader, find_data
-from nnunetv2_hiendmae.pretraining.launch import Execution
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.options.classify import PredictOptions
+from nnunetv2_hiendmae.training.launch import choose_precision, launch_alone
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
+
+COMMAND = "hiendmae classify"
 
 
 def predict(
-    run_dir: Path,
-    datasets: Sequence[str],
-    execution: Execution,
-    *,
-    plans_name: str | None = None,
-    configuration: str | None = None,
-    model: str | None = None,
-    labels_file: Path | None = None,
-    output: Path | None = None,
-    precision: str = "auto",
+    datasets: Iterable[str | int], run_dir: Path, options: PredictOptions | None = None, **changes: Any
 ) -> Path:
-    """Writes probabilities of all preprocessed cases of some datasets; with labels also their metrics, beside it.
+    """Writes probabilities of all preprocessed cases of some datasets, as `hiendmae classify predict` does; with labels
+    also their metrics, beside it.
 
     Args:
-        plans_name, configuration: of the preprocessed cases; None: those of the run.
-        model: "best" or "last"; None: the best where there is one.
-        output: CSV file; None: predictions_DATASETS.csv in the run folder.
+        datasets: ids or names.
+        run_dir: of `hiendmae classify train`.
+        changes: fields of `PredictOptions` that are other than in `options`.
 
     Returns:
         The CSV file.
 
     Raises:
-        UserError: no such run, dataset or labels, or images with other channels.
+        UserError: bad options, no such run, dataset or labels, or images with other channels.
     """
-    network, metadata = load_classifier(_model_file(run_dir, model))
-    data = find_data(datasets, plans_name or metadata.plans_name, configuration or metadata.configuration)
-    _check_channels(metadata, data, run_dir)
+    options, run_dir = replace(options or PredictOptions(), **changes), Path(run_dir)
+    network, metadata = load_classifier(_model_file(run_dir, options.model))
+    plans_name = options.plans_name or metadata.plans_name
+    data = find_cases(datasets, plans_name, options.configuration or metadata.configuration)
+    channels, known = data.format.channel_names, metadata.volumes.channel_names
+    if len(channels) != metadata.spec.in_channels:
+        raise UserError(
+            f"the images have {len(channels)} channels ({', '.join(channels)}), the classifier in {run_dir} takes "
+            f"{metadata.spec.in_channels} ({', '.join(known)}); choose another -d"
+        )
     names = [case.name for case in data.cases]
-    labels = match_labels(read_labels(labels_file), names, metadata.classes) if labels_file else None
-    numbers = "_".join(dict.fromkeys(name[7:10] for name in names))
-    output = output or run_dir / f"predictions_{numbers}.csv"
-    warn_of_differences(data.format, data.cases, metadata.inputs, metadata.volumes, "the classifier")
-    fabric = single_device(execution, choose_precision(precision, execution.device))
-    probabilities = compute_probabilities(
-        fabric, fabric.setup(network), data.cases, data.format, metadata.inputs, execution.workers
-    )
+    labels = read_labels(options.labels, names, metadata.classes) if options.labels else None
+    numbers = "_".join(name[7:10] for name in data.datasets)
+    output = Path(options.output or run_dir / f"predictions_{numbers}.csv")
+    warn_of_differences(data, metadata.inputs, metadata.volumes, "the classifier")
+    fabric = launch_alone(options.device, choose_precision(options.precision, options.device), COMMAND)
+    probabilities = compute_probabilities(fabric, fabric.setup(network), data, metadata.inputs, options.workers)
     write_predictions(output, metadata.classes, names, probabilities, labels)
     if labels:
         write_text(output.with_suffix(".json"), json.dumps(measure(labels, names, probabilities), indent=2))
     return output
 
 
+def _model_file(run_dir: Path, model: str | None) -> Path:
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir}; give -m the folder of a run of: hiendmae classify train")
+    if model is None:
+        return run_dir / (BEST if (run_dir / BEST).exists() else LAST)
+    return run_dir / {"best": BEST, "last": LAST}[model]
+
+
 def compute_probabilities(
-    fabric: Fabric,
-    network: torch.nn.Module,
-    cases: Sequence[Case],
-    volumes: VolumeFormat,
-    inputs: Inputs,
-    workers: int,
+    fabric: Fabric, network: torch.nn.Module, data: CaseSet, inputs: Inputs, workers: int
 ) -> np.ndarray:
     """Probabilities (n, K) float64 of cases, averaged over their crops.
 
@@ -80,19 +82,17 @@ def compute_probabilities(
     Raises:
         UserError: a case cannot be read, or its probabilities are not finite.
     """
-    pin_memory = fabric.device.type == "cuda"
-    loader = build_loader(RegularCases(cases, volumes, inputs), [[i] for i in range(len(cases))], workers, pin_memory)
-    rows = []
+    rows, samples = [], SampleDataset(data, inputs.regular, seed=0, case_in_key=True)
     network.eval()
     with torch.no_grad():
-        for batch in batches_of(fabric.setup_dataloaders(loader, use_distributed_sampler=False)):
+        for batch in load_batches(fabric, samples, [[(i,)] for i in range(len(data.cases))], workers):
             # averaged on the CPU: not every device has float64
             logits = network(batch["image"].flatten(0, 1)).cpu().double()
             rows.append(logits.softmax(1).mean(0).numpy())
             if not np.isfinite(rows[-1]).all():
                 raise UserError(
-                    f"the probabilities of {cases[len(rows) - 1].name} are not finite; look for broken intensities in "
-                    "it, or use --precision fp32"
+                    f"the probabilities of {batch['case'][0]} are not finite; look for broken intensities in it, or "
+                    "use --precision fp32"
                 )
     return np.stack(rows)
 
@@ -101,6 +101,33 @@ def measure(labels: Labels, names: Sequence[str], probabilities: np.ndarray) -> 
     """Metrics over the cases that have a label."""
     known = [i for i, name in enumerate(names) if name in labels.targets]
     return evaluate(np.array([labels.targets[names[i]] for i in known]), probabilities[known])
+
+
+def evaluate(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
+    """Measures of predictions, by scikit-learn.
+
+    Args:
+        targets: (n,) class indices.
+        probabilities: (n, K), rows sum to 1.
+
+    Returns:
+        cases, auc (of the second of two classes; macro average of one-vs-rest for more; None where a class has no
+        case), accuracy, balanced_accuracy (mean recall of the classes that have cases), macro_f1 (mean over the
+        classes that have cases or predictions) and log_loss.
+    """
+    classes = np.arange(probabilities.shape[1])
+    predicted, present = probabilities.argmax(1), np.unique(targets)
+    score = probabilities[:, 1] if len(classes) == 2 else probabilities
+    auc = roc_auc_score(targets, score, multi_class="ovr") if len(present) == len(classes) else None
+    return {
+        "cases": len(targets),
+        "auc": auc if auc is None else float(auc),
+        "accuracy": float(accuracy_score(targets, predicted)),
+        # balanced accuracy by its definition: scikit-learn's own function warns when an absent class is predicted
+        "balanced_accuracy": float(recall_score(targets, predicted, labels=present, average="macro")),
+        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
+        "log_loss": float(log_loss(targets, probabilities, labels=classes)),
+    }
 
 
 def write_predictions(
@@ -113,20 +140,3 @@ def write_predictions(
         for name, row in zip(names, probabilities, strict=True):
             label = classes[labels.targets[name]] if labels and name in labels.targets else ""
             table.writerow([name, label, *(f"{p:.9g}" for p in row)])
-
-
-def _model_file(run_dir: Path, model: str | None) -> Path:
-    if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir}; give -m the folder of a run of: hiendmae classify train")
-    if model is None:
-        return run_dir / (BEST if (run_dir / BEST).exists() else LAST)
-    return run_dir / {"best": BEST, "last": LAST}[model]
-
-
-def _check_channels(metadata: ClassifierMetadata, data: PretrainData, run_dir: Path) -> None:
-    found = data.format.channel_names
-    if len(found) != metadata.spec.in_channels:
-        raise UserError(
-            f"the images have {len(found)} channels ({', '.join(found)}), the classifier in {run_dir} takes "
-            f"{metadata.spec.in_channels} ({', '.join(metadata.volumes.channel_names)}); choose another -d"
-        )

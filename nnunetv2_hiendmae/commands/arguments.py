@@ -27,7 +27,10 @@ def _argument(name: str, declaration: Field, about: Option, kinds: Sequence[type
     common |= {"required": declaration.default is MISSING, "metavar": about.metavar}
     if get_origin(kind) is tuple:
         inner, *rest = get_args(kind)
-        return {**common, "type": inner, "nargs": "+" if rest == [...] else 1 + len(rest)}
+        if rest != [...]:
+            return {**common, "type": inner, "nargs": 1 + len(rest)}
+        # several at once or one by one; what is given replaces a default
+        return {**common, "type": inner, "nargs": "+", "action": "store" if default else "extend"}
     return {**common, "type": kind, "choices": about.choices or None}
 
 

@@ -26,8 +26,8 @@ from nnunetv2_hiendmae.inspection.volumes import (
     resample,
     write_nifti,
 )
-from nnunetv2_hiendmae.pretraining.checkpoint import ENCODER
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
+from nnunetv2_hiendmae.run_files import ENCODER
 from nnunetv2_hiendmae.weights import load_encoder, read_metadata
 
 MEAN = "mean"

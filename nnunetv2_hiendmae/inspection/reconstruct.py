@@ -12,23 +12,18 @@ from nibabel.orientations import apply_orientation
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.checkpoint import (
-    CHECKPOINT,
-    DATA_KEY,
-    SETTINGS,
-    PretrainSettings,
-    load_checkpoint,
-    read_settings,
-)
-from nnunetv2_hiendmae.pretraining.data import Case, PretrainData, SampleDataset, find_data
-from nnunetv2_hiendmae.pretraining.launch import Execution
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
-from nnunetv2_hiendmae.pretraining.runlog import MontageRow, columns_of, draw_montage
-from nnunetv2_hiendmae.pretraining.views import Views
+from nnunetv2_hiendmae.pretraining.progress import columns_of
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
+from nnunetv2_hiendmae.training.launch import check_device
+from nnunetv2_hiendmae.training.run_folder import load_checkpoint
+from nnunetv2_hiendmae.training.views import Views
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
@@ -64,18 +59,18 @@ def reconstruct(
     Raises:
         UserError: no such run, case, view or device, or data that is gone.
     """
-    Execution(device, workers=0)
+    check_device(device)
     if cases < 1 or seed < 0:
         raise UserError(f"--cases is {cases} and --seed {seed}, needed at least 1 case and a seed of 0 or more")
     settings, method = load_run(run_dir)
-    data = find_data(settings.datasets, settings.plans_name, settings.configuration)
+    data = find_cases(settings.datasets, settings.plans_name, settings.configuration)
     if read_settings(run_dir).get(DATA_KEY) != data.digest():
         logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")
     grids = {chosen: case_grid(chosen) for chosen in _choose(data.cases, case, cases, seed)}
     views, pictures = _unaugmented(method.to(device).views()), []
     for chosen, grid in grids.items():
         # alone, so that its crop does not depend on which others are shown
-        drawn = SampleDataset(PretrainData((chosen,), data.format), views, seed)[0, data.cases.index(chosen)]
+        drawn = SampleDataset(CaseSet((chosen,), data.format), views.draw, seed)[0, data.cases.index(chosen)]
         batch = default_collate([drawn])
         made = method.reconstruct({k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
         if view is not None and view not in made:
@@ -98,16 +93,16 @@ def load_run(run_dir: Path) -> tuple[PretrainSettings, Method]:
         raise UserError(f"{run_dir} holds no {SETTINGS}, needed the folder of a run of: hiendmae pretrain")
     if not checkpoint.is_file():
         raise UserError(f"{run_dir} has no {CHECKPOINT} yet; let the run reach its first checkpoint")
-    stored = {k: tuple(v) if isinstance(v, list) else v for k, v in read_settings(run_dir).items() if k != DATA_KEY}
+    stored = {k: v for k, v in read_settings(run_dir).items() if k != DATA_KEY}
     try:
-        settings = PretrainSettings(**{**stored, "spec": EncoderSpec.from_dict(stored["spec"])})
+        settings = PretrainSettings.from_dict(stored)
     except (KeyError, TypeError, ValueError) as e:
         raise UserError(f"{file} is damaged or of another version ({e}); start the run anew") from e
     if settings.method not in METHODS:
         raise UserError(f"{run_dir} is of the method '{settings.method}', known are {', '.join(METHODS)}")
     method = settings.build_method()
     try:
-        method.load_state_dict(load_checkpoint(run_dir)["method"])
+        method.load_state_dict(load_checkpoint(run_dir, (STEP, STATE))[STATE])
     except RuntimeError as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{checkpoint} does not fit {SETTINGS} beside it ({reason}); start anew") from e

@@ -25,7 +25,7 @@ from scipy.ndimage import affine_transform
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
-from nnunetv2_hiendmae.pretraining.data import Case
+from nnunetv2_hiendmae.training.volumes import Case
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata
 

@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
 from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
-from nnunetv2_hiendmae.pretraining.views import Augmentation
+from nnunetv2_hiendmae.training.views import Augmentation
 
 # edges of a global view by those of a local one, as published: 160 and 96 voxels
 GLOBAL_TO_LOCAL = 160 / 96

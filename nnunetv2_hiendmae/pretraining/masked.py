@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.tokens import normalize_patches, patchify, put_tokens, take_tokens, unpatchify
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
-from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from nnunetv2_hiendmae.training.views import MaskedCrop
 
 
 class MaskedCropMethod(Method):

@@ -11,8 +11,8 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import num_visible
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared, parse_assignments
-from nnunetv2_hiendmae.pretraining.views import Views
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.training.views import Views
 
 Batch = Mapping[str, Any]
 LossDict = dict[str, Tensor]

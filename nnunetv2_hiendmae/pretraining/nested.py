@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.views import Volume, draw_corner
+from nnunetv2_hiendmae.training.views import Volume, draw_corner
 
 OCTANTS = 8
 

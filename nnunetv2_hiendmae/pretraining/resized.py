@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.pretraining.views import Augmentation, Volume, draw_corner, seeded_globals
+from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, seeded_globals
 
 # voxels of one channel that are read at once: 16 MB, so that memory does not grow with the volume
 SLAB_VOXELS = 4_000_000

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,20 +11,18 @@ import torch
 from classification_data import write_cases
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric import Fabric
 from run_data import PLANS
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.classification.data import (
-    EpochSampler,
+from nnunetv2_hiendmae.classification.inputs import (
     Inputs,
-    RegularCases,
-    TrainingCases,
-    batches_of,
+    epoch_keys,
     grid_corners,
     warn_of_differences,
 )
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.data import CaseVolume, build_loader, find_data
+from nnunetv2_hiendmae.training.volumes import CaseSet, CaseVolume, SampleDataset, find_cases, load_batches
 
 SIZE = (16, 16, 16)
 sizes = st.tuples(*[st.integers(1, 60)] * 3)
@@ -32,21 +31,21 @@ sizes = st.tuples(*[st.integers(1, 60)] * 3)
 @pytest.fixture
 def data(nnunet):
     write_cases(nnunet.preprocessed, 6)
-    return find_data(["1"], PLANS, "3d_fullres")
+    return find_cases(["1"], PLANS, "3d_fullres")
 
 
 def test_resizing_is_trilinear_over_the_whole_volume(data):
     volume = CaseVolume(data.cases[0], data.format)
     whole = torch.from_numpy(volume.read((0, 0, 0), volume.shape))[None]
-    made = Inputs("resize", SIZE).regular(volume)
+    made = Inputs("resize", SIZE).regular(volume)["image"]
     assert torch.equal(made, F.interpolate(whole, size=SIZE, mode="trilinear", align_corners=False))
     # without augmentation nothing is random
-    assert torch.equal(Inputs("resize", SIZE).draw(volume, np.random.default_rng(0), augment=False), made)
+    assert torch.equal(Inputs("resize", SIZE).draw(volume, np.random.default_rng(0), augment=False)["image"], made)
 
 
 def test_regular_crops_are_those_of_the_grid(data):
     volume = CaseVolume(data.cases[0], data.format)
-    made = Inputs("crops", SIZE, 8).regular(volume)
+    made = Inputs("crops", SIZE, 8).regular(volume)["image"]
     corners = grid_corners(volume.shape, SIZE, 8)
     assert len(made) == len(corners) == 8
     for image, corner in zip(made, corners, strict=True):
@@ -56,7 +55,7 @@ def test_regular_crops_are_those_of_the_grid(data):
 def test_random_crops_lie_in_the_volume_and_differ(data):
     volume = CaseVolume(data.cases[0], data.format)
     whole = volume.read((0, 0, 0), volume.shape)
-    made = Inputs("crops", (6, 6, 6), 5).draw(volume, np.random.default_rng(0), augment=False)
+    made = Inputs("crops", (6, 6, 6), 5).draw(volume, np.random.default_rng(0), augment=False)["image"]
     windows = np.lib.stride_tricks.sliding_window_view(whole[0], (6, 6, 6)).reshape(-1, 216)
     found = [int(np.flatnonzero((windows == image.reshape(-1).numpy()).all(1))[0]) for image in made]
     assert len(set(found)) == 5
@@ -89,21 +88,25 @@ def test_enough_crops_leave_no_gap():
 
 
 def test_every_epoch_has_every_case_once_in_another_order():
-    batches = list(EpochSampler(7, 3, 0, 4, seed=5))
-    assert len(batches) == len(EpochSampler(7, 3, 0, 4, seed=5)) == 12
+    batches = list(epoch_keys(range(4), 7, 3, seed=5))
+    assert len(batches) == 12
     orders = [[key for batch in batches[3 * e : 3 * e + 3] for key in batch] for e in range(4)]
     assert all(sorted(keys) == [(e, i) for i in range(7)] for e, keys in enumerate(orders))
     assert len({tuple(i for _, i in keys) for keys in orders}) == 4
     # a continued run draws what the whole one would have drawn
-    assert list(EpochSampler(7, 3, 2, 4, seed=5)) == batches[6:]
-    assert list(EpochSampler(7, 3, 0, 4, seed=6)) != batches
+    assert list(epoch_keys(range(2, 4), 7, 3, seed=5)) == batches[6:]
+    assert list(epoch_keys(range(4), 7, 3, seed=6)) != batches
+
+
+def training_samples(data, inputs) -> SampleDataset:
+    return SampleDataset(data, partial(inputs.draw, augment=True), seed=3, case_in_key=True)
 
 
 @pytest.mark.parametrize("inputs", [Inputs("resize", SIZE), Inputs("crops", SIZE, 2)], ids=["resize", "crops"])
 def test_samples_do_not_depend_on_workers(data, inputs):
     def batches(workers):
-        samples = TrainingCases(data.cases, data.format, inputs, seed=3, augment=True)
-        return list(batches_of(build_loader(samples, EpochSampler(6, 4, 0, 2, 3), workers, pin_memory=False)))
+        samples = training_samples(data, inputs)
+        return list(load_batches(Fabric(accelerator="cpu"), samples, epoch_keys(range(2), 6, 4, 3), workers))
 
     expected = batches(0)
     assert [len(batch["case"]) for batch in expected] == [4, 2, 4, 2]
@@ -114,7 +117,7 @@ def test_samples_do_not_depend_on_workers(data, inputs):
 
 
 def test_augmentation_differs_between_epochs_and_repeats_within_one(data):
-    samples = TrainingCases(data.cases, data.format, Inputs("resize", SIZE), seed=3, augment=True)
+    samples = training_samples(data, Inputs("resize", SIZE))
     images = [samples[(epoch, 0)]["image"] for epoch in range(6)]
     assert len({image.numpy().tobytes() for image in images}) > 3
     assert torch.equal(samples[(2, 0)]["image"], images[2])
@@ -123,9 +126,9 @@ def test_augmentation_differs_between_epochs_and_repeats_within_one(data):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_damaged_case_is_named_in_one_line(data, workers):
     broken = replace(data.cases[1], path=data.cases[1].path.with_name("gone.b2nd"))
-    loader = build_loader(RegularCases([broken], data.format, Inputs("resize", SIZE)), [[0]], workers, pin_memory=False)
+    samples = SampleDataset(CaseSet((broken,), data.format), Inputs("resize", SIZE).regular, 0, case_in_key=True)
     with pytest.raises(UserError, match=r"^cannot read case Dataset001_Tiny/c01 .*preprocess again$"):
-        list(batches_of(loader))
+        list(load_batches(Fabric(accelerator="cpu"), samples, [[(0,)]], workers))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +148,7 @@ def warnings_of(caplog, data, **changes) -> list[str]:
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         seen = replace(data.format, **changes)
-        warn_of_differences(data.format, data.cases, Inputs("resize", SIZE), seen, "the encoder")
+        warn_of_differences(data, Inputs("resize", SIZE), seen, "the encoder")
     return [record.getMessage() for record in caplog.records]
 
 

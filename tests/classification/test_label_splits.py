@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
-from nnunetv2_hiendmae.classification.labels import Labels, match_labels, read_labels
-from nnunetv2_hiendmae.classification.splits import Split, choose_split, read_split, write_split
+from nnunetv2_hiendmae.classification.labels import Labels, Split, choose_split, read_labels, read_split, write_split
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.options.classify import ClassifyOptions
 
 
 def make(counts, places=None, column=None) -> Labels:
@@ -93,7 +93,7 @@ def test_the_order_of_the_file_does_not_matter(tmp_path):
     rows = [(case, i % 2) for i, case in enumerate(cases)]
     splits = []
     for order in (rows, rows[::-1]):
-        labels = match_labels(read_labels(write_csv(tmp_path / "x.csv", order)), cases)
+        labels = read_labels(write_csv(tmp_path / "x.csv", order), cases)
         splits.append(choose_split(labels, "3", 0.5, 0))
     assert splits[0] == splits[1]
 
@@ -139,14 +139,15 @@ def test_the_split_column_decides():
         ([6, 6], "5", 1.0, r"no fold '5', needed one of 0, 1, 2, 3, 4 or all"),
         ([6, 6], "best", 1.0, r"no fold 'best'"),
         ([6, 4], "0", 1.0, r"class 'b' has 4 cases, needed 5, one per fold"),
-        ([6, 6], "0", 0.0, r"--fraction is 0.0"),
+        ([6, 6], "0", 0.0, r"--fraction is 0.0, needed more than 0, at most 1"),
         ([6, 6], "0", 1.5, r"--fraction is 1.5"),
         ([6, 6], "0", float("nan"), r"--fraction is nan"),
     ],
 )
 def test_what_cannot_be_split(counts, fold, fraction, message):
     with pytest.raises(UserError, match=message):
-        choose_split(make(counts), fold, fraction, 0)
+        options = ClassifyOptions(fold=fold, fraction=fraction)
+        choose_split(make(counts), options.fold, options.fraction, options.split_seed)
 
 
 def test_a_written_split_is_read_again(tmp_path):

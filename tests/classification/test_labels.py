@@ -5,14 +5,14 @@ import logging
 import pytest
 from classification_data import write_csv
 
-from nnunetv2_hiendmae.classification.labels import match_labels, read_labels
+from nnunetv2_hiendmae.classification.labels import read_labels
 from nnunetv2_hiendmae.errors import UserError
 
 CASES = ["Dataset001_A/a", "Dataset001_A/b", "Dataset001_A/c"]
 
 
 def labels_of(path, rows, header=("case", "label"), cases=CASES, classes=None):
-    return match_labels(read_labels(write_csv(path / "cases.csv", rows, header)), cases, classes)
+    return read_labels(write_csv(path / "cases.csv", rows, header), cases, classes)
 
 
 def test_names_with_and_without_the_dataset_in_any_order(tmp_path):
@@ -34,7 +34,7 @@ def test_whole_numbers_are_ordered_by_value(tmp_path):
 def test_other_columns_quotes_a_byte_order_mark_and_empty_lines(tmp_path):
     file = tmp_path / "cases.csv"
     file.write_bytes(b'\xef\xbb\xbfage,label,case,fold\r\n71,"ill, badly",a,2\r\n\r\n5,well,b,0\r\n')
-    labels = match_labels(read_labels(file), CASES[:2])
+    labels = read_labels(file, CASES[:2])
     assert labels.classes == ("ill, badly", "well")
     assert labels.column == "fold" and labels.places == {"Dataset001_A/a": "2", "Dataset001_A/b": "0"}
 
@@ -70,7 +70,7 @@ def test_the_same_name_in_two_datasets_needs_its_dataset(tmp_path):
         ("case,label\na,0\nb\n", r"line 3 .* has 1 values, needed 2"),
         ("case,label\na,0\nb,\n", r"line 3 .* has no label"),
         ("case,label,fold\na,0,1\nb,1,\n", r"line 3 .* has no fold"),
-        ("case,label\na,0\nb,1\na,1\n", r"names cases twice: a; keep one row"),
+        ("case,label\na,0\nb,1\na,1\n", r"names Dataset001_A/a twice \(lines 2 and 4\)"),
         ("case,label\na,0\nDataset001_A/a,1\n", r"names Dataset001_A/a twice \(lines 2 and 3\)"),
         ("case,label\na,0\nb,0\n", r"all cases .* have the label '0', needed at least two classes"),
         ("case,label\na,0\nb,1\nx,1\ny,0\n", r"2 cases .* are not preprocessed: x, y .*hiendmae preprocess"),
@@ -82,12 +82,12 @@ def test_bad_files(tmp_path, content, message):
     file = tmp_path / "cases.csv"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message):
-        match_labels(read_labels(file), CASES)
+        read_labels(file, CASES)
 
 
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match="no label file"):
-        read_labels(tmp_path)
+        read_labels(tmp_path, CASES)
 
 
 def test_labels_for_a_trained_model(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from nnunetv2_hiendmae.classification.metrics import evaluate
+from nnunetv2_hiendmae.classification.predict import evaluate
 
 
 def drawn(classes: int, cases: int = 60):

@@ -9,12 +9,14 @@ from run_data import TINY_SPEC
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.classification.data import Inputs
-from nnunetv2_hiendmae.classification.model_file import ClassifierMetadata, load_classifier, save_classifier
+from nnunetv2_hiendmae.classification.inputs import Inputs
 from nnunetv2_hiendmae.classification.network import (
     Classifier,
+    ClassifierMetadata,
     balanced_weights,
     build_classifier,
+    load_classifier,
+    save_classifier,
     weighted_cross_entropy,
 )
 from nnunetv2_hiendmae.errors import UserError

@@ -16,15 +16,20 @@ from run_data import PLANS, TINY_SPEC, write_case
 from sklearn.metrics import roc_auc_score
 
 from nnunetv2_hiendmae import cli, load_encoder
-from nnunetv2_hiendmae.classification.device import single_device
-from nnunetv2_hiendmae.classification.model_file import BEST, LAST, load_classifier
-from nnunetv2_hiendmae.classification.network import Classifier, build_classifier, weighted_cross_entropy
+from nnunetv2_hiendmae.classification.labels import read_split
+from nnunetv2_hiendmae.classification.network import (
+    BEST,
+    LAST,
+    Classifier,
+    build_classifier,
+    load_classifier,
+    weighted_cross_entropy,
+)
 from nnunetv2_hiendmae.classification.predict import compute_probabilities, measure
-from nnunetv2_hiendmae.classification.splits import read_split
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT
-from nnunetv2_hiendmae.pretraining.data import CaseVolume
-from nnunetv2_hiendmae.pretraining.launch import Execution
+from nnunetv2_hiendmae.run_files import CHECKPOINT
+from nnunetv2_hiendmae.training.launch import launch_alone
+from nnunetv2_hiendmae.training.volumes import CaseVolume
 from nnunetv2_hiendmae.weights import load_into
 
 CROPS = ("--input", "crops", "--crops", 2)
@@ -83,12 +88,12 @@ def error(capsys, arguments: list[str]) -> str:
 def untrained_aucs(bench: Bench, task, seeds: int) -> list[float]:
     """Validation AUC of the pretrained encoder under fresh heads."""
     found = []
-    fabric = single_device(Execution("cpu", 0), "fp32")
+    fabric = launch_alone("cpu", "fp32", "hiendmae classify")
     for seed in range(seeds):
         network = build_classifier(TINY_SPEC, 2, task.settings.pool, seed=seed)
         load_into(network.encoder, bench.encoder)
         probabilities = compute_probabilities(
-            fabric, fabric.setup(network), task.cases(task.split.val), task.data.format, task.settings.inputs, 0
+            fabric, fabric.setup(network), task.subset(task.split.val), task.settings.inputs, 0
         )
         found.append(measure(task.labels, task.split.val, probabilities)["auc"])
     return found
@@ -132,7 +137,7 @@ def test_every_crop_has_the_label_of_its_case(small, nnunet, monkeypatch):
 
     original = Classifier.forward
     monkeypatch.setattr(Classifier, "forward", forward)
-    monkeypatch.setattr("nnunetv2_hiendmae.classification.train.weighted_cross_entropy", recorded)
+    monkeypatch.setattr("nnunetv2_hiendmae.classification.network.weighted_cross_entropy", recorded)
     options = ("--input", "crops", "--crops", 3, "--no-augmentation", "--epochs", 1)
     small.train("run", *options)
     steps = [pair for pair in seen if isinstance(pair, tuple)]
@@ -201,16 +206,16 @@ def test_continuing_equals_an_undisturbed_run(small, more, monkeypatch):
     mislabel(small)
     whole = small.train("whole", *more)
     module = "nnunetv2_hiendmae.classification.train"
-    original, calls = sys.modules[module].save_checkpoint, []
+    original, calls = sys.modules[module].save_state, []
 
-    def interrupted(run_dir, state):
+    def interrupted(*state, **more):
         calls.append(state)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        original(run_dir, state)
+        original(*state, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"{module}.save_checkpoint", interrupted)
+        patch.setattr(f"{module}.save_state", interrupted)
         assert cli.main(small.arguments("stopped", *more)) == 130
     stopped = small.folder / "stopped"
     assert torch.load(stopped / CHECKPOINT, weights_only=True)["epoch"] == 2 and len(read_log(stopped)) == 3
@@ -249,12 +254,10 @@ def test_probabilities_are_averaged_over_the_grid(small):
     with torch.no_grad():
         # far from linear, so that averaging logits would give something else
         network.head.weight *= 50
-    cases = task.cases(task.split.val)
-    made = compute_probabilities(
-        Fabric(accelerator="cpu"), network, cases, task.data.format, task.settings.inputs, workers=0
-    )
-    for case, row in zip(cases, made, strict=True):
-        images = task.settings.inputs.regular(CaseVolume(case, task.data.format))
+    data = task.subset(task.split.val)
+    made = compute_probabilities(Fabric(accelerator="cpu"), network, data, task.settings.inputs, workers=0)
+    for case, row in zip(data.cases, made, strict=True):
+        images = task.settings.inputs.regular(CaseVolume(case, data.format))["image"]
         with torch.no_grad():
             expected = torch.stack([network(image[None])[0].softmax(0) for image in images]).mean(0)
         np.testing.assert_allclose(row, expected, atol=1e-6)
@@ -348,7 +351,7 @@ def bad_cases(names):
         "crop size": (("--crop-size", 15, 16, 16), good, "not divisible by patch_size"),
         "epochs": (("--epochs", 0), good, "--epochs is 0"),
         "every": (("--checkpoint-every", 0), good, "--checkpoint-every is 0"),
-        "lr": (("--lr", 0), good, "--lr 0.0 must be positive"),
+        "lr": (("--lr", 0), good, "--lr is 0.0, needed more than 0"),
         "warm-up": (("--warmup-epochs", 9), good, "--warmup-epochs is 9, needed 0 to 4"),
         "crops": (("--crops", 3), good, "--crops 3 with --input resize"),
         "seed": (("--seed", -1), good, "--seed is -1"),
@@ -421,5 +424,5 @@ def test_gpu_run_and_predict(small, precision):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="run it without torchrun"):
-        single_device(Execution("cpu", 0), "fp32")
+    with pytest.raises(UserError, match="hiendmae classify uses one device"):
+        launch_alone("cpu", "fp32", "hiendmae classify")

@@ -14,6 +14,7 @@ from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
 from nnunetv2_hiendmae.cli import main
 from nnunetv2_hiendmae.demo import process
+from nnunetv2_hiendmae.demo.datasets import find_data
 from nnunetv2_hiendmae.demo.process import Runner, console_script
 from nnunetv2_hiendmae.demo.run import METHODS, RESULTS_FILE, SETTINGS_FILE, claim, run_demo
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE

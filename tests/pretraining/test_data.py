@@ -9,18 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from run_data import PLANS, write_case, write_preprocessed
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.data import (
-    CaseVolume,
-    SampleDataset,
-    StepSampler,
-    build_loader,
-    find_data,
-    warn_if_padded,
-)
-from nnunetv2_hiendmae.pretraining.views import MaskedCrop
+from nnunetv2_hiendmae.training.views import MaskedCrop, step_keys
+from nnunetv2_hiendmae.training.volumes import CaseVolume, SampleDataset, find_cases, load_batches, warn_if_padded
 
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22), "c": (30, 16, 17)}
 VIEWS = MaskedCrop((16, 16, 16), 8)
@@ -32,7 +26,7 @@ def preprocessed(nnunet):
 
 
 def find(*datasets: str):
-    return find_data(datasets or ("1",), PLANS, "3d_fullres")
+    return find_cases(datasets or ("1",), PLANS, "3d_fullres")
 
 
 def test_finds_cases_and_format(preprocessed):
@@ -120,16 +114,16 @@ def test_reads_parts_like_numpy_and_pads_with_zeros(nnunet, preprocessed):
 def test_crops_are_centred_on_bright_voxels(preprocessed):
     """The tiny cases are a ball on zeros: with share 1 a crop's middle voxel is background only where it was moved
     inside, which a ball that ends before the border never needs."""
-    dataset = SampleDataset(find(), MaskedCrop((4, 4, 4), 1, foreground_share=1.0, augmentation=None), 0)
+    dataset = SampleDataset(find(), MaskedCrop((4, 4, 4), 1, foreground_share=1.0, augmentation=None).draw, 0)
     assert all(dataset[(0, i)]["image"][0, 2, 2, 2] > 0 for i in range(100))
 
 
 def batches(data, workers, world_size=1, accumulate=1, batch_size=8, steps=3):
     per_rank = []
     for rank in range(world_size):
-        sampler = StepSampler(0, steps, batch_size, accumulate, rank, world_size)
-        loader = build_loader(SampleDataset(data, VIEWS, seed=5), sampler, workers, pin_memory=False)
-        per_rank.append(list(loader))
+        keys = step_keys(range(steps), batch_size, accumulate, rank, world_size)
+        loaded = load_batches(Fabric(accelerator="cpu"), SampleDataset(data, VIEWS.draw, seed=5), keys, workers)
+        per_rank.append(list(loaded))
     return per_rank
 
 
@@ -156,9 +150,9 @@ def test_global_batch_does_not_depend_on_processes_or_accumulation(preprocessed,
 
 def test_seed_and_step_change_the_samples(preprocessed):
     data = find()
-    one = SampleDataset(data, VIEWS, 5)
+    one = SampleDataset(data, VIEWS.draw, 5)
     assert not torch.equal(one[(0, 0)]["image"], one[(1, 0)]["image"])
-    assert not torch.equal(one[(0, 0)]["image"], SampleDataset(data, VIEWS, 6)[(0, 0)]["image"])
+    assert not torch.equal(one[(0, 0)]["image"], SampleDataset(data, VIEWS.draw, 6)[(0, 0)]["image"])
     assert {one[(0, i)]["case"] for i in range(60)} == {c.name for c in data.cases}
 
 
@@ -221,7 +215,7 @@ def test_unknown_dataset_configuration_and_variables(preprocessed, monkeypatch):
     with pytest.raises(UserError, match="no dataset '7'"):
         find("7")
     with pytest.raises(UserError, match="no configuration '2d'"):
-        find_data(("1",), PLANS, "2d")
+        find_cases(("1",), PLANS, "2d")
     monkeypatch.delenv("nnUNet_preprocessed")
     with pytest.raises(UserError, match="nnUNet_preprocessed is not set"):
         find()
@@ -231,7 +225,7 @@ def test_a_case_that_breaks_in_the_middle_is_named(preprocessed):
     data = find()
     whole = (preprocessed / "a.b2nd").read_bytes()
     (preprocessed / "a.b2nd").write_bytes(whole[:200] + bytes(len(whole) - 260) + whole[-60:])
-    dataset = SampleDataset(data, VIEWS, 0)
+    dataset = SampleDataset(data, VIEWS.draw, 0)
     with pytest.raises(UserError, match="cannot read case Dataset001_Tiny/a"):
         for i in range(20):
             dataset[(0, i)]
@@ -239,13 +233,13 @@ def test_a_case_that_breaks_in_the_middle_is_named(preprocessed):
 
 READER = """
 import sys, resource
-from nnunetv2_hiendmae.pretraining.data import Case, CaseVolume, PretrainData, SampleDataset
+from nnunetv2_hiendmae.training.views import MaskedCrop
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.pretraining.views import MaskedCrop
 from pathlib import Path
 case = Case("x/big", Path(sys.argv[1]), tuple(int(s) for s in sys.argv[2].split(",")))
-data = PretrainData((case,), VolumeFormat((1, 1, 1), None, "SimpleITKIO", None, None, ("CTNormalization",), ("CT",)))
-dataset = SampleDataset(data, MaskedCrop((16, 16, 16), 8), 0)
+data = CaseSet((case,), VolumeFormat((1, 1, 1), None, "SimpleITKIO", None, None, ("CTNormalization",), ("CT",)))
+dataset = SampleDataset(data, MaskedCrop((16, 16, 16), 8).draw, 0)
 dataset[(0, 0)]
 def anonymous():
     line = next(l for l in open("/proc/self/status") if l.startswith("RssAnon"))

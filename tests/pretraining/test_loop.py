@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -16,12 +17,13 @@ from stopped import run_and_kill
 
 from nnunetv2_hiendmae import load_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining import METHODS, checkpoint
-from nnunetv2_hiendmae.pretraining.checkpoint import CHECKPOINT, ENCODER, locked
-from nnunetv2_hiendmae.pretraining.data import find_data
-from nnunetv2_hiendmae.pretraining.launch import Execution
-from nnunetv2_hiendmae.pretraining.loop import pretrain
-from nnunetv2_hiendmae.pretraining.runlog import draw_progress, running_mean
+from nnunetv2_hiendmae.files import locked
+from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.loop import run_pretraining
+from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
+from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, LOCK
+from nnunetv2_hiendmae.training.run_folder import save_checkpoint
+from nnunetv2_hiendmae.training.volumes import find_cases
 
 PICTURES = {
     "hiendmae": ["crop"],
@@ -39,9 +41,8 @@ def preprocessed(nnunet):
 
 
 def run(run_dir: Path, settings=None, workers: int = 0, resume: bool = False) -> list[dict]:
-    settings = settings or tiny_settings()
-    data = find_data(settings.datasets, PLANS, "3d_fullres")
-    pretrain(settings, data, run_dir, Execution("cpu", workers), resume)
+    settings = replace(settings or tiny_settings(), workers=workers, resume=resume)
+    run_pretraining(settings, find_cases(settings.datasets, PLANS, "3d_fullres"), run_dir)
     return read_log(run_dir)
 
 
@@ -183,17 +184,17 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("writer", ["save_checkpoint", "export_encoder"])
+@pytest.mark.parametrize("writer", ["save_state", "export_encoder"])
 def test_a_stop_while_the_last_files_are_written(preprocessed, tmp_path, writer):
     run(tmp_path / "whole")
     module, calls = "nnunetv2_hiendmae.pretraining.loop", []
     original = getattr(sys.modules[module], writer)
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **more):
         calls.append(writer)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        original(*arguments)
+        original(*arguments, **more)
 
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr(f"{module}.{writer}", interrupted)
@@ -222,13 +223,13 @@ def test_bf16_on_the_cpu_runs_and_continues(preprocessed, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_gpu_run_and_continue(preprocessed, tmp_path, precision):
     """On a GPU kernels may differ in the last bit: losses after continuing agree to 1e-2 in half precision."""
-    settings = tiny_settings(precision=precision)
-    data = find_data(settings.datasets, PLANS, "3d_fullres")
-    pretrain(settings, data, tmp_path / "whole", Execution("cuda", 0))
+    settings = tiny_settings(precision=precision, device="cuda")
+    data = find_cases(settings.datasets, PLANS, "3d_fullres")
+    run_pretraining(settings, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
         patch.setattr("nnunetv2_hiendmae.pretraining.loop.draw_reconstruction", _interrupt)
-        pretrain(settings, data, tmp_path / "stopped", Execution("cuda", 0))
-    pretrain(settings, data, tmp_path / "stopped", Execution("cuda", 0), resume=True)
+        run_pretraining(settings, data, tmp_path / "stopped")
+    run_pretraining(replace(settings, resume=True), data, tmp_path / "stopped")
     assert losses(read_log(tmp_path / "stopped")) == pytest.approx(losses(read_log(tmp_path / "whole")), abs=1e-2)
 
 
@@ -344,7 +345,8 @@ def test_weights_and_biases_through_nnunets_own_logger(preprocessed, tmp_path, m
 
 
 def test_a_run_folder_in_use(preprocessed, tmp_path):
-    with locked(tmp_path / "run"), pytest.raises(UserError, match="in use by another process"):
+    folder = tmp_path / "run"
+    with locked(folder / LOCK, "by this test"), pytest.raises(UserError, match=rf"{folder} is in use .*--name or -o"):
         run(tmp_path / "run")
 
 
@@ -360,20 +362,19 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
     """Writing to a file-size limit is what a full disk does: an OSError in the middle of a write."""
     folder = tmp_path / "run"
     folder.mkdir()
-    checkpoint.save_checkpoint(folder, {"step": 1})
+    save_checkpoint(folder, {"step": 1})
     before = (folder / CHECKPOINT).read_bytes()
     code = (
         "import resource, signal, torch, sys; from pathlib import Path\n"
-        "from nnunetv2_hiendmae.pretraining.checkpoint import save_checkpoint\n"
+        "from nnunetv2_hiendmae.training.run_folder import RunLog, save_checkpoint\n"
         "from nnunetv2_hiendmae.errors import UserError\n"
-        "from nnunetv2_hiendmae.pretraining.runlog import RunLog\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "from nnunetv2_hiendmae.architectures import PRESETS, build_encoder\n"
         "from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder\n"
         "folder, encoder = Path(sys.argv[1]), build_encoder(PRESETS['vit_nano_p8'])\n"
-        "log = RunLog(folder, 0, 9, 1, {})\n"
-        "try: log.step(0, 0, {'loss': 1.0, 'lr': 1.0, 'x': 'long' * 50_000})\n"
+        "log = RunLog(folder, 'step', 0, 9)\n"
+        "try: log.add({'step': 0, 'x': 'long' * 50_000})\n"
         "except UserError as e: print('log:', e)\n"
         "try: save_checkpoint(folder, {'x': torch.zeros(1_000_000)})\n"
         "except UserError as e: print('checkpoint:', e)\n"
@@ -407,16 +408,16 @@ def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_p
         (["--method", "nope"], "unknown method 'nope'"),
         (["--encoder", "nope"], "unknown encoder 'nope'"),
         (["--batch-size", "3", "--accumulate", "2"], "needed a multiple of 2"),
-        (["--epochs", "0"], "--epochs is 0"),
+        (["--epochs", "0"], "--epochs is 0, needed at least 1"),
         (["--set", "colour=1"], "--set colour=1 is no option"),
         (["--set", "decoder_dim=50", "decoder_heads=4"], "decoder_dim 50 must be a multiple of decoder_heads 4"),
         (["--set", "decoder_dim=-6"], "both positive"),
         (["--set", "self_depth=-3"], "not negative"),
         (["--set", "mask_ratio=1.0"], "leaves 0 of 8 tokens visible"),
         (["--crop-size", "8", "8", "8"], "or --crop-size for more tokens"),
-        (["--workers", "-1"], "--workers is -1"),
-        (["--lr", "nan"], "--lr nan must be positive"),
-        (["--seed", str(2**65)], "needed 0 to 2^63 - 1"),
+        (["--workers", "-1"], "--workers is -1, needed at least 0"),
+        (["--lr", "nan"], "--lr is nan, needed more than 0"),
+        (["--seed", str(2**65)], f"--seed is {2**65}, needed 0 to {2**63 - 1}"),
         (["--precision", "fp16"], "fp16 needs -device cuda"),
         (["-device", "mps"], "no Apple GPU"),
         (["-d", "9"], "no dataset '9'"),

@@ -5,10 +5,19 @@ from run_data import PLANS, write_preprocessed
 
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.cli import build_parser
+from nnunetv2_hiendmae.commands.arguments import from_arguments
+from nnunetv2_hiendmae.options.pretrain import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.request import build_settings, run_name
+from nnunetv2_hiendmae.pretraining.settings import build_settings, run_name
 
-BASE = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--encoder", "vit_nano_p8", "--method", "mim"]
+ANY = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu"]
+BASE = [*ANY, "--encoder", "vit_nano_p8", "--method", "mim"]
+
+
+def settings_of(arguments: list[str]):
+    """What a command line asks for."""
+    args = build_parser().parse_args(arguments)
+    return build_settings(args.datasets, from_arguments(PretrainOptions, args))[0]
 
 
 @pytest.mark.parametrize(
@@ -28,17 +37,15 @@ def test_micro_batches_are_the_methods_where_the_batch_can_be_split(nnunet, monk
     write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
     (nnunet.raw / "Dataset001_Tiny").mkdir()
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
-    assert settings.accumulate == accumulate
+    assert settings_of([*BASE, *asked]).accumulate == accumulate
 
 
 def test_options_may_be_set_at_once_or_one_by_one(nnunet):
     write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
     (nnunet.raw / "Dataset001_Tiny").mkdir()
     asked = ["--set", "crops_level2=2", "tau=0.2", "--set", "crops_level3=3"]
-    settings, _ = build_settings(build_parser().parse_args([*BASE, *asked]))
-    assert settings.options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
-    assert build_settings(build_parser().parse_args(BASE))[0].options == {}
+    assert settings_of([*BASE, *asked]).options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
+    assert settings_of(BASE).options == {}
 
 
 def test_encoder_is_the_methods_unless_given(nnunet):
@@ -46,9 +53,8 @@ def test_encoder_is_the_methods_unless_given(nnunet):
     (nnunet.raw / "Dataset001_Tiny").mkdir()
     settings = {}
     for method in METHODS:
-        args = build_parser().parse_args(["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--method", method])
-        settings[method] = build_settings(args)[0]
-        assert run_name(settings[method], args.encoder) == f"{method}_{METHODS[method].recipe.encoder}_001"
-    # METHODS §3: the paper's hybrid
+        settings[method] = settings_of([*ANY, "--method", method])
+        assert run_name(settings[method]) == f"{method}_{METHODS[method].recipe.encoder}_001"
+    # the paper's hybrid
     assert settings["mim"].spec == PRESETS["convvit_base"]
     assert {s.spec for m, s in settings.items() if m != "mim"} == {PRESETS["vit_base_p16"]}

@@ -6,7 +6,7 @@ import torch
 
 from nnunetv2_hiendmae.pretraining import resized
 from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop, axis_weights, read_resized
-from nnunetv2_hiendmae.pretraining.views import Augmentation
+from nnunetv2_hiendmae.training.views import Augmentation
 
 
 class RampVolume:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
-from nnunetv2_hiendmae.pretraining.runlog import draw_reconstruction
+from nnunetv2_hiendmae.pretraining.progress import draw_reconstruction
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CT = VolumeFormat((1.0,) * 3, (-1000.0, 1000.0), "SimpleITKIO", -1000.0, 2000.0, ("CTNormalization",), ("CT",))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_hiendmae.pretraining.views import Augmentation, MaskedCrop, draw_corner, seeded_globals
+from nnunetv2_hiendmae.training.views import Augmentation, MaskedCrop, draw_corner, seeded_globals
 
 
 class IndexVolume:

@@ -1,4 +1,5 @@
-"""What a worker cuts out of a volume for one sample: crop, augmentation and masks, all from one generator."""
+"""What a worker cuts out of a volume for one sample: crop, augmentation and masks. A stateless source: sample i of step
+s is a function of (seed, s, i)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ FOREGROUND_TRIES = 100
 
 
 class Volume(Protocol):
-    """A preprocessed case that is read in parts (see `data.CaseVolume`)."""
+    """A preprocessed case that is read in parts (see `volumes.CaseVolume`)."""
 
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
@@ -63,7 +64,8 @@ class ShiftIntensityTransform(ImageOnlyTransform):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Flips, in-plane quarter turns, intensity scale and shift, with Hi-End-MAE's probabilities (METHODS §2).
+    """Flips, in-plane quarter turns, intensity scale and shift, with Hi-End-MAE's probabilities (docs/methods.md,
+    "Shared building blocks").
 
     Args:
         p_rotate: of a turn by 90°, 180° or 270° in the plane of the last two axes.
@@ -108,7 +110,7 @@ class MaskedCrop:
     volume.
 
     Args:
-        foreground_share: of crops that are centred on foreground, the others lie anywhere (METHODS §2: 3:1).
+        foreground_share: of crops that are centred on foreground, the others lie anywhere (Hi-End-MAE: 3:1).
         augmentation: None turns it off.
     """
 
@@ -132,6 +134,21 @@ class MaskedCrop:
                 image = transform(image=image)["image"]
         ids_shuffle = torch.from_numpy(rng.permutation(self.num_tokens))
         return {"image": image.contiguous(), "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
+
+
+def step_keys(
+    steps: range, batch_size: int, accumulate: int, rank: int, world_size: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Keys of every micro-batch of one process.
+
+    The samples of a step are numbered over the whole global batch, so that its content depends neither on the
+    number of processes nor on the number of accumulated micro-batches.
+    """
+    micro_batch = batch_size // (accumulate * world_size)
+    for step in steps:
+        for part in range(accumulate):
+            start = (part * world_size + rank) * micro_batch
+            yield [(step, start + i) for i in range(micro_batch)]
 
 
 def draw_corner(

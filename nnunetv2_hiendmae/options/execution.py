@@ -1,0 +1,41 @@
+"""Options that all commands have which train a network or use one on preprocessed images."""
+
+import os
+from typing import Any
+
+from nnunetv2_hiendmae.options import check_ranges, option
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+DHW = ("D", "H", "W")
+
+
+class CheckedOptions:
+    """Base of options: frozen dataclasses.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    def __post_init__(self):
+        check_ranges(self)
+
+
+def precision() -> Any:
+    return option("auto", "auto: bf16 (old GPUs fp16), fp32 on a CPU", choices=("auto", *PRECISIONS))
+
+
+def device() -> Any:
+    return option("cuda", "device", flag="-device", choices=("cuda", "cpu", "mps"))
+
+
+def workers(help: str) -> Any:
+    # torch warns of more workers than cores
+    return option(min(4, os.cpu_count() or 1), help, metavar="N", at_least=0)
+
+
+def count(default: int | None, help: str, at_least: int = 1, metavar: str = "N", **about: Any) -> Any:
+    return option(default, help, at_least=at_least, metavar=metavar, **about)
+
+
+def seed(help: str, at_most: int = 2**63 - 1, **about: Any) -> Any:
+    return option(0, help, at_least=0, at_most=at_most, **about)

@@ -1,0 +1,139 @@
+"""What a pretraining run leaves to look at: log.jsonl, progress.png, reconstructions, and W&B if asked for."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from nnunetv2_hiendmae.figures import MontageRow, draw_montage
+from nnunetv2_hiendmae.files import write_with
+from nnunetv2_hiendmae.pretraining.method import Reconstruction
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.training.run_folder import RunLog, read_log
+from nnunetv2_hiendmae.volume_format import VolumeFormat
+
+PROGRESS = "progress.png"
+RECONSTRUCTIONS = "reconstructions"
+# what a line of the log holds besides the method's losses and measures
+RUN_KEYS = ("step", "epoch", "lr", "samples_per_second")
+# log lines without a terminal: at least this many seconds apart
+PLAIN_LINE_SECONDS = 30
+DRAW_SECONDS = 20
+# a figure has about 1000 pixels across, a run has up to millions of steps
+CURVE_POINTS = 2000
+# of a picture's grey scale, in normalised intensities: a constant patch (air, padding) is predicted to about 1e-3, the
+# root of the epsilon that its deviation gets, and should look constant
+LEAST_SPAN = 0.02
+
+
+class StepLog(RunLog):
+    """Writes one JSON line per step and shows progress; samples are crops, or volumes where a method draws several
+    views of one, over all processes."""
+
+    def __init__(self, run_dir: Path, first_step: int, settings: PretrainSettings):
+        super().__init__(run_dir, "step", first_step, settings.total_steps, settings.to_dict())
+        self._settings = settings
+        self._started = self._last = self._told = self._drawn = time.monotonic()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """Records a finished step (0-based)."""
+        now, samples, told = time.monotonic(), self._settings.batch_size, ""
+        speed, self._last = samples / max(now - self._last, 1e-9), now
+        loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
+        line = {"step": step, "epoch": step // self._settings.steps_per_epoch, **values}
+        if step + 1 == self.total or now - self._told > PLAIN_LINE_SECONDS:
+            seconds, self._told = (now - self._started) / (step + 1 - self.first), now
+            told = (
+                f"step {step + 1}/{self.total} epoch {line['epoch']} loss {loss} lr {lr} {samples / seconds:.3g} "
+                f"samples/s, {seconds * (self.total - step - 1) / 60:.0f} min left"
+            )
+        self.add({**line, "samples_per_second": round(speed, 2)}, told, loss=loss, lr=lr, samples_s=f"{speed:.3g}")
+        for key, value in values.items() if self.wandb else ():
+            self.wandb.log(key, value, step)
+
+    def end_epoch(self, last: bool) -> None:
+        """Redraws progress.png, but not several times a minute, and leaves the time since the last step (pictures,
+        checkpoints) out of samples/s."""
+        if last or time.monotonic() - self._drawn > DRAW_SECONDS:
+            draw_progress(self.run_dir)
+            self._drawn = time.monotonic()
+        self._last = time.monotonic()
+
+
+def draw_progress(run_dir: Path) -> None:
+    """Redraws progress.png from log.jsonl: every loss part, what else the method measures, learning rate, speed."""
+    from matplotlib.figure import Figure
+
+    lines = read_log(run_dir)
+    if not lines:
+        return
+    panels = _panels([k for k in lines[0] if k not in RUN_KEYS])
+    shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
+    steps = [line["step"] for line in lines][shown]
+    figure = Figure(figsize=(8, 3 * len(panels) + 6), layout="constrained")
+    axes = figure.subplots(len(panels) + 2, 1, sharex=True)
+    for axis, (title, keys) in zip(axes, panels.items(), strict=False):
+        for number, key in enumerate(keys):
+            values = [line[key] for line in lines]
+            axis.plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
+            axis.plot(steps, running_mean(values)[shown], label=key, color=f"C{number}")
+        axis.set(ylabel=title)
+        axis.legend()
+    axes[0].set(title=f"{run_dir.name}: step {steps[-1] + 1}")
+    axes[-2].plot(steps, [line["lr"] for line in lines][shown])
+    axes[-2].set(ylabel="learning rate")
+    axes[-1].plot(steps, running_mean([line["samples_per_second"] for line in lines])[shown])
+    axes[-1].set(ylabel="samples / s", xlabel="step")
+    axes[-1].xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def _panels(measured: Sequence[str]) -> dict[str, list[str]]:
+    """What shares an axis, by its title: losses of one kind (`loss_level1`, `loss_level2`), since kinds differ in size
+    and the larger would hide how the smaller falls, and then all that is no loss."""
+    panels: dict[str, list[str]] = {}
+    for name in sorted(measured, key=lambda name: not name.startswith("loss")):
+        kind = re.match(r"loss(_[a-z]+)?", name)
+        panels.setdefault(kind[0] if kind else "other measures", []).append(name)
+    return panels
+
+
+def running_mean(values: Sequence[float]) -> np.ndarray:
+    """Mean of each value and those before it, over a fiftieth of them all."""
+    import pandas as pd
+
+    return pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().to_numpy()
+
+
+def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
+    """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
+
+    Black and white are the least and largest value of the input's whole crop. CT is shown in HU.
+
+    Args:
+        cases: 'Dataset/case' of every sample; datasets are only named where there are several.
+    """
+    several = len({case.partition("/")[0] for case in cases}) > 1
+    columns, rows = columns_of(made), []
+    for row, case in enumerate(cases):
+        shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in columns.items()}
+        low, high = float(shown["input"].min()), float(shown["input"].max())
+        label = case.split("/") if several else [case.rpartition("/")[2]]
+        if volumes.is_ct(0):
+            label.append(f"{low:.0f} to {high:.0f} HU")
+            span = LEAST_SPAN * volumes.ct_statistics["std"]
+        else:
+            span = LEAST_SPAN
+        slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
+        rows.append(MontageRow("\n".join(label), slices, (low, max(high, low + span))))
+    draw_montage(path, rows)
+
+
+def columns_of(made: Reconstruction) -> dict[str, Tensor]:
+    """What is shown side by side, by title."""
+    return {"input": made.image, "masked": made.masked, "reconstruction": made.reconstruction}

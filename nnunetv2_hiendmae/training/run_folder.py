@@ -1,0 +1,210 @@
+"""The folder of a run: kept for one process, with its settings, its log, and checkpoints that a kill leaves whole."""
+
+import json
+import logging
+import os
+import sys
+from abc import ABC
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from tqdm import tqdm
+
+from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import locked, replacing, telling_disk_errors, write_text
+from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, ENCODER, LOCK, LOG, SETTINGS, read_settings
+
+logger = logging.getLogger(__name__)
+
+# nnU-Net's own switch
+WANDB_VARIABLE = "nnUNet_wandb_enabled"
+
+
+class RunSettings(ABC):
+    """What a run computes: base of frozen dataclasses that extend the user's options, whose fields are decided here:
+    none is None. They have the field `spec`.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    # what is recorded, in the order of files of 0.1, and which of it does not decide the result
+    keys: ClassVar[tuple[str, ...]]
+    not_deciding: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs is {self.warmup_epochs}, needed 0 to {self.epochs} (--epochs)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        recorded = {**{key: getattr(self, key) for key in self.keys}, "spec": self.spec.to_dict()}
+        return json.loads(json.dumps(recorded, default=vars))
+
+    def deciding(self) -> dict[str, Any]:
+        """JSON-ready form of what decides the result; a resumed run must have the same."""
+        return {k: v for k, v in self.to_dict().items() if k not in self.not_deciding}
+
+
+def choose_run_dir(settings: RunSettings, kind: str, default_name: str) -> Path:
+    """The folder that was asked for, else $nnUNet_results/KIND/NAME."""
+    return Path(settings.output or nnunet_folder("nnUNet_results") / kind / (settings.name or default_name))
+
+
+@contextmanager
+def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[None]:
+    """Keeps a run folder for this process; records settings and data of a new run, or checks those of a resumed one.
+
+    Raises:
+        UserError: another process uses the folder, it holds a run that is not to be resumed, there is nothing to
+            resume, or settings or data differ.
+    """
+    in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
+    with locked(run_dir / LOCK, in_use):
+        if settings.resume:
+            _check_same(run_dir, settings, data_digest)
+        elif (run_dir / CHECKPOINT).exists() or (run_dir / ENCODER).exists():
+            raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
+        else:
+            write_text(run_dir / SETTINGS, json.dumps({**settings.to_dict(), DATA_KEY: data_digest}, indent=2))
+        yield
+
+
+def _check_same(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
+    if not (run_dir / SETTINGS).is_file():
+        raise UserError(f"nothing to continue in {run_dir} (no {SETTINGS}); run the same command without --c")
+    before, now = read_settings(run_dir), settings.deciding()
+    told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k])
+    if told:
+        raise UserError(f"cannot continue {run_dir} with other settings: {told}; give the same ones, or another --name")
+    if before.get(DATA_KEY) != data_digest:
+        raise UserError(
+            f"cannot continue {run_dir}: its preprocessed cases are not those it was started with (some came or went, "
+            "or their size or normalisation changed); start anew under another --name"
+        )
+
+
+def save_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> None:
+    """Replaces the checkpoint in one step, by values and the `state_dict()` of parts.
+
+    Raises:
+        UserError: the disk is full; the former checkpoint is untouched.
+    """
+    save_checkpoint(run_dir, {**values, **{name: part.state_dict() for name, part in parts.items()}})
+
+
+def restore_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> dict[str, Any]:
+    """Puts back the parts of the last checkpoint; its values, or those given where there is none yet."""
+    state = load_checkpoint(run_dir, {*parts, *values})
+    if state is None:
+        logger.warning(f"{run_dir} was stopped before its first checkpoint: starting again from the beginning")
+        return values
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    return state
+
+
+def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
+    """As `save_state`, of a state as it is."""
+    # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
+    with replacing(run_dir / CHECKPOINT) as temporary, temporary.open("wb") as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:
+            # closing the archive fails too, and hides what went wrong first
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+
+def load_checkpoint(run_dir: Path, keys: Collection[str]) -> dict[str, Any] | None:
+    """State of the last checkpoint on the CPU, None if there is none yet.
+
+    Raises:
+        UserError: the file is damaged, or of another kind of run: it lacks some of the keys.
+    """
+    path = run_dir / CHECKPOINT
+    if not path.exists():
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch raises many kinds for a damaged file
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"{path} is damaged ({reason}); start anew under another --name") from e
+    missing = sorted(set(keys) - set(state if isinstance(state, dict) else ()))
+    if missing:
+        # nnU-Net's own checkpoints have the same name
+        raise UserError(f"{path} is no checkpoint of such a run (no {', '.join(missing)}); give the folder of one")
+    return state
+
+
+class RunLog:
+    """log.jsonl, one JSON object per step or epoch; a progress bar on a terminal, log lines elsewhere.
+
+    Args:
+        unit: "step" or "epoch": the key of a line's number; lines from `first` on, of a run that was killed, are
+            dropped.
+        total: for the bar.
+        wandb_config: of the run in Weights & Biases, `wandb` where nnU-Net's variable turns it on; None: not used.
+
+    Raises:
+        UserError: the file cannot be written, or W&B is not installed.
+    """
+
+    def __init__(self, run_dir: Path, unit: str, first: int, total: int, wandb_config: dict[str, Any] | None = None):
+        self.run_dir, self.first, self.total = run_dir, first, total
+        kept = [line for line in read_log(run_dir) if line[unit] < first]
+        self.last = kept[-1] if kept else None
+        write_text(run_dir / LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        with telling_disk_errors(run_dir / LOG):
+            self._file = (run_dir / LOG).open("a", encoding="utf-8")
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=first, unit=unit, disable=not self._terminal, dynamic_ncols=True)
+        asked = wandb_config is not None and os.environ.get(WANDB_VARIABLE, "0") in ("1", "True", "true")
+        self.wandb = _wandb_logger(run_dir, first > 0, wandb_config) if asked else None
+
+    def add(self, line: dict[str, Any], told: str = "", **shown: str) -> None:
+        """Records a finished step or epoch; `told` is logged where there is no terminal, `shown` stands beside the
+        bar."""
+        self.last = line
+        with telling_disk_errors(self.run_dir / LOG):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+        if told and not self._terminal:
+            logger.info(told)
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+        self._bar.close()
+        # what could not be written was told before; closing tries again
+        with suppress(OSError):
+            self._file.close()
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of log.jsonl, none where there is no such file."""
+    text = (run_dir / LOG).read_text(encoding="utf-8") if (run_dir / LOG).exists() else ""
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            # a kill may cut the last line; the step is done again
+            logger.warning(f"dropped an incomplete line of {run_dir / LOG}")
+    return lines
+
+
+def _wandb_logger(run_dir: Path, resume: bool, config: dict[str, Any]) -> Any:
+    from nnunetv2.training.logging.nnunet_logger import WandbLogger
+
+    try:
+        wandb = WandbLogger(str(run_dir), resume)
+    except RuntimeError as e:
+        raise UserError(f"{WANDB_VARIABLE} is set, but {e} Or run: unset {WANDB_VARIABLE}") from e
+    wandb.update_config(config)
+    return wandb

@@ -1,0 +1,248 @@
+"""Preprocessed nnU-Net cases: finding them, reading them in parts, and loading samples of them."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from lightning_fabric import Fabric
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch.utils.data import DataLoader, Dataset
+
+from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.plans_section import PLANS_KEY
+from nnunetv2_hiendmae.volume_format import VolumeFormat
+
+logger = logging.getLogger(__name__)
+
+# open files per worker; a file costs a header and a descriptor
+OPEN_FILES = 256
+Draw = Callable[["CaseVolume", np.random.Generator], dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One preprocessed volume: `name` is 'Dataset/case', `shape` (D, H, W) in voxels."""
+
+    name: str
+    path: Path
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CaseSet:
+    """Cases that were preprocessed alike, and how."""
+
+    cases: tuple[Case, ...]
+    format: VolumeFormat
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """Their names, each once."""
+        return tuple(dict.fromkeys(case.name.partition("/")[0] for case in self.cases))
+
+    def digest(self) -> str:
+        """SHA-256 over names and shapes of the cases and their format; samples depend on all of it."""
+        described = [[(c.name, c.shape) for c in self.cases], self.format.to_dict()]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+def find_cases(datasets: Iterable[str | int], plans_name: str, configuration: str) -> CaseSet:
+    """Cases that `hiendmae preprocess` or stock `nnUNetv2_preprocess` left on disk.
+
+    Args:
+        datasets: ids or names; one that is given twice, by id and by name, is one.
+
+    Raises:
+        UserError: unknown dataset, plans or configuration, a 2D one, nothing preprocessed, an unreadable case, or
+            datasets that were preprocessed differently.
+    """
+    found = {n: _preprocessed(n, plans_name, configuration) for n in dict.fromkeys(map(dataset_name, datasets))}
+    (first_name, first), *others = found.items()
+    for name, other in others:
+        for key, value in vars(first.format).items():
+            if vars(other.format)[key] != value:
+                raise UserError(
+                    f"{first_name} and {name} differ in {key} ({value} and {vars(other.format)[key]}), needed the same "
+                    f"for one run; run: hiendmae preprocess -d {' '.join(found)} -p {plans_name}_joint"
+                )
+    return CaseSet(tuple(case for data in found.values() for case in data.cases), first.format)
+
+
+def warn_if_padded(cases: Sequence[Case], padded_below: Sequence[int]) -> None:
+    """Says so when a sample takes more voxels than volumes have: those are padded with zeros, which is right but costs
+    tokens."""
+    small = [c for c in cases if any(s < k for s, k in zip(c.shape, padded_below, strict=True))]
+    if not small:
+        return
+    largest = tuple(max(c.shape[a] for c in cases) for a in range(3))
+    whose = "every volume" if len(small) == len(cases) else f"{len(small)} of {len(cases)} volumes"
+    logger.warning(
+        f"a sample takes {tuple(padded_below)} voxels, larger than {whose} along some axis (largest extent {largest} "
+        "voxels); they are padded with zeros. A smaller --crop-size or a finer spacing avoids that"
+    )
+
+
+class CaseVolume:
+    """A case that is read in parts; never holds the volume. Implements `views.Volume`."""
+
+    def __init__(self, case: Case, volumes: VolumeFormat):
+        self.shape = case.shape
+        self.spacing_mm = volumes.spacing_mm
+        self._array = _open(str(case.path))
+        self._channel, self._above = volumes.foreground_channel, volumes.foreground_above
+
+    def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """(C, *size) float32 from corner `lower`, zero outside the volume."""
+        box = [[a, a + s] for a, s in zip(lower, size, strict=True)]
+        return np.ascontiguousarray(crop_and_pad_nd(self._array, box, 0), dtype=np.float32)
+
+    def is_foreground(self, voxel: Sequence[int]) -> bool:
+        """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
+        return bool(self._array[(self._channel, *voxel)] > self._above)
+
+
+@lru_cache(maxsize=OPEN_FILES)
+def _open(path: str) -> blosc2.NDArray:
+    # memory-mapping fails on Windows (as nnU-Net's own dataset class notes)
+    mapped = {} if os.name == "nt" else {"mmap_mode": "r"}
+    return blosc2.open(path, mode="r", dparams={"nthreads": 1}, **mapped)
+
+
+class SampleDataset(Dataset):
+    """Samples by key: a tuple of numbers that, with the seed, decides everything random in a sample.
+
+    Args:
+        draw: makes the tensors of a sample out of a volume and a generator.
+        case_in_key: the last number of a key is that of the case; otherwise the generator draws the case first.
+    """
+
+    def __init__(self, data: CaseSet, draw: Draw, seed: int, case_in_key: bool = False):
+        self.data, self.draw, self.seed, self.case_in_key = data, draw, seed, case_in_key
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        """What is drawn, and "case", the name it came from.
+
+        Raises:
+            UserError: the case cannot be read.
+        """
+        rng = np.random.default_rng([self.seed, *key])
+        case = self.data.cases[key[-1] if self.case_in_key else rng.integers(len(self.data.cases))]
+        try:
+            return {**self.draw(CaseVolume(case, self.data.format), rng), "case": case.name}
+        except (RuntimeError, OSError) as e:  # what blosc2 raises for a damaged file
+            raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
+
+
+def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], workers: int) -> Iterator[dict[str, Any]]:
+    """Batches on the device, in the order of `keys`, one list per batch, whatever the number of workers.
+
+    Raises:
+        UserError: a sample's, without the traceback that a worker puts around it.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=keys,
+        num_workers=workers,
+        pin_memory=fabric.device.type == "cuda",
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+    )
+    try:
+        yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)
+    except UserError as e:
+        raise UserError(str(e).strip().splitlines()[-1].rpartition("UserError: ")[2]) from e
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)
+
+
+def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
+    """Cases of one dataset."""
+    root = nnunet_folder("nnUNet_preprocessed") / name
+    mend = f"run: hiendmae preprocess -d {name}"
+    file = root / f"{plans_name}.json"
+    if not file.is_file():
+        there = ", ".join(sorted(p.stem for p in root.glob("*.json") if "configurations" in p.read_text())) or "none"
+        raise UserError(f"no plans '{plans_name}' in {root} (there: {there}); {mend} -p {plans_name}")
+    plans = PlansManager(json.loads(file.read_text()))
+    if configuration not in plans.available_configurations:
+        raise UserError(
+            f"{plans_name} of {name} has no configuration '{configuration}' (there: "
+            f"{', '.join(plans.available_configurations)}); choose with -c"
+        )
+    manager = plans.get_configuration(configuration)
+    if len(manager.patch_size) != 3:
+        raise UserError(
+            f"configuration '{configuration}' of {plans_name} is 2D, needed a 3D one: 3D patches cannot be cut from "
+            "slices; choose with -c 3d_fullres"
+        )
+    network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
+    # whose the plans are decides what preprocesses with them
+    ours = network.startswith("nnunetv2_hiendmae.") and PLANS_KEY not in plans.plans
+    stock = f"run: nnUNetv2_preprocess -d {name} -plans_name {plans_name} -c {configuration}"
+    again = f"{mend} -p {plans_name}" if ours else stock
+    folder = root / manager.data_identifier
+    if not folder.is_dir():
+        raise UserError(f"{name} is not preprocessed with {plans_name} ({folder} is missing); {again}")
+    if list(plans.transpose_forward) != [0, 1, 2]:
+        raise UserError(
+            f"{plans_name} of {name} transposes the axes to {plans.transpose_forward}, needed arrays as they are "
+            f"stored: the encoder's axes are those of the images; {mend}"
+        )
+    volumes = _volume_format(root, plans, manager)
+    identifiers = sorted(nnUNetDatasetBlosc2.get_identifiers(str(folder)))
+    if not identifiers:
+        raise UserError(f"no preprocessed images (.b2nd) in {folder}, needed at least one; {again}")
+    channels = len(volumes.channel_names)
+    return CaseSet(tuple(_case(name, folder / f"{i}.b2nd", channels, again) for i in identifiers), volumes)
+
+
+def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
+    description = root / "dataset.json"
+    data = json.loads(description.read_text()) if description.is_file() else {}
+    schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
+    names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
+    known = VolumeFormat(
+        tuple(manager.spacing),
+        image_reader_writer=reader,
+        normalization_schemes=schemes,
+        channel_names=tuple(map(str, names)),
+        orientation=f"as {reader} reads it",
+    )
+    keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    properties = plans.foreground_intensity_properties_per_channel
+    stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in range(len(schemes)) if known.is_ct(i)}
+    if not stats:
+        return known
+    if len(stats) > 1:
+        raise UserError(
+            f"the CT channels of {root.name} were normalised differently by {plans.plans_name}; run: hiendmae "
+            f"preprocess -d {root.name}"
+        )
+    low, high, offset, std = stats.pop()
+    # the floor is CTNormalization's
+    return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+
+
+def _case(name: str, path: Path, channels: int, again: str) -> Case:
+    mend = f"delete it and {again}"
+    try:
+        shape = tuple(int(s) for s in blosc2.open(str(path), mode="r").shape)
+    except Exception as e:  # blosc2 raises RuntimeError, OSError and others for a damaged file
+        raise UserError(f"cannot read the preprocessed case {path} ({e}); {mend}") from e
+    if len(shape) != 4 or shape[0] != channels:
+        raise UserError(f"{path} has shape {shape}, needed ({channels}, D, H, W) as in the plans; {mend}")
+    return Case(f"{name}/{path.stem}", path, shape[1:])
