@@ -159,7 +159,7 @@ def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnune
     long = ("--epochs", "8", "--steps-per-epoch", "6")
     forked.run(["hiendmae", *cli_arguments(method, undisturbed, *long)], environment(nnunet))
     # between checkpoints: after the first one, with some steps of the next epoch done
-    steps = "nnunetv2_hiendmae.pretraining.runlog:RunLog.step"
+    steps = "nnunetv2_hiendmae.pretraining.progress:StepLog.step"
     run_and_kill(steps, 8, ["hiendmae", *cli_arguments(method, killed, *long)], environment(nnunet))
     assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == 6 < len(read_log(killed)) < 48
     continued = ["hiendmae", *cli_arguments(method, killed, *long, "--c")]
