@@ -6,7 +6,7 @@ from typing import Any
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-# METHODS §0; biases and norms are one-dimensional, which timm leaves without decay by itself
+# biases and norms are one-dimensional, which timm leaves without decay by itself
 NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
 
 
