@@ -10,7 +10,7 @@ from run_data import TINY_OPTIONS, tiny_settings
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
-from nnunetv2_hiendmae.training.run_folder import claimed, save_checkpoint
+from nnunetv2_hiendmae.training.run_folder import claimed, save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 DATASET = "Dataset007_Oblique"
@@ -74,7 +74,6 @@ def write_run(run_dir: Path, spec: EncoderSpec, method: str = "hiendmae", **opti
     settings = tiny_settings(method, datasets=(DATASET,), plans_name=PLANS, spec=spec, options=options)
     data = find_cases(settings.datasets, PLANS, settings.configuration)
     run_dir.mkdir()
-    state = {"step": 1, "method": settings.build_method().state_dict(), "optimizer": {}, "precision": {}}
     with claimed(run_dir, settings, data.digest()):
-        save_checkpoint(run_dir, state)
+        save_state(run_dir, {"method": settings.build_method()}, step=1, optimizer={}, precision={})
     return run_dir

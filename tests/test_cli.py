@@ -13,7 +13,7 @@ from nnunetv2_hiendmae import cli, environment
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.commands import env
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.training.run_folder import save_checkpoint
+from nnunetv2_hiendmae.training.run_folder import save_state
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -96,7 +96,7 @@ def test_inspect(capsys, tmp_path):
     about = json.loads(out)
     assert code == 0 and about["kind"] == "encoder file" and about["method"] == "hiendmae"
     assert about["loads"].endswith("0 adapted, 0 dropped") and about["spacing_mm"] == [1.5, 1.5, 1.5]
-    save_checkpoint(tmp_path, {"step": 7, "method": {"x": torch.zeros(3)}, "optimizer": {}, "precision": {}})
+    save_state(tmp_path, {}, step=7, method={"x": torch.zeros(3)}, optimizer={}, precision={})
     _, out, _ = run(capsys, "inspect", str(tmp_path / "checkpoint_latest.pth"))
     assert "step: 7" in out
     (tmp_path / "run.json").write_text("{}")

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.options.classify import CROPS, RESIZE
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, seeded_globals
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
-RESIZE, CROPS = "resize", "crops"
 # of the random crops; 3:1, as in pretraining
 FOREGROUND_SHARE = 0.75
 # relative difference of spacing or intensities that no warning is worth

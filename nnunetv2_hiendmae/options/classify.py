@@ -7,6 +7,8 @@ from nnunetv2_hiendmae.options import execution, option
 from nnunetv2_hiendmae.options.execution import DHW, count
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
+RESIZE, CROPS = "resize", "crops"
+
 
 @dataclass(frozen=True)
 class ClassifyOptions(execution.CheckedOptions):
@@ -22,7 +24,7 @@ class ClassifyOptions(execution.CheckedOptions):
     )
     fraction: float = option(1.0, "share of the training cases of every class", metavar="F", above=0, at_most=1)
     pool: str = option("mean", "what the head reads: mean of patch tokens, or CLS", choices=("mean", "cls"))
-    input: str = option("resize", "whole volumes resized, or crops of them", choices=("resize", "crops"))
+    input: str = option(RESIZE, "whole volumes resized, or crops of them", choices=(RESIZE, CROPS))
     crops: int = count(1, "crops per case: random in training, a grid in prediction")
     crop_size: tuple[int, int, int] | None = option(None, "input in voxels", default_is="the encoder's", metavar=DHW)
     freeze_encoder: bool = option(False, "train the head only (linear probe)")

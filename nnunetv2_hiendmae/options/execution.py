@@ -5,7 +5,8 @@ from typing import Any
 
 from nnunetv2_hiendmae.options import check_ranges, option
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+# with Fabric's names
+PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DHW = ("D", "H", "W")
 
 

@@ -54,7 +54,7 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
     """`pretrain` with settings that are decided, into `run_dir`."""
-    _check_fits(settings, data)
+    _check_split(settings)
     method = settings.build_method()
     fabric = launch(settings.device, settings.precision)
     with ExitStack() as held:
@@ -75,13 +75,7 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
     return run_dir / ENCODER if fabric.is_global_zero else None
 
 
-def _check_fits(settings: PretrainSettings, data: CaseSet) -> None:
-    taken, names = settings.spec.in_channels, data.format.channel_names
-    if taken != len(names):
-        raise UserError(
-            f"the encoder takes {taken} channels, the images have {len(names)} ({', '.join(names)}); preprocess it "
-            "again, or start under another --name"
-        )
+def _check_split(settings: PretrainSettings) -> None:
     processes, accumulate = num_processes(), settings.accumulate
     if settings.batch_size % (processes * accumulate):
         raise UserError(

@@ -124,11 +124,10 @@ def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volu
         shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in columns.items()}
         low, high = float(shown["input"].min()), float(shown["input"].max())
         label = case.split("/") if several else [case.rpartition("/")[2]]
+        span = LEAST_SPAN
         if volumes.is_ct(0):
             label.append(f"{low:.0f} to {high:.0f} HU")
-            span = LEAST_SPAN * volumes.ct_statistics["std"]
-        else:
-            span = LEAST_SPAN
+            span *= volumes.ct_statistics["std"]
         slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
         rows.append(MontageRow("\n".join(label), slices, (low, max(high, low + span))))
     draw_montage(path, rows)

@@ -11,9 +11,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from nnunetv2_hiendmae.errors import UserError
-
-# Fabric's names
-PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+from nnunetv2_hiendmae.options.execution import PRECISIONS
 
 
 def num_processes() -> int:

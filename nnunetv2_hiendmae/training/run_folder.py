@@ -95,7 +95,14 @@ def save_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> None:
     Raises:
         UserError: the disk is full; the former checkpoint is untouched.
     """
-    save_checkpoint(run_dir, {**values, **{name: part.state_dict() for name, part in parts.items()}})
+    state = {**values, **{name: part.state_dict() for name, part in parts.items()}}
+    # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
+    with replacing(run_dir / CHECKPOINT) as temporary, temporary.open("wb") as f:
+        try:
+            torch.save(state, f)
+        except RuntimeError as e:
+            # closing the archive fails too, and hides what went wrong first
+            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def restore_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> dict[str, Any]:
@@ -107,17 +114,6 @@ def restore_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> dic
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state
-
-
-def save_checkpoint(run_dir: Path, state: Mapping[str, Any]) -> None:
-    """As `save_state`, of a state as it is."""
-    # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
-    with replacing(run_dir / CHECKPOINT) as temporary, temporary.open("wb") as f:
-        try:
-            torch.save(state, f)
-        except RuntimeError as e:
-            # closing the archive fails too, and hides what went wrong first
-            raise e.__context__ if isinstance(e.__context__, OSError) else e from None
 
 
 def load_checkpoint(run_dir: Path, keys: Collection[str]) -> dict[str, Any] | None:

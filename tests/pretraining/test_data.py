@@ -83,7 +83,9 @@ def test_ct_channels_that_were_normalised_differently(nnunet):
     folder = write_preprocessed(nnunet.preprocessed, SHAPES, channels=2)
     properties = {"0": statistics(-175.0), "1": statistics(-1000.0)}
     edit_plans(folder, foreground_intensity_properties_per_channel=properties)
-    with pytest.raises(UserError, match="normalised differently"):
+    with pytest.raises(
+        UserError, match=r"CT channels of Dataset001_Tiny .*TinyPlans; run: hiendmae preprocess -d Dataset001_Tiny"
+    ):
         find()
 
 
@@ -207,7 +209,7 @@ def test_wrong_channel_count_on_disk(preprocessed):
 
 def test_2d_configuration(nnunet):
     write_preprocessed(nnunet.preprocessed, SHAPES, patch_size=(16, 16))
-    with pytest.raises(UserError, match="is 2D"):
+    with pytest.raises(UserError, match=r"'3d_fullres' of TinyPlans is 2D.*-c 3d_fullres"):
         find()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,14 +16,15 @@ import torch
 from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_preprocessed
 from stopped import run_and_kill
 
-from nnunetv2_hiendmae import load_encoder
+from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import locked
+from nnunetv2_hiendmae.options.pretrain import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.loop import run_pretraining
+from nnunetv2_hiendmae.pretraining.loop import pretrain, run_pretraining
 from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
 from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, LOCK
-from nnunetv2_hiendmae.training.run_folder import save_checkpoint
+from nnunetv2_hiendmae.training.run_folder import save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 PICTURES = {
@@ -169,6 +171,17 @@ def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnune
     assert without_speed[0] == without_speed[1]
 
 
+def test_the_function_does_what_the_command_does(preprocessed, tmp_path):
+    assert cli.main(cli_arguments("mae3d", tmp_path / "command")) == 0
+    options = PretrainOptions(plans_name=PLANS, method="mae3d", encoder="vit_nano_p8", crop_size=(16, 16, 16))
+    sizes = {"epochs": 3, "steps_per_epoch": 3, "batch_size": 4, "lr": 1e-3, "method_options": TINY_OPTIONS["mae3d"]}
+    encoder = pretrain([1], options, **sizes, workers=0, device="cpu", output=tmp_path / "function")
+    assert encoder == tmp_path / "function" / ENCODER
+    assert encoder.read_bytes() == (tmp_path / "command" / ENCODER).read_bytes()
+    with pytest.raises(UserError, match=r"--epochs is 0, needed at least 1"):
+        pretrain([1], options, epochs=0)
+
+
 def test_what_does_not_decide_the_result_may_change_when_continuing(preprocessed, tmp_path):
     run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
@@ -206,7 +219,7 @@ def test_a_stop_while_the_last_files_are_written(preprocessed, tmp_path, writer)
 def test_other_cases_than_at_the_start_are_refused(nnunet, preprocessed, tmp_path):
     run(tmp_path / "run")
     write_preprocessed(nnunet.preprocessed, {**SHAPES, "late": (16, 16, 16)})
-    with pytest.raises(UserError, match="not those it was started with"):
+    with pytest.raises(UserError, match=rf"cannot continue {tmp_path / 'run'}: .*cases.*--name"):
         run(tmp_path / "run", resume=True)
 
 
@@ -239,7 +252,7 @@ def test_weights_that_are_not_finite_are_never_saved(preprocessed, tmp_path):
             with torch.no_grad():
                 self.head.bias[0] = torch.inf
 
-    with pytest.raises(UserError, match=r"weights became infinite.*head\.bias"), pytest.MonkeyPatch.context() as patch:
+    with pytest.raises(UserError, match=r"step 5 .*head\.bias"), pytest.MonkeyPatch.context() as patch:
         patch.setattr("nnunetv2_hiendmae.pretraining.hiendmae.HiEndMAE.after_step", spoil)
         run(tmp_path / "run", tiny_settings(epochs=9, steps_per_epoch=1))
     saved = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
@@ -298,7 +311,7 @@ def test_broken_intensities_stop_the_run_before_the_weights_change(nnunet, tmp_p
     drawn = {seed: [np.random.default_rng([seed, step, 0]).integers(2) for step in range(3)] for seed in range(50)}
     seed = next(s for s, cases in drawn.items() if cases == [0, 0, 1])
     settings = tiny_settings(batch_size=1, steps_per_epoch=1, epochs=5, picture_epochs=5, seed=seed)
-    with pytest.raises(UserError, match=r"loss is nan at step 2, weights are unchanged.*Dataset001_Tiny/nan"):
+    with pytest.raises(UserError, match=r"loss is nan at step 2,.*Dataset001_Tiny/nan;"):
         run(tmp_path / "run", settings)
     log = read_log(tmp_path / "run")
     assert all(np.isfinite(line["loss"]) for line in log)
@@ -310,11 +323,11 @@ def test_broken_intensities_stop_the_run_before_the_weights_change(nnunet, tmp_p
 def test_a_run_folder_is_not_overwritten(preprocessed, tmp_path):
     run(tmp_path / "run")
     before = (tmp_path / "run" / ENCODER).read_bytes()
-    with pytest.raises(UserError, match=r"already holds a run; continue it with --c"):
+    with pytest.raises(UserError, match=rf"{tmp_path / 'run'} .*--c.*--name"):
         run(tmp_path / "run")
     with pytest.raises(UserError, match=r"lr was 0.001, is 0.002"):
         run(tmp_path / "run", tiny_settings(lr=2e-3), resume=True)
-    with pytest.raises(UserError, match="nothing to continue"):
+    with pytest.raises(UserError, match=r"run\.json.*without --c"):
         run(tmp_path / "new", resume=True)
     assert (tmp_path / "run" / ENCODER).read_bytes() == before
 
@@ -354,7 +367,7 @@ def test_a_damaged_checkpoint(preprocessed, tmp_path):
     run(tmp_path / "run")
     file = tmp_path / "run" / CHECKPOINT
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=rf"{file} .*--name"):
         run(tmp_path / "run", resume=True)
 
 
@@ -362,11 +375,11 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
     """Writing to a file-size limit is what a full disk does: an OSError in the middle of a write."""
     folder = tmp_path / "run"
     folder.mkdir()
-    save_checkpoint(folder, {"step": 1})
+    save_state(folder, {}, step=1)
     before = (folder / CHECKPOINT).read_bytes()
     code = (
         "import resource, signal, torch, sys; from pathlib import Path\n"
-        "from nnunetv2_hiendmae.training.run_folder import RunLog, save_checkpoint\n"
+        "from nnunetv2_hiendmae.training.run_folder import RunLog, save_state\n"
         "from nnunetv2_hiendmae.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
@@ -376,7 +389,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
         "log = RunLog(folder, 'step', 0, 9)\n"
         "try: log.add({'step': 0, 'x': 'long' * 50_000})\n"
         "except UserError as e: print('log:', e)\n"
-        "try: save_checkpoint(folder, {'x': torch.zeros(1_000_000)})\n"
+        "try: save_state(folder, {}, x=torch.zeros(1_000_000))\n"
         "except UserError as e: print('checkpoint:', e)\n"
         "metadata = EncoderMetadata(encoder.spec, 'mae3d')\n"
         "try: save_encoder(folder / 'encoder.safetensors', encoder.state_dict(), metadata)\n"
@@ -396,7 +409,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
 
 def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match=r"GB are free.*-o"):
+    with pytest.raises(UserError, match=r"0\.0 GB .*0\.\d GB.* -o"):
         run(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -404,35 +417,33 @@ def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--crop-size", "20", "16", "16"], "not divisible by patch_size"),
-        (["--method", "nope"], "unknown method 'nope'"),
-        (["--encoder", "nope"], "unknown encoder 'nope'"),
-        (["--batch-size", "3", "--accumulate", "2"], "needed a multiple of 2"),
-        (["--epochs", "0"], "--epochs is 0, needed at least 1"),
-        (["--set", "colour=1"], "--set colour=1 is no option"),
-        (["--set", "decoder_dim=50", "decoder_heads=4"], "decoder_dim 50 must be a multiple of decoder_heads 4"),
-        (["--set", "decoder_dim=-6"], "both positive"),
-        (["--set", "self_depth=-3"], "not negative"),
-        (["--set", "mask_ratio=1.0"], "leaves 0 of 8 tokens visible"),
-        (["--crop-size", "8", "8", "8"], "or --crop-size for more tokens"),
-        (["--workers", "-1"], "--workers is -1, needed at least 0"),
-        (["--lr", "nan"], "--lr is nan, needed more than 0"),
-        (["--seed", str(2**65)], f"--seed is {2**65}, needed 0 to {2**63 - 1}"),
-        (["--precision", "fp16"], "fp16 needs -device cuda"),
-        (["-device", "mps"], "no Apple GPU"),
-        (["-d", "9"], "no dataset '9'"),
-        (["-c", "2d"], "no configuration '2d'"),
-        (["-device", "cuda"], "no CUDA device"),
+        (["--crop-size", "20", "16", "16"], r"20, 16, 16.*8, 8, 8.*--crop-size"),
+        (["--method", "nope"], r"'nope'.*hiendmae, mim, glmae, mae3d"),
+        (["--encoder", "nope"], r"'nope'.*vit_nano_p8.*hiendmae presets"),
+        (["--batch-size", "3", "--accumulate", "2"], r"--batch-size 3 .*1 processes x 2 .*2$"),
+        (["--epochs", "0"], r"--epochs is 0, needed at least 1"),
+        (["--set", "colour=1"], r"--set colour=1 .*mask_ratio"),
+        (["--set", "decoder_dim=50", "decoder_heads=4"], r"decoder_dim\D*50.*decoder_heads\D*4"),
+        (["--set", "decoder_dim=-6"], r"decoder_dim\D*-6"),
+        (["--set", "self_depth=-3"], r"self_depth\D*-3"),
+        (["--set", "mask_ratio=1.0"], r"mask_ratio\D*1\.0"),
+        (["--crop-size", "8", "8", "8"], r"mask_ratio.* 1 token.*--crop-size"),
+        (["--workers", "-1"], r"--workers is -1, needed at least 0"),
+        (["--lr", "nan"], r"--lr is nan, needed more than 0"),
+        (["--seed", str(2**65)], rf"--seed is {2**65}, needed 0 to {2**63 - 1}"),
+        (["--precision", "fp16"], r"fp16 .*-device cuda"),
+        (["-device", "mps"], r"-device mps.*-device cpu"),
+        (["-d", "9"], r"'9' .*Dataset001_Tiny"),
+        (["-c", "2d"], r"'2d' .*3d_fullres"),
+        (["-device", "cuda"], r"-device cuda.*-device cpu"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, arguments, message):
-    from nnunetv2_hiendmae.cli import main
-
     if arguments == ["-device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    assert main([*cli_arguments("hiendmae", tmp_path / "run"), *arguments]) == 2
+    assert cli.main([*cli_arguments("hiendmae", tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("hiendmae pretrain: ")
+    assert re.search(message, error) and error.startswith("hiendmae pretrain: ")
     # nothing half-written
     assert not (tmp_path / "run").exists()
 
@@ -440,39 +451,33 @@ def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, a
 @pytest.mark.parametrize(
     ("method", "arguments", "message"),
     [
-        ("mim", ["--crop-size", "24", "16", "16"], "odd axis"),
-        ("mim", ["--set", "crops_level3=6"], "crops_level3 is 6, needed 1 to 5"),
-        ("mim", ["--set", "curriculum=easy"], "curriculum is easy, needed one of concurrent"),
-        ("mim", ["--set", "tau=nan"], "tau is nan"),
-        ("glmae", ["--set", "local_views=0"], "local_views is 0, needed at least 1"),
-        ("glmae", ["--set", "global_size=20"], "global_size is 20, needed one or three positive multiples"),
-        ("glmae", ["--set", "teacher_temperature=nan"], "teacher_temperature is nan"),
-        ("glmae", ["--set", "augment=yes"], "needed true or false"),
-        ("hiendmae", ["--encoder", "convvit_tiny", "--crop-size", "32", "32", "32"], "kind 'convvit'"),
+        ("mim", ["--crop-size", "24", "16", "16"], r"\(3, 2, 2\).*--crop-size"),
+        ("mim", ["--set", "crops_level3=6"], r"crops_level3\D*6\D*1 to 5"),
+        ("mim", ["--set", "curriculum=easy"], r"curriculum\W+\w* ?easy.*concurrent"),
+        ("mim", ["--set", "tau=nan"], r"tau\W+\w* ?nan"),
+        ("glmae", ["--set", "local_views=0"], r"local_views\D*0\D*1"),
+        ("glmae", ["--set", "global_size=20"], r"global_size\D*20"),
+        ("glmae", ["--set", "teacher_temperature=nan"], r"teacher_temperature\W+\w* ?nan"),
+        ("glmae", ["--set", "augment=yes"], r"augment\W+\w* ?yes.*true"),
+        ("hiendmae", ["--encoder", "convvit_tiny", "--crop-size", "32", "32", "32"], r"hiendmae .*'convvit'"),
     ],
 )
 def test_options_that_do_not_fit_are_told_before_anything_is_written(
     preprocessed, tmp_path, capsys, method, arguments, message
 ):
-    from nnunetv2_hiendmae.cli import main
-
-    assert main([*cli_arguments(method, tmp_path / "run"), *arguments]) == 2
+    assert cli.main([*cli_arguments(method, tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("hiendmae pretrain: ") and not (tmp_path / "run").exists()
+    assert re.search(message, error) and error.startswith("hiendmae pretrain: ") and not (tmp_path / "run").exists()
 
 
 def test_output_that_is_a_file(preprocessed, tmp_path, capsys):
-    from nnunetv2_hiendmae.cli import main
-
     (tmp_path / "file").write_text("mine")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
-        assert main(cli_arguments("hiendmae", output)) == 2
-        assert "cannot write" in capsys.readouterr().err
+        assert cli.main(cli_arguments("hiendmae", output)) == 2
+        assert str(tmp_path / "file") in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_dataset_given_twice_is_one(preprocessed, tmp_path):
-    from nnunetv2_hiendmae.cli import main
-
-    assert main([*cli_arguments("hiendmae", tmp_path / "run"), "-d", "1", "Dataset001_Tiny", "--epochs", "1"]) == 0
+    assert cli.main([*cli_arguments("hiendmae", tmp_path / "run"), "-d", "1", "Dataset001_Tiny", "--epochs", "1"]) == 0
     assert load_encoder(tmp_path / "run" / ENCODER)[1].training["cases"] == 2

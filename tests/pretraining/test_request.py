@@ -1,14 +1,15 @@
 """Defaults of `hiendmae pretrain` that depend on what else was asked for."""
 
 import pytest
-from run_data import PLANS, write_preprocessed
+from run_data import PLANS, tiny_settings, write_preprocessed
 
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.cli import build_parser
 from nnunetv2_hiendmae.commands.arguments import from_arguments
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.pretrain import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.settings import build_settings, run_name
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, run_name
 
 ANY = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu"]
 BASE = [*ANY, "--encoder", "vit_nano_p8", "--method", "mim"]
@@ -46,6 +47,25 @@ def test_options_may_be_set_at_once_or_one_by_one(nnunet):
     asked = ["--set", "crops_level2=2", "tau=0.2", "--set", "crops_level3=3"]
     assert settings_of([*BASE, *asked]).options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
     assert settings_of(BASE).options == {}
+
+
+def test_options_of_a_method_may_be_a_mapping(nnunet):
+    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
+    (nnunet.raw / "Dataset001_Tiny").mkdir()
+    given = {"plans_name": PLANS, "device": "cpu", "encoder": "vit_nano_p8", "method": "mim"}
+    asked = {"crops_level2": 2, "tau": 0.2}
+    assert build_settings([1], PretrainOptions(**given, method_options=asked))[0].options == asked
+    with pytest.raises(UserError, match=r"^colour .*mim.*crops_level2.*tau"):
+        build_settings([1], PretrainOptions(**given, method_options={"colour": 1}))
+
+
+def test_settings_are_read_as_they_were_written(nnunet):
+    settings = tiny_settings("glmae")
+    assert PretrainSettings.from_dict(settings.to_dict()).to_dict() == settings.to_dict()
+    without = {k: v for k, v in settings.to_dict().items() if k != "lr"}
+    for name, changed in {"lr": without, "momentum": {**settings.to_dict(), "momentum": 1}}.items():
+        with pytest.raises(ValueError, match=name):
+            PretrainSettings.from_dict(changed)
 
 
 def test_encoder_is_the_methods_unless_given(nnunet):

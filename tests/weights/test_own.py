@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.training.run_folder import save_checkpoint
+from nnunetv2_hiendmae.training.run_folder import save_state
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import (
     ConvertOptions,
@@ -83,7 +83,7 @@ def glmae_run(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(settings.to_dict()))
-    save_checkpoint(folder, {"step": 6, "method": method.state_dict(), "optimizer": {}, "precision": {}})
+    save_state(folder, {"method": method}, step=6, optimizer={}, precision={})
     return folder, method
 
 
