@@ -84,7 +84,7 @@ def test_presets(capsys):
     _, out, _ = run(capsys, "presets", "--json")
     listed = json.loads(out)
     assert set(listed) == set(PRESETS)
-    # METHODS §2: the released encoder, its position table counted
+    # docs/methods.md, "Hi-End-MAE": the released encoder, its position table counted
     assert listed["vit_hiend_p12"]["parameters"] == 342_638_592 + 512 * 1536
     _, text, _ = run(capsys, "presets")
     assert len(text.splitlines()) == 1 + len(PRESETS)
