@@ -8,7 +8,6 @@ import json
 import math
 import shlex
 import shutil
-import sys
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from safetensors.torch import load_file
 
 from nnunetv2_hiendmae import cli, load_encoder, load_report
+from nnunetv2_hiendmae.architectures import PRESETS
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "v0_1" / "files.tar.xz"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
@@ -67,7 +67,7 @@ def old(tmp_path, monkeypatch) -> Old:
         monkeypatch.setenv(variable, str(old.root / variable))
     for preset, method in (("tiny", "hiendmae"), ("tiny_hybrid", "mim")):
         spec = load_encoder(old.encoder_file(method))[1].spec
-        monkeypatch.setitem(sys.modules[type(spec).__module__].PRESETS, preset, spec)
+        monkeypatch.setitem(PRESETS, preset, spec)
     return old
 
 
