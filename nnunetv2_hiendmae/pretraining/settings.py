@@ -123,9 +123,9 @@ def _method_options(method: type[Method], asked: Iterable[str] | Mapping[str, An
     """Options of a method from texts `key=value`, or as they are."""
     if not isinstance(asked, Mapping):
         return parse_options(method, list(asked))
-    unknown = [name for name in asked if name not in method.options()]
+    unknown = [name for name in asked if name not in method.defaults()]
     if unknown:
-        raise UserError(f"{unknown[0]} is no option of {method.name}, needed some of: {', '.join(method.options())}")
+        raise UserError(f"{unknown[0]} is no option of {method.name}, needed some of: {', '.join(method.defaults())}")
     return dict(asked)
 
 
