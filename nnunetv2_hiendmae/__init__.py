@@ -3,13 +3,25 @@
 from importlib import import_module
 from typing import Any
 
-_PUBLIC = {"load_encoder": "nnunetv2_hiendmae.weights", "load_report": "nnunetv2_hiendmae.weights"}
+# public name → where it is; docs/python_api.md shows each in use
+_PUBLIC = {
+    "load_encoder": "weights:load_encoder",
+    "load_report": "weights:load_report",
+    "preprocess": "preprocessing.preprocess:preprocess_datasets",
+    "pretrain": "pretraining.loop:pretrain",
+    "convert": "weights:convert_checkpoint",
+    "plan": "planning:plan_finetuning",
+    "compare": "evaluation.compare:compare",
+    "classify_train": "classification.train:train",
+    "classify_predict": "classification.predict:predict",
+}
 
-__all__ = ["load_encoder", "load_report"]
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported on first use only: `hiendmae env` runs in every shell start-up
+    # imported on first use only: `hiendmae env` runs in every shell start-up
     if name in _PUBLIC:
-        return getattr(import_module(_PUBLIC[name]), name)
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(f"nnunetv2_hiendmae.{module}"), attribute)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from nnunet_data import make_dataset
+from test_run import fork_commands
 
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,17 +61,34 @@ def test_dicom_to_raw(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_python_page(tmp_path, monkeypatch, capsys):
-    from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
-    from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
-
+def test_python_page(nnunet, tmp_path, monkeypatch, capsys):
+    """docs/python_api.md, all of it, one block after the other in one namespace, as in a notebook."""
     monkeypatch.chdir(tmp_path)
-    spec = PRESETS["vit_nano_p8"]
-    volume = VolumeFormat(
-        (3.0,) * 3, (-175.0, 250.0), normalization_schemes=("CTNormalization",), channel_names=("CT",)
-    )
-    metadata = EncoderMetadata(spec, "hiendmae", volume)
-    save_encoder(tmp_path / "encoder.safetensors", build_encoder(spec).state_dict(), metadata)
-    for code in blocks("docs/python_api.md")[:2]:
-        exec(compile(code, "python_api.md", "exec"), {})
-    assert "hiendmae" in capsys.readouterr().out
+    monkeypatch.setenv(EXT_TRAINER_VARIABLE, with_discovery(None))
+    fork_commands(monkeypatch)
+    make_dataset(nnunet, 100, cases=4, with_labels=False)
+    name = make_dataset(nnunet, 200)
+    (tmp_path / "labels.csv").write_text("case,label\ncase_000,a\ncase_001,b\ncase_002,a\ncase_003,b\n")
+    # a finished fold of stock nnU-Net, to compare
+    fold = nnunet.results / name / "nnUNetTrainer__nnUNetPlans__3d_fullres" / "fold_0" / "validation"
+    fold.mkdir(parents=True)
+    rows = [
+        {"prediction_file": f"case_{i:03d}.nii.gz", "metrics": {"1": {"Dice": 0.5 + i / 10}, "2": {"Dice": 0.25}}}
+        for i in range(2)
+    ]
+    (fold / "summary.json").write_text(json.dumps({"metric_per_case": rows}))
+    labels = {"background": 0, "organ": 1, "lesion": 2}
+    (fold.parents[1] / "dataset.json").write_text(json.dumps({"labels": labels, "file_ending": ".nii.gz"}))
+
+    notebook = {"__name__": "__main__"}
+    for number, code in enumerate(blocks("docs/python_api.md")):
+        exec(compile(code, f"python_api.md, block {number}", "exec"), notebook)
+
+    said = capsys.readouterr().out
+    assert "4 cases preprocessed, 0 broken" in said and "nnUNetv2_train 200 3d_fullres 0" in said
+    assert "mae3d (3.0, 3.0, 3.0) (-175.0, 250.0)" in said
+    # mean over classes of the first case, then of the second
+    assert "0.4" in said.split("nnUNetTrainer__nnUNetPlans__3d_fullres")[1]
+    assert notebook["tokens"].shape == (1, 1 + 8, 96) and [m.shape[1] for m in notebook["maps"]] == [96] * 4
+    assert len(notebook["table"].read_text().splitlines()) == 1 + 4
+    assert set(notebook["results"]["dice"]) == {"hiendmae", "scratch"}
