@@ -1,8 +1,10 @@
-"""What makes a training image unusable, and work on all of them at once."""
+"""Cases: what makes one unusable, how one becomes an array, and work on all of them at once."""
 
 import io
 import logging
 import multiprocessing
+import os
+import shutil
 import sys
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,15 +12,23 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.planning.plans import CONFIGURATION
+
+# the image comes last: where it stands, the case is finished
+CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +117,61 @@ def naming_reason() -> Iterator[None]:
         # nnU-Net's readers print what is wrong and raise without a message; SimpleITK's last line is the telling one
         said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
         raise BrokenCaseError(said[-1].strip() if said else type(e).__name__) from e
+
+
+class _CheckedPreprocessor(DefaultPreprocessor):
+    """nnU-Net's preprocessor; whatever is wrong with the images is a BrokenCaseError."""
+
+    def __init__(self, channels: tuple[str, ...]):
+        super().__init__(verbose=False)
+        self.channels = channels
+
+    def run_case(self, image_files, *args, **kwargs):
+        with naming_reason():
+            check_files(image_files)
+            data, seg, properties = super().run_case(image_files, *args, **kwargs)
+            check_finite(data)
+            return data, seg, properties
+
+    def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+        check_volume(data, properties["spacing"], self.channels)
+        # our plans never transpose, so both spacings are in array order
+        left = compute_new_shape(data.shape[1:], properties["spacing"], configuration_manager.spacing)
+        if not all(left):
+            raise BrokenCaseError(
+                f"its {tuple(data.shape[1:])} voxels become {tuple(int(s) for s in left)} at the target spacing"
+            )
+        return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
+
+
+def preprocess_case(
+    case: str, images: Sequence[str], channels: tuple[str, ...], plans_file: Path, folder: Path, unfinished: Path
+) -> None:
+    """Writes a case to `folder`, whole or not at all, by way of a folder in `unfinished`.
+
+    Raises:
+        BrokenCaseError: its images cannot be used.
+        UserError: the disk is full or not writable.
+    """
+    plans = PlansManager(str(plans_file))
+    configuration = plans.get_configuration(CONFIGURATION)
+    try:
+        with TemporaryDirectory(dir=unfinished) as temporary:
+            written = Path(temporary) / case
+            # the segmentation is None, always: no label may reach pretraining
+            _CheckedPreprocessor(channels).run_case_save(str(written), list(images), None, plans, configuration, {})
+            for end in CASE_FILES:
+                source = written.with_name(f"{case}{end}")
+                with source.open("rb") as f:
+                    os.fsync(f.fileno())
+                source.replace(folder / source.name)
+    # blosc2 says RuntimeError for every failure to write
+    except (OSError, RuntimeError) as e:
+        free = shutil.disk_usage(folder).free / 1e9
+        raise UserError(
+            f"cannot write {case} to {folder} ({e}; {free:.1f} GB free): no space left on the disk or not "
+            f"writable; free some and run the same command again"
+        ) from e
 
 
 def map_cases(

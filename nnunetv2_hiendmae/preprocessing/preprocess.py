@@ -2,19 +2,13 @@
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
-
-from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
@@ -23,7 +17,6 @@ from nnunetv2_hiendmae.files import locked, write_text
 from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
-    CONFIGURATION,
     array_settings,
     check_plans_name,
     data_folder,
@@ -32,14 +25,11 @@ from nnunetv2_hiendmae.planning.plans import (
     save_plans,
 )
 from nnunetv2_hiendmae.preprocessing.cases import (
+    CASE_FILES,
     BrokenCase,
-    BrokenCaseError,
     Key,
-    check_files,
-    check_finite,
-    check_volume,
     map_cases,
-    naming_reason,
+    preprocess_case,
     refuse_if_nothing_left,
 )
 from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
@@ -48,8 +38,6 @@ from nnunetv2_hiendmae.weights import read_metadata
 
 # of the encoder that the plans name, where no file does
 DEFAULT_PRESET = "vit_base_p16"
-# the image comes last: where it stands, the case is finished
-CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +112,7 @@ def _preprocess(
             if all((folder / f"{case}{end}").is_file() for end in CASE_FILES):
                 finished.add((raw.name, case))
                 continue
-            job = partial(_preprocess_case, case, images, raw.channels, plans, folder, unfinished)
+            job = partial(preprocess_case, case, images, raw.channels, plans, folder, unfinished)
             jobs[raw.name, case] = job
     if finished:
         logger.info("%d cases are finished already", len(finished))
@@ -211,52 +199,3 @@ def _unfinished_folder(folder: Path, stack: ExitStack) -> Path:
     unfinished.mkdir()
     stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
     return unfinished
-
-
-class _CheckedPreprocessor(DefaultPreprocessor):
-    """nnU-Net's preprocessor; whatever is wrong with the images is a BrokenCaseError."""
-
-    def __init__(self, channels: tuple[str, ...]):
-        super().__init__(verbose=False)
-        self.channels = channels
-
-    def run_case(self, image_files, *args, **kwargs):
-        with naming_reason():
-            check_files(image_files)
-            data, seg, properties = super().run_case(image_files, *args, **kwargs)
-            check_finite(data)
-            return data, seg, properties
-
-    def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
-        check_volume(data, properties["spacing"], self.channels)
-        # our plans never transpose, so both spacings are in array order
-        left = compute_new_shape(data.shape[1:], properties["spacing"], configuration_manager.spacing)
-        if not all(left):
-            raise BrokenCaseError(
-                f"its {tuple(data.shape[1:])} voxels become {tuple(int(s) for s in left)} at the target spacing"
-            )
-        return super().run_case_npy(data, seg, properties, plans_manager, configuration_manager, dataset_json)
-
-
-def _preprocess_case(
-    case: str, images: Sequence[str], channels: tuple[str, ...], plans_file: Path, folder: Path, unfinished: Path
-) -> None:
-    plans = PlansManager(str(plans_file))
-    configuration = plans.get_configuration(CONFIGURATION)
-    try:
-        with TemporaryDirectory(dir=unfinished) as temporary:
-            written = Path(temporary) / case
-            # the segmentation is None, always: no label may reach pretraining
-            _CheckedPreprocessor(channels).run_case_save(str(written), list(images), None, plans, configuration, {})
-            for end in CASE_FILES:
-                source = written.with_name(f"{case}{end}")
-                with source.open("rb") as f:
-                    os.fsync(f.fileno())
-                source.replace(folder / source.name)
-    # blosc2 says RuntimeError for every failure to write
-    except (OSError, RuntimeError) as e:
-        free = shutil.disk_usage(folder).free / 1e9
-        raise UserError(
-            f"cannot write {case} to {folder} ({e}; {free:.1f} GB free): no space left on the disk or not "
-            f"writable; free some and run the same command again"
-        ) from e

@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
-from nnunetv2_hiendmae.preprocessing import preprocess
+from nnunetv2_hiendmae.preprocessing import cases
 from nnunetv2_hiendmae.preprocessing.fingerprint import body_mask, ensure_fingerprint
 from nnunetv2_hiendmae.preprocessing.preprocess import PreprocessSummary, preprocess_datasets
 
@@ -584,6 +584,6 @@ def test_bugs_are_not_called_broken_cases(nnunet, monkeypatch):
     def bug(*args, **kwargs):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(preprocess._CheckedPreprocessor, "run_case_save", bug)
+    monkeypatch.setattr(cases._CheckedPreprocessor, "run_case_save", bug)
     with pytest.raises(KeyError, match="a bug"):
         run(1)
