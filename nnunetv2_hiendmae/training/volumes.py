@@ -175,9 +175,10 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
     mend = f"run: hiendmae preprocess -d {name}"
     file = root / f"{plans_name}.json"
     if not file.is_file():
-        there = ", ".join(sorted(p.stem for p in root.glob("*.json") if "configurations" in p.read_text())) or "none"
+        plans = sorted(p.stem for p in root.glob("*.json") if "configurations" in p.read_text(encoding="utf-8"))
+        there = ", ".join(plans) or "none"
         raise UserError(f"no plans '{plans_name}' in {root} (there: {there}); {mend} -p {plans_name}")
-    plans = PlansManager(json.loads(file.read_text()))
+    plans = PlansManager(json.loads(file.read_text(encoding="utf-8")))
     if configuration not in plans.available_configurations:
         raise UserError(
             f"{plans_name} of {name} has no configuration '{configuration}' (there: "
@@ -212,7 +213,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
     description = root / "dataset.json"
-    data = json.loads(description.read_text()) if description.is_file() else {}
+    data = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
     schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
     names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
     known = VolumeFormat(

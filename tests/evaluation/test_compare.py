@@ -369,7 +369,7 @@ def test_files_and_output(tree, tmp_path, capsys):
     _, text, _ = run_command(capsys, "--baseline", "Stock", "-o", output)
     names = {"comparison.md", "comparison.json", "comparison.png", "runs.csv", "tests.csv", "cases.csv"}
     assert {p.name for p in output.iterdir()} == names
-    assert (output / "comparison.md").read_text() in text
+    assert (output / "comparison.md").read_text(encoding="utf-8") in text
     assert "| Ours | TrA | Ours | 3d_fullres |" in text
     assert "| Third | 0 | 1 | 5 |" in text
     assert "Holm's correction over the 1 tests" in text
