@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, product
 
 import numpy as np
@@ -29,7 +29,7 @@ class SettingResult:
             values over cases (each with its mean over the classes it has a value for) and over folds;
             `mean_over_common_cases` and on these `mean_rank`, 1 is best; `per_class` over cases.
         comparisons: a row for each pair: `first` − `second` on the `folds` and cases that both have, `measure` "mean",
-            and the fields of `PairedTest`; one family of tests for Holm's correction.
+            and what `paired_test` gives; one family of tests for Holm's correction.
         class_comparisons: the same for every class as `measure`, another family.
         notes: what a reader must know before believing the numbers.
     """
@@ -208,7 +208,7 @@ def _comparisons(dice: pd.DataFrame, pairs: Iterable[tuple], measures: Iterable[
         case, _ = pd.factorize(both.index.get_level_values("case"))
         once = [np.bincount(case, both[run]) / np.bincount(case) for run in (first, second)]
         shared = [fold for fold in folds[first].tolist() if fold in folds[second]]
-        test = asdict(paired_test(*once, seed))
+        test = paired_test(*once, seed)
         rows.append({"first": first, "second": second, "measure": measure, "folds": shared, **test})
     tests = pd.DataFrame(rows)
     return tests.assign(p_holm=holm(tests["p_wilcoxon"])) if rows else tests
