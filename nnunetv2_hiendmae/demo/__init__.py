@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
+from nnunetv2_hiendmae.run_files import ENCODER
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,15 @@ def run_demo(
     install(found, output / "nnUNet_raw")
     runner = Runner(output / "logs", _environment(output, num_processes), say)
     demo = _Demo(runner.run, found, output, settings, seed, num_processes, device)
-    _preprocess(demo, like)
+    demo.run(
+        "preprocess", "hiendmae", "preprocess", "-d", found.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
+        "--spacing", *settings.spacing_mm, "-np", num_processes,
+    )  # fmt: skip
     run_dirs = {method: _pretrain(demo, method, **about) for method, about in samples.items()}
     runs = (*methods, report.SCRATCH)
     for name in runs:
         # from scratch, an encoder file only says what the network is
-        _plan(demo, name, run_dirs.get(name, run_dirs[methods[0]]) / "encoder.safetensors")
+        _plan(demo, name, run_dirs.get(name, run_dirs[methods[0]]) / ENCODER)
     folds, predictions = {}, {}
     for name in runs:
         folds[name], predictions[name] = _finetune(demo, name)
@@ -152,7 +156,7 @@ def run_demo(
         "dice": {name: report.dice(folder, found) for name, folder in predictions.items()},
     }
     # as JSON gives it back, so that what is returned equals what the file holds
-    outcome = json.loads(json.dumps(report.collect(facts, measured, found, runner.phases)))
+    outcome = json.loads(json.dumps(report.collect(facts, measured, found, runner)))
     report.write_pictures(output, found, predictions, outcome)
     report.write_report(output, outcome)
     # last of all: its presence says that the run is complete
@@ -206,13 +210,6 @@ def _environment(output: Path, num_processes: int) -> dict[str, str]:
     # 0: nnU-Net's loaders run in the training process, where a seed reaches them
     ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
     return {**os.environ, **ours}
-
-
-def _preprocess(demo: _Demo, like: str) -> None:
-    demo.run(
-        "preprocess", "hiendmae", "preprocess", "-d", demo.data.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
-        "--spacing", *demo.budget.spacing_mm, "-np", demo.num_processes,
-    )  # fmt: skip
 
 
 def _pretrain(demo: _Demo, method: str, samples_per_step: int, views_per_sample: int, options: dict[str, Any]) -> Path:

@@ -112,21 +112,19 @@ def isotropic_spacing(data: DemoData) -> float:
     """
     import SimpleITK as sitk
 
-    finest, longest = [], []
+    sizes = []
     reader = sitk.ImageFileReader()
     for file in _files(data.finetuning, "labelsTr"):
         reader.SetFileName(str(file))
         try:
             reader.ReadImageInformation()
         except RuntimeError as e:
-            raise UserError(
-                f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); "
-                f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
-            ) from e
+            mend = f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
+            raise UserError(f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); {mend}") from e
         spacing = np.array(reader.GetSpacing())
-        finest.append(spacing.min())
-        longest.append((spacing * reader.GetSize()).max())
-    return float(f"{max(np.median(finest), np.median(longest) / LONGEST_AXIS_VOXELS):.3g}")
+        sizes.append((spacing.min(), (spacing * reader.GetSize()).max()))
+    finest, longest = np.median(sizes, axis=0)
+    return float(f"{max(finest, longest / LONGEST_AXIS_VOXELS):.3g}")
 
 
 def _files(dataset: Path, part: str) -> list[Path]:

@@ -13,10 +13,11 @@ from statistics import fmean
 from typing import Any
 
 from nnunetv2_hiendmae.demo.datasets import DemoData
-from nnunetv2_hiendmae.demo.process import Phase
+from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.evaluation.report import table
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.inspection.figures import overlay_picture
+from nnunetv2_hiendmae.run_files import LOG
 
 PACKAGES = ("nnunetv2_hiendmae", "nnunetv2", "torch", "timm", "lightning-fabric", "dynamic-network-architectures")
 PICTURES = "pictures"
@@ -28,7 +29,7 @@ CT_SOFT_TISSUE = (-175.0, 250.0)
 WORTH_MENTIONING = 0.02
 
 
-def collect(settings: dict, measured: dict[str, dict], data: DemoData, phases: Sequence[Phase]) -> dict[str, Any]:
+def collect(settings: dict, measured: dict[str, dict], data: DemoData, runner: Runner) -> dict[str, Any]:
     """Everything that `results.json` holds: settings (methods, seed, device, budget), what was measured ("pretraining",
     "finetuning" and "dice" of every run), and what it took."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -41,10 +42,10 @@ def collect(settings: dict, measured: dict[str, dict], data: DemoData, phases: S
             "dice_on": "held-out test cases" if data.held_out else "validation cases of fold 0",
         },
         **measured,
-        "seconds": {phase.name: phase.seconds for phase in phases},
-        "seconds_total": round(sum(phase.seconds for phase in phases), 1),
-        "peak_gb_of_largest_process": {phase.name: phase.peak_gb for phase in phases},
-        "commands": [phase.command for phase in phases],
+        "seconds": runner.seconds,
+        "seconds_total": round(sum(runner.seconds.values()), 1),
+        "peak_gb_of_largest_process": runner.peak_gb,
+        "commands": runner.commands,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": cores},
     }
@@ -52,7 +53,7 @@ def collect(settings: dict, measured: dict[str, dict], data: DemoData, phases: S
 
 def pretraining_losses(run_dir: Path) -> dict[str, Any]:
     """Mean loss of the first and of the last epoch, and the number of steps, from a run's log."""
-    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_dir / LOG).read_text(encoding="utf-8").splitlines()
     steps = [step for step in map(json.loads, filter(str.strip, lines)) if "loss" in step]
     first, last = (fmean(s["loss"] for s in steps if s["epoch"] == steps[i]["epoch"]) for i in (0, -1))
     return {"first_epoch_loss": first, "last_epoch_loss": last, "steps": len(steps)}

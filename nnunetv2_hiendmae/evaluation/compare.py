@@ -218,15 +218,15 @@ def _notes(
     dice: pd.DataFrame, folds: Sequence[int], found: Sequence[Run], splits: Splits, baseline: str | None
 ) -> Iterator[str]:
     tables = {run: dice.xs(run, level="run") for run in dice.index.unique("run")}
-    on_folds = {run.name: _notes_on_folds(run, folds) for run in found}
-    on_cases = {run: _notes_on_cases(table, splits) for run, table in tables.items()}
-    for notes in (on_folds, on_cases):
-        about = defaultdict(list)
-        for run, own in notes.items():
-            for note in own:
-                about[note].append(run)
-        for note, names in about.items():
-            yield f"{'all runs here' if 1 < len(names) == len(notes) else listed(names)}: {note}"
+    about = defaultdict(list)  # (note, number of runs that may have it) -> those that have it
+    for run in found:
+        for note in _notes_on_folds(run, folds):
+            about[note, len(found)].append(run.name)
+    for run, table in tables.items():
+        for note in _notes_on_cases(table, splits):
+            about[note, len(tables)].append(run)
+    for (note, total), names in about.items():
+        yield f"{'all runs here' if 1 < len(names) == total else listed(names)}: {note}"
     if len({tuple(table.index.unique("fold")) for table in tables.values()}) > 1:
         yield (
             "the runs stand on different folds: compare them by the column on common cases and by the paired tests, "

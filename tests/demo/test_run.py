@@ -222,7 +222,7 @@ def test_failing_phase_names_its_log(tmp_path, monkeypatch):
     fork_commands(monkeypatch)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: nnUNetv2_train.*01_train\.log.*required"):
         runner.run("train", "nnUNetv2_train")
-    assert not runner.phases
+    assert not runner.commands and not runner.seconds
 
 
 def test_missing_console_script():
