@@ -44,6 +44,11 @@ def from_arguments(cls: type[Settings], args: argparse.Namespace) -> Settings:
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
+def keywords(args: argparse.Namespace, *leave_out: str) -> dict[str, Any]:
+    """What a command line asks for, as arguments of a function that calls them by the same names."""
+    return {name: value for name, value in vars(args).items() if name not in ("command", "run", *leave_out)}
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`, where a program may read the answer."""
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -4,26 +4,19 @@ import argparse
 import json
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import add_json
+from nnunetv2_hiendmae.commands.arguments import add_json, keywords
 
 HELP = "compare trained runs of a dataset: tables, paired tests, a figure"
+RUNS = "trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns of one of these with * and ?, in quotes"
+EXAMPLE = "'FewShot_*' takes all plans of that beginning"
+BASELINE = "compare all others with this run, told in the same way; it must fit one run (default: every pair)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="dataset id or name")
-    add(
-        "--runs",
-        nargs="+",
-        metavar="NAME",
-        help="trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns of one of these with * and ?, in "
-        "quotes: 'FewShot_*' takes all plans of that beginning (default: all with results)",
-    )
-    add(
-        "--baseline",
-        metavar="NAME",
-        help="compare all others with this run, told in the same way; it must fit one run (default: every pair)",
-    )
+    add("--runs", nargs="+", metavar="NAME", help=f"{RUNS}: {EXAMPLE} (default: all with results)")
+    add("--baseline", metavar="NAME", help=BASELINE)
     add("--folds", type=int, nargs="+", metavar="FOLD", help="only these folds (default: all)")
     add("--seed", type=int, default=0, help="of the bootstrap")
     add("-o", dest="output", type=Path, metavar="DIR", help="also write comparison.md, .json, .png and three CSV files")
@@ -32,9 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from nnunetv2_hiendmae.evaluation.compare import compare
-    from nnunetv2_hiendmae.evaluation.tables import as_json, markdown, write
+    from nnunetv2_hiendmae.evaluation.report import as_json, markdown, write
 
-    report = compare(args.dataset, runs=args.runs, baseline=args.baseline, folds=args.folds, seed=args.seed)
+    report = compare(**keywords(args, "output", "json"))
     written = write(report, args.output) if args.output else []
     if args.json:
         print(json.dumps(as_json(report)))

@@ -28,27 +28,18 @@ class Check:
     found: str
     mend: str = ""
 
-    def text(self) -> str:
-        """One line for a terminal."""
+    def __str__(self) -> str:
         return f"[ok] {self.name}: {self.found}" if self.ok else f"[!!] {self.name}: {self.found}; {self.mend}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
+add_arguments = add_json
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = examine()
-    if args.json:
-        print(json.dumps([vars(c) for c in checks], indent=2))
-    else:
-        print("\n".join(c.text() for c in checks))
+    # in the order in which one would mend them
+    checks = [*_packages(), *map(_folder, NNUNET_VARIABLES), _discovery(), _device()]
+    print(json.dumps([*map(vars, checks)], indent=2) if args.json else "\n".join(map(str, checks)))
     return 0 if all(c.ok for c in checks) else 2
-
-
-def examine() -> list[Check]:
-    """All checks, in the order in which one would mend them."""
-    return [*_packages(), *_folders(), _discovery(), _device()]
 
 
 def _packages() -> Iterator[Check]:
@@ -60,22 +51,18 @@ def _packages() -> Iterator[Check]:
             yield Check(name, False, "missing", "run: pip install --upgrade nnunetv2_hiendmae")
 
 
-def _folders() -> Iterator[Check]:
-    for variable in NNUNET_VARIABLES:
-        value = os.environ.get(variable)
-        if not value:
-            yield Check(variable, False, "not set", f"run: export {variable}=/your/{variable}")
-            continue
-        folder = Path(value)
-        if not folder.is_dir():
-            yield Check(variable, False, f"{folder} does not exist", f"run: mkdir -p {folder}")
-            continue
-        if not os.access(folder, os.R_OK if variable == "nnUNet_raw" else os.W_OK):
-            yield Check(variable, False, f"{folder} is not accessible", f"run: chmod u+rwx {folder}")
-            continue
-        free = shutil.disk_usage(folder).free / 1e9
-        mend = f"free some space: fewer than {FREE_GB} GB are left for {folder}"
-        yield Check(variable, free >= FREE_GB or variable == "nnUNet_raw", f"{folder}, {free:.0f} GB free", mend)
+def _folder(variable: str) -> Check:
+    value = os.environ.get(variable)
+    if not value:
+        return Check(variable, False, "not set", f"run: export {variable}=/your/{variable}")
+    folder = Path(value)
+    if not folder.is_dir():
+        return Check(variable, False, f"{folder} does not exist", f"run: mkdir -p {folder}")
+    if not os.access(folder, os.R_OK if variable == "nnUNet_raw" else os.W_OK):
+        return Check(variable, False, f"{folder} is not accessible", f"run: chmod u+rwx {folder}")
+    free = shutil.disk_usage(folder).free / 1e9
+    mend = f"free some space: fewer than {FREE_GB} GB are left for {folder}"
+    return Check(variable, free >= FREE_GB or variable == "nnUNet_raw", f"{folder}, {free:.0f} GB free", mend)
 
 
 def _discovery() -> Check:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json
+from nnunetv2_hiendmae.recipes import RECIPES
 
 HELP = "list pretraining methods with their defaults and sources"
 PARTS = ("options", "recipe", "volumes")
@@ -13,40 +14,26 @@ NOTES = (
     "optimizer step (crops, unless noted), lr is AdamW's peak, spacing_mm is D H W, window_hu becomes [0, 1]."
 )
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
+add_arguments = add_json
 
 
 def run(args: argparse.Namespace) -> None:
-    print(list_methods(as_json=args.json))
-
-
-def list_methods(as_json: bool = False) -> str:
-    """Every pretraining method with its options, recipe and source."""
     from nnunetv2_hiendmae.pretraining import METHODS
 
-    methods = {name: _method(name) for name in METHODS}
-    if as_json:
-        return json.dumps(methods, indent=2)
-    return "\n\n".join([*(_text(name, about) for name, about in methods.items()), NOTES])
-
-
-def _method(name: str) -> dict[str, Any]:
-    from nnunetv2_hiendmae.pretraining import METHODS
-    from nnunetv2_hiendmae.recipes import RECIPES
-
-    method, recipe = METHODS[name], RECIPES[name]
-    volume = recipe.volume
-    return {
-        "title": method.title,
-        "source": method.source,
-        "options": method.defaults(),
-        "recipe": vars(method.recipe),
-        "volumes": {"spacing_mm": volume.spacing_mm, "window_hu": volume.window_hu},
-        "notes": method.notes(),
-        "citations": list(recipe.citations),
-    }
+    methods = {}
+    for name, method in METHODS.items():
+        volume = RECIPES[name].volume
+        methods[name] = {
+            "title": method.title,
+            "source": method.source,
+            "options": method.defaults(),
+            "recipe": vars(method.recipe),
+            "volumes": {"spacing_mm": volume.spacing_mm, "window_hu": volume.window_hu},
+            "notes": method.notes(),
+            "citations": list(RECIPES[name].citations),
+        }
+    told = [*(_text(name, about) for name, about in methods.items()), NOTES]
+    print(json.dumps(methods, indent=2) if args.json else "\n\n".join(told))
 
 
 def _text(name: str, about: dict[str, Any]) -> str:

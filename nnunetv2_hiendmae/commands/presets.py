@@ -7,32 +7,21 @@ from nnunetv2_hiendmae.commands.arguments import add_json
 
 HELP = "list encoder presets with their parameter counts"
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
+add_arguments = add_json
 
 
 def run(args: argparse.Namespace) -> None:
-    print(list_presets(as_json=args.json))
-
-
-def list_presets(as_json: bool = False) -> str:
-    """Every encoder preset with its size."""
     import torch
 
     from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
 
-    rows = {}
+    rows, columns = {}, "{:15} {:>13} {:>9} {:>7} {:>6} {:>6} {:>6} {:>12}"
+    lines = [columns.format("preset", "crop", "patch", "tokens", "width", "depth", "heads", "parameters")]
     for name, spec in PRESETS.items():
         with torch.device("meta"):
             parameters = sum(p.numel() for p in build_encoder(spec).parameters())
         rows[name] = {**spec.to_dict(), "parameters": parameters}
-    if as_json:
-        return json.dumps(rows, indent=2)
-    sizes = f"{'width':>6} {'depth':>6} {'heads':>6} {'parameters':>12}"
-    lines = [f"{'preset':15} {'crop':>13} {'patch':>9} {'tokens':>7} {sizes}"]
-    for name, row in rows.items():
-        crop, patch = ("x".join(map(str, row[k])) for k in ("img_size", "patch_size"))
-        sizes = f"{row['embed_dim']:>6} {row['depth']:>6} {row['num_heads']:>6} {row['parameters']:>12,}"
-        lines.append(f"{name:15} {crop:>13} {patch:>9} {PRESETS[name].num_tokens:>7} {sizes}")
-    return "\n".join(lines)
+        crop, patch = ("x".join(map(str, size)) for size in (spec.img_size, spec.patch_size))
+        sizes = (spec.num_tokens, spec.embed_dim, spec.depth, spec.num_heads, f"{parameters:,}")
+        lines.append(columns.format(name, crop, patch, *sizes))
+    print(json.dumps(rows, indent=2) if args.json else "\n".join(lines))

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from nnunetv2_hiendmae.commands.arguments import keywords
+
 HELP = "pictures of a pretraining run: input, masked input, reconstruction"
 
 
@@ -10,9 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, metavar="RUN", help="folder of a run of hiendmae pretrain")
     add("-o", dest="output", type=Path, required=True, metavar="DIR", help="where the PNG and NIfTI files go")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--case", metavar="DATASET/CASE", help="one preprocessed case of the run")
-    which.add_argument("--cases", type=int, default=4, metavar="N", help="so many cases, drawn by the seed")
+    which = parser.add_mutually_exclusive_group().add_argument
+    which("--case", metavar="DATASET/CASE", help="one preprocessed case of the run")
+    which("--cases", type=int, default=4, metavar="N", help="so many cases, drawn by the seed")
     add("--view", metavar="NAME", help="one of the method's views (default: all)")
     add("--seed", type=int, default=0, help="decides cases, crops and masks")
     add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device")
@@ -21,13 +23,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from nnunetv2_hiendmae.inspection.reconstruct import reconstruct
 
-    pictures = reconstruct(
-        args.run_dir,
-        args.output,
-        case=args.case,
-        cases=args.cases,
-        view=args.view,
-        seed=args.seed,
-        device=args.device,
-    )
-    print("\n".join(str(p) for p in pictures))
+    print(*reconstruct(**keywords(args)), sep="\n")

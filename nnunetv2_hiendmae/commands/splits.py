@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from nnunetv2_hiendmae.commands.arguments import add_json
@@ -12,28 +11,18 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.evaluation.folds import Splits
 
 HELP = "append few-shot folds to splits_final.json"
+PART = "train on this part of the cases, 0 < F <= 1, rounded to the nearest number, at least 1; one fold each"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="dataset id or name")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--shots", type=int, nargs="+", metavar="K", help="train on K cases; one fold for each K")
-    what.add_argument(
-        "--fraction",
-        type=float,
-        nargs="+",
-        metavar="F",
-        help="train on this part of the cases, 0 < F <= 1, rounded to the nearest number, at least 1; one fold each",
-    )
-    what.add_argument("--list", action="store_true", help="show all folds and what they mean")
-    what.add_argument(
-        "--remove",
-        type=int,
-        nargs="+",
-        metavar="FOLD",
-        help="remove appended folds: only the last ones, and none with results",
-    )
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--shots", type=int, nargs="+", metavar="K", help="train on K cases; one fold for each K")
+    what("--fraction", type=float, nargs="+", metavar="F", help=PART)
+    what("--list", action="store_true", help="show all folds and what they mean")
+    last = "remove appended folds: only the last ones, and none with results"
+    what("--remove", type=int, nargs="+", metavar="FOLD", help=last)
     add("--of-fold", type=int, default=0, metavar="FOLD", help="fold whose training cases are drawn from")
     add("--seed", type=int, default=0, help="decides which cases are drawn first; fewer are always among more")
     add_json(parser)
@@ -65,6 +54,5 @@ def run(args: argparse.Namespace) -> None:
 
 def _describe(splits: "Splits", number: int) -> dict[str, object]:
     fold, subset = splits.folds[number], splits.appended.get(number)
-    about = asdict(subset) if subset else {}
-    counts = {part: len(fold[part]) for part in ("train", "val")}
-    return {"fold": number, "meaning": splits.meaning(number), **about, **counts}
+    about = {"fold": number, "meaning": splits.meaning(number), **(vars(subset) if subset else {})}
+    return {**about, "train": len(fold["train"]), "val": len(fold["val"])}

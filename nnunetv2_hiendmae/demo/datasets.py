@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import telling_damage
 
 EMBEDDED_DATA = Path(__file__).parent / "data"
 # a volume of the fine-tuning data should have about this many voxels along its longest axis: fast on a CPU
@@ -111,21 +112,19 @@ def isotropic_spacing(data: DemoData) -> float:
     """
     import SimpleITK as sitk
 
-    finest, longest = [], []
+    sizes = []
     reader = sitk.ImageFileReader()
     for file in _files(data.finetuning, "labelsTr"):
         reader.SetFileName(str(file))
         try:
             reader.ReadImageInformation()
         except RuntimeError as e:
-            raise UserError(
-                f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); "
-                f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
-            ) from e
+            mend = f"put an intact file there, or take the case out of imagesTr and labelsTr of {data.finetuning}"
+            raise UserError(f"cannot read the header of {file} ({str(e).strip().splitlines()[-1]}); {mend}") from e
         spacing = np.array(reader.GetSpacing())
-        finest.append(spacing.min())
-        longest.append((spacing * reader.GetSize()).max())
-    return float(f"{max(np.median(finest), np.median(longest) / LONGEST_AXIS_VOXELS):.3g}")
+        sizes.append((spacing.min(), (spacing * reader.GetSize()).max()))
+    finest, longest = np.median(sizes, axis=0)
+    return float(f"{max(finest, longest / LONGEST_AXIS_VOXELS):.3g}")
 
 
 def _files(dataset: Path, part: str) -> list[Path]:
@@ -134,15 +133,9 @@ def _files(dataset: Path, part: str) -> list[Path]:
 
 def _description(dataset: Path) -> dict[str, Any]:
     path = dataset / "dataset.json"
-    try:
+    with telling_damage(path, f"an object such as {EXAMPLE_JSON}; mend it, see: python -m json.tool {path}"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path} ({e.strerror}); see: ls -l {path}") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); mend it, see: python -m json.tool {path}") from e
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, needed an object such as {EXAMPLE_JSON}")
-    for keys in REQUIRED_KEYS:
-        if not any(content.get(key) for key in keys):
-            raise UserError(f'{path} has no "{keys[0]}", which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}')
+        for keys in REQUIRED_KEYS:
+            if not any(content.get(key) for key in keys):
+                raise ValueError(f'no "{keys[0]}"')
     return content

@@ -39,64 +39,59 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: IO)
     return process.returncode, round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
 
 
-@dataclass(frozen=True)
-class Phase:
-    """One finished command: its wall clock, and the memory of its largest process in GB (10^9 bytes)."""
-
-    name: str
-    command: str
-    seconds: float
-    peak_gb: float
-
-
 @dataclass
 class Runner:
-    """Runs commands one after the other and remembers what each took.
+    """Runs commands one after the other, each a phase of its own name, and remembers what each took.
 
     Args:
         logs: folder for one log file per command.
         environment: variables of the commands.
         say: gets one line when a command starts and one when it ends.
+        commands: those that are finished.
+        seconds, peak_gb: phase -> wall clock, and memory of its largest process in GB (10^9 bytes).
     """
 
     logs: Path
     environment: dict[str, str]
     say: Callable[[str], None] = logger.info
-    phases: list[Phase] = field(default_factory=list)
+    commands: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_gb: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, program: str, *arguments: object, seed: int | None = None) -> None:
+    def run(self, phase: str, program: str, *arguments: object, seed: int | None = None) -> None:
         """Runs `hiendmae`, or one of nnU-Net's console scripts.
 
         Args:
-            name: of the phase and its log.
+            phase: name of it and of its log.
             seed: nnU-Net's own training entry point with seeded random generators, arguments as `nnUNetv2_train`.
 
         Raises:
             UserError: a command of ours says that the user must change something, or there is no such script.
             RuntimeError: the command failed; the message holds its last lines and its log.
         """
-        rest = list(map(str, arguments))
-        told = shlex.join([program, *rest])
+        words = [program, *map(str, arguments)]
+        told = shlex.join(words)
         if program == "hiendmae":
-            command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", *rest]
+            words[:1] = [sys.executable, "-m", "nnunetv2_hiendmae.cli"]
         elif seed is None:
-            command = [console_script(program), *rest]
+            words[0] = console_script(program)
         else:
-            command = [sys.executable, "-m", "nnunetv2_hiendmae.demo.seeded_train", str(seed), *rest]
+            words[:1] = [sys.executable, "-m", "nnunetv2_hiendmae.demo.seeded_train", str(seed)]
             told += f"  (seed {seed})"
         self.logs.mkdir(parents=True, exist_ok=True)
-        log = self.logs / f"{len(self.phases) + 1:02d}_{name}.log"
-        self.say(f"{name}: {told}")
+        log = self.logs / f"{len(self.commands) + 1:02d}_{phase}.log"
+        self.say(f"{phase}: {told}")
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as out:
             out.write(f"$ {told}\n")
             out.flush()
-            code, peak_gb = run_command(command, self.environment, out)
-        phase = Phase(name, told, round(time.perf_counter() - start, 1), peak_gb)
+            code, peak_gb = run_command(words, self.environment, out)
         if code:
-            _fail(phase, code, log)
-        self.phases.append(phase)
-        self.say(f"{name}: done in {phase.seconds:.0f} s, largest process {phase.peak_gb:.1f} GB")
+            _fail(phase, told, code, log)
+        seconds = self.seconds[phase] = round(time.perf_counter() - start, 1)
+        self.peak_gb[phase] = peak_gb
+        self.commands.append(told)
+        self.say(f"{phase}: done in {seconds:.0f} s, largest process {peak_gb:.1f} GB")
 
 
 def console_script(name: str) -> str:
@@ -112,12 +107,10 @@ def console_script(name: str) -> str:
     return found
 
 
-def _fail(phase: Phase, code: int, log: Path) -> None:
+def _fail(phase: str, command: str, code: int, log: Path) -> None:
     with log.open(encoding="utf-8", errors="replace") as f:
         last = [line.rstrip() for line in deque(f, LINES_ON_FAILURE) if line.strip()]
-    if code == USER_MUST_ACT and phase.command.startswith("hiendmae"):
-        raise UserError(f"demo phase '{phase.name}': {last[-1]} (log: {log})")
-    tail = "\n".join(last)
-    raise RuntimeError(
-        f"demo phase '{phase.name}' ended with exit code {code}: {phase.command}\nlast lines of {log}:\n{tail}"
-    )
+    if code == USER_MUST_ACT and command.startswith("hiendmae"):
+        raise UserError(f"demo phase '{phase}': {last[-1]} (log: {log})")
+    told = "\n".join([f"last lines of {log}:", *last])
+    raise RuntimeError(f"demo phase '{phase}' ended with exit code {code}: {command}\n{told}")

@@ -6,16 +6,18 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from nnunetv2_hiendmae.demo.datasets import DemoData
-from nnunetv2_hiendmae.demo.process import Phase
+from nnunetv2_hiendmae.demo.process import Runner
+from nnunetv2_hiendmae.evaluation.report import table
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.inspection.figures import overlay_picture
+from nnunetv2_hiendmae.run_files import LOG
 
 PACKAGES = ("nnunetv2_hiendmae", "nnunetv2", "torch", "timm", "lightning-fabric", "dynamic-network-architectures")
 PICTURES = "pictures"
@@ -27,15 +29,9 @@ CT_SOFT_TISSUE = (-175.0, 250.0)
 WORTH_MENTIONING = 0.02
 
 
-def collect(
-    settings: dict[str, Any], measured: dict[str, dict[str, Any]], data: DemoData, phases: Sequence[Phase]
-) -> dict[str, Any]:
-    """Everything that `results.json` holds.
-
-    Args:
-        settings: methods, seed, device and budget.
-        measured: "pretraining", "finetuning" and "dice" of every run.
-    """
+def collect(settings: dict, measured: dict[str, dict], data: DemoData, runner: Runner) -> dict[str, Any]:
+    """Everything that `results.json` holds: settings (methods, seed, device, budget), what was measured ("pretraining",
+    "finetuning" and "dice" of every run), and what it took."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {
         "settings": settings,
@@ -46,10 +42,10 @@ def collect(
             "dice_on": "held-out test cases" if data.held_out else "validation cases of fold 0",
         },
         **measured,
-        "seconds": {phase.name: phase.seconds for phase in phases},
-        "seconds_total": round(sum(phase.seconds for phase in phases), 1),
-        "peak_gb_of_largest_process": {phase.name: phase.peak_gb for phase in phases},
-        "commands": [phase.command for phase in phases],
+        "seconds": runner.seconds,
+        "seconds_total": round(sum(runner.seconds.values()), 1),
+        "peak_gb_of_largest_process": runner.peak_gb,
+        "commands": runner.commands,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {"system": platform.system(), "architecture": platform.machine(), "cores": cores},
     }
@@ -57,7 +53,7 @@ def collect(
 
 def pretraining_losses(run_dir: Path) -> dict[str, Any]:
     """Mean loss of the first and of the last epoch, and the number of steps, from a run's log."""
-    lines = (run_dir / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (run_dir / LOG).read_text(encoding="utf-8").splitlines()
     steps = [step for step in map(json.loads, filter(str.strip, lines)) if "loss" in step]
     first, last = (fmean(s["loss"] for s in steps if s["epoch"] == steps[i]["epoch"]) for i in (0, -1))
     return {"first_epoch_loss": first, "last_epoch_loss": last, "steps": len(steps)}
@@ -84,11 +80,8 @@ def dice(predictions: Path, data: DemoData) -> dict[str, Any]:
 
 
 def write_pictures(output: Path, data: DemoData, predictions: Mapping[str, Path], outcome: dict[str, Any]) -> None:
-    """Into `pictures`: each method's progress and last reconstructions, and truth and predictions of the first case.
-
-    Args:
-        predictions: folder of segmentations by the name of the run.
-    """
+    """Into `pictures`: each method's progress and last reconstructions, and truth and predictions of the first case;
+    `predictions` are folders by the name of the run."""
     pictures = output / PICTURES
     pictures.mkdir(exist_ok=True)
     for method in outcome["pretraining"]:
@@ -99,17 +92,16 @@ def write_pictures(output: Path, data: DemoData, predictions: Mapping[str, Path]
             shutil.copyfile(montage, pictures / f"{method}_{montage.stem.split('_', 2)[2]}.png")
 
     ending, part = data.dataset_json["file_ending"], "Ts" if data.held_out else "Tr"
-    case = min(p.name for p in next(iter(predictions.values())).glob(f"*{ending}"))
-    identifier = case.removesuffix(ending)
-    masks = {"labels": data.finetuning / f"labels{part}" / case}
-    masks |= {f"{name}, Dice {_number(outcome['dice'][name]['mean'])}": f / case for name, f in predictions.items()}
+    case = min(p.name for p in next(iter(predictions.values())).glob(f"*{ending}")).removesuffix(ending)
+    masks = {"labels": data.finetuning / f"labels{part}"}
+    masks |= {f"{name}, Dice {_number(outcome['dice'][name]['mean'])}": f for name, f in predictions.items()}
     overlay_picture(
         pictures / OVERLAY,
-        data.finetuning / f"images{part}" / f"{identifier}_0000{ending}",
-        masks,
+        data.finetuning / f"images{part}" / f"{case}_0000{ending}",
+        {name: folder / f"{case}{ending}" for name, folder in masks.items()},
         _coloured(data.foreground),
         window=CT_SOFT_TISSUE if data.first_channel_is_ct else None,
-        title=f"{data.finetuning.name}, case {identifier}",
+        title=f"{data.finetuning.name}, case {case}",
     )
 
 
@@ -136,13 +128,13 @@ def write_report(output: Path, outcome: dict[str, Any]) -> None:
         *_pretraining(outcome),
         *_pretraining_pictures(output / PICTURES, settings["methods"]),
         "## Fine-tuning",
-        _table(["run", "loss, first → last epoch", "epochs"], losses),
+        table(["run", "loss, first → last epoch", "epochs"], losses),
         f"{settings['iterations_per_epoch']} batches of {settings['finetune_batch_size']} crops per epoch. nnU-Net's "
         "loss is cross-entropy minus soft Dice, so it may be negative.",
         "## Time and memory",
         f"{outcome['seconds_total'] / 60:.1f} minutes on {machine['cores']} cores ({machine['system']} "
         f"{machine['architecture']}, device {settings['device']}). Memory is that of the largest process.",
-        _table(["phase", "seconds", "GB"], times),
+        table(["phase", "seconds", "GB"], times),
         "## Commands",
         f"```\n{commands}\n```\nSettings: `{json.dumps(settings)}`",
         "Versions: " + ", ".join(f"{name} {value}" for name, value in outcome["versions"].items()),
@@ -152,40 +144,34 @@ def write_report(output: Path, outcome: dict[str, Any]) -> None:
 
 def _dice_table(outcome: dict[str, Any]) -> str:
     """One row per run."""
-    runs, seconds = outcome["dice"], outcome["seconds"]
-    classes = list(next(iter(runs.values()))["per_class"])
-    rows = (
-        [
-            *(name, *(_number(run["per_class"][c]) for c in classes), f"**{_number(run['mean'])}**"),
-            *(_minutes(seconds.get(f"{phase}_{name}")) for phase in ("pretrain", "train")),
-        ]
-        for name, run in runs.items()
-    )
-    return _table(["run", *classes, "**mean**", "pretraining, min", "fine-tuning, min"], rows)
+    runs, minutes = outcome["dice"], {phase: f"{seconds / 60:.1f}" for phase, seconds in outcome["seconds"].items()}
+    rows = []
+    for name, run in runs.items():
+        took = [minutes.get(f"{phase}_{name}", "–") for phase in ("pretrain", "train")]
+        rows.append([name, *map(_number, run["per_class"].values()), f"**{_number(run['mean'])}**", *took])
+    classes = next(iter(runs.values()))["per_class"]
+    return table(["run", *classes, "**mean**", "pretraining, min", "fine-tuning, min"], rows)
 
 
 def _pretraining(outcome: dict[str, Any]) -> list[str]:
     """What each method spent, and how its loss went."""
-    runs = outcome["pretraining"]
+    runs, rows = outcome["pretraining"], []
+    for method, run in runs.items():
+        options = ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "its own"
+        views = f"{run['samples_per_step']} × {run['views_per_sample']}"
+        rows.append([method, str(run["steps"]), views, _loss(run), options])
     words = (
         "The budget is a number of optimizer steps and of views per step. A view is one crop that the encoder learns "
         "from: Hi-End-MAE and MAE3D take one of a volume, MiM and GL-MAE several. Losses of different methods measure "
         "different things and cannot be compared with each other. Options are those that make a method smaller than in "
         "its paper, to fit the encoder and the time."
     )
-    rows = (
-        [
-            *(method, str(run["steps"]), f"{run['samples_per_step']} × {run['views_per_sample']}", _loss(run)),
-            ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "its own",
-        ]
-        for method, run in runs.items()
-    )
     if len(runs) > 1:
         words += (
             f"\nAll methods see the same arrays, preprocessed as for `{outcome['settings']['preprocessed_like']}`, "
             "whatever spacing and window their papers used."
         )
-    return [_table(["method", "steps", "samples × views per step", "loss, first → last epoch", "options"], rows), words]
+    return [table(["method", "steps", "samples × views per step", "loss, first → last epoch", "options"], rows), words]
 
 
 def _pretraining_pictures(pictures: Path, methods: Sequence[str]) -> list[str]:
@@ -238,17 +224,9 @@ def _coloured(classes: dict[str, int | tuple[int, ...]]) -> dict[str, int]:
     return {f"label {value}": value for value in sorted(values)}
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
-
-
 def _loss(losses: dict[str, Any]) -> str:
     return f"{losses['first_epoch_loss']:.3f} → {losses['last_epoch_loss']:.3f}"
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
-
-
-def _minutes(seconds: float | None) -> str:
-    return "–" if seconds is None else f"{seconds / 60:.1f}"

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import combinations, product
 
 import numpy as np
@@ -29,7 +29,7 @@ class SettingResult:
             values over cases (each with its mean over the classes it has a value for) and over folds;
             `mean_over_common_cases` and on these `mean_rank`, 1 is best; `per_class` over cases.
         comparisons: a row for each pair: `first` − `second` on the `folds` and cases that both have, `measure` "mean",
-            and the fields of `PairedTest`; one family of tests for Holm's correction.
+            and what `paired_test` gives; one family of tests for Holm's correction.
         class_comparisons: the same for every class as `measure`, another family.
         notes: what a reader must know before believing the numbers.
     """
@@ -208,7 +208,7 @@ def _comparisons(dice: pd.DataFrame, pairs: Iterable[tuple], measures: Iterable[
         case, _ = pd.factorize(both.index.get_level_values("case"))
         once = [np.bincount(case, both[run]) / np.bincount(case) for run in (first, second)]
         shared = [fold for fold in folds[first].tolist() if fold in folds[second]]
-        test = asdict(paired_test(*once, seed))
+        test = paired_test(*once, seed)
         rows.append({"first": first, "second": second, "measure": measure, "folds": shared, **test})
     tests = pd.DataFrame(rows)
     return tests.assign(p_holm=holm(tests["p_wilcoxon"])) if rows else tests
@@ -218,15 +218,15 @@ def _notes(
     dice: pd.DataFrame, folds: Sequence[int], found: Sequence[Run], splits: Splits, baseline: str | None
 ) -> Iterator[str]:
     tables = {run: dice.xs(run, level="run") for run in dice.index.unique("run")}
-    on_folds = {run.name: _notes_on_folds(run, folds) for run in found}
-    on_cases = {run: _notes_on_cases(table, splits) for run, table in tables.items()}
-    for notes in (on_folds, on_cases):
-        about = defaultdict(list)
-        for run, own in notes.items():
-            for note in own:
-                about[note].append(run)
-        for note, names in about.items():
-            yield f"{'all runs here' if 1 < len(names) == len(notes) else listed(names)}: {note}"
+    about = defaultdict(list)  # (note, number of runs that may have it) -> those that have it
+    for run in found:
+        for note in _notes_on_folds(run, folds):
+            about[note, len(found)].append(run.name)
+    for run, table in tables.items():
+        for note in _notes_on_cases(table, splits):
+            about[note, len(tables)].append(run)
+    for (note, total), names in about.items():
+        yield f"{'all runs here' if 1 < len(names) == total else listed(names)}: {note}"
     if len({tuple(table.index.unique("fold")) for table in tables.values()}) > 1:
         yield (
             "the runs stand on different folds: compare them by the column on common cases and by the paired tests, "

@@ -267,14 +267,13 @@ def _with_nnunet_folds(splits: Splits) -> Splits:
 def _nnunet_folds(raw: Path, preprocessed: Path) -> list[Fold]:
     """The 5 of nnU-Net; both folders must hold the same cases, for nnU-Net splits those that are preprocessed."""
     from nnunetv2.utilities.crossval_split import generate_crossval_split
-    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+    from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder as cases_in
 
-    lists, images = {}, str(raw / "imagesTr")
+    lists = {}
     if (file := raw / "dataset.json").is_file():
         with telling_damage(raw, f"imagesTr, and its file_ending or the cases in {file.name}; mend one of them"):
             about = json.loads(file.read_text(encoding="utf-8"))
-            found = about.get("dataset") or get_identifiers_from_splitted_dataset_folder(images, about["file_ending"])
-            lists[raw] = sorted(map(str, found))
+            lists[raw] = sorted(map(str, about.get("dataset") or cases_in(str(raw / "imagesTr"), about["file_ending"])))
     # each of nnU-Net's storage formats has one such file for every case
     for path in sorted(preprocessed.glob("*/*.pkl")):
         lists.setdefault(path.parent, []).append(path.stem)

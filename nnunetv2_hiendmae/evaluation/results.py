@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pandas as pd
@@ -126,14 +126,10 @@ def _read_summary(path: Path, file_ending: str) -> pd.DataFrame:
         # by label, not as text: 2 before 10
         keys = sorted(rows[0]["metrics"], key=lambda key: [*map(int, re.findall(r"\d+", key))])
         keys = [key for key in keys if key != BACKGROUND]
-        cases = [_case_name(row["prediction_file"], file_ending) for row in rows]
+        # the summary may have been written on another system; this splits at both kinds of slashes
+        files = [PureWindowsPath(row["prediction_file"]).name for row in rows]
+        cases = [n.removesuffix(file_ending) if n.endswith(file_ending or "/") else n.split(".")[0] for n in files]
         values = np.array([[row["metrics"][key]["Dice"] for key in keys] for row in rows], dtype=float)
     if not keys or len(set(cases)) != len(cases):
         raise UserError(f"{path} has no foreground class, or a case twice; {again}")
     return pd.DataFrame(values, index=cases, columns=keys)
-
-
-def _case_name(file: str, ending: str) -> str:
-    # the summary may have been written on another system
-    name = re.split(r"[\\/]", file)[-1]
-    return name.removesuffix(ending) if ending and name.endswith(ending) else name.split(".")[0]

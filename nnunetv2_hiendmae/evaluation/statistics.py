@@ -3,7 +3,6 @@
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,28 +15,7 @@ RESAMPLES = 10_000
 CONFIDENCE = 0.95
 
 
-@dataclass(frozen=True)
-class PairedTest:
-    """Two runs on the cases that both have a value for.
-
-    Args:
-        pairs: number of such cases.
-        mean_difference: of first − second; NaN without pairs.
-        interval_95: low and high, bootstrap percentile interval of the mean difference; NaN with fewer than 2 pairs.
-        p_wilcoxon: two-sided Wilcoxon signed-rank, NaN where it makes no sense.
-        p_holm: corrected for the family of tests it belongs to, NaN like `p_wilcoxon`.
-        reason: why there is no p, "" where there is one.
-    """
-
-    pairs: int
-    mean_difference: float
-    interval_95: tuple[float, float]
-    p_wilcoxon: float
-    p_holm: float = math.nan
-    reason: str = ""
-
-
-def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedTest:
+def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, Any]:
     """Compares two runs case by case; a case where either is NaN is left out.
 
     Equal pairs are dropped before ranking (Wilcoxon's own treatment). With fewer than 6 pairs that differ there is no
@@ -46,6 +24,11 @@ def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedT
     Args:
         first, second: Dice of the same cases in the same order, (cases,).
         seed: of the bootstrap.
+
+    Returns:
+        `pairs`, their number; `mean_difference` of first − second, NaN without pairs; `interval_95`, low and high of
+        the bootstrap percentile interval of it, NaN with fewer than 2 pairs; `p_wilcoxon`, two-sided signed-rank;
+        `p_holm`, NaN until it is corrected for its family of tests; `reason`, why there is no p (NaN), or "".
     """
     difference = pd.Series(np.subtract(first, second), dtype=float).dropna()
     changed = difference[difference != 0]
@@ -58,8 +41,9 @@ def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> PairedT
         reason = f"only {changed.size} pairs that differ, needed {MIN_DIFFERENCES}"
     else:
         p = float(stats.wilcoxon(changed).pvalue)
-    interval = _bootstrap(difference.to_numpy(), seed)
-    return PairedTest(difference.size, float(difference.mean()), interval, p, reason=reason)
+    about = {"pairs": difference.size, "mean_difference": float(difference.mean())}
+    about["interval_95"] = _bootstrap(difference.to_numpy(), seed)
+    return {**about, "p_wilcoxon": p, "p_holm": math.nan, "reason": reason}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -71,16 +55,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_ranks(values: np.ndarray) -> np.ndarray:
-    """Mean rank of every run over the cases that all runs have a value for; 1 is the highest Dice, ties share.
-
-    Args:
-        values: (runs, cases).
-
-    Returns:
-        (runs,), NaN without such a case.
-    """
-    complete = pd.DataFrame(values).dropna(axis="columns")
-    return complete.rank(ascending=False).mean(axis="columns").to_numpy()
+    """Mean rank of every run over the cases that all runs have a value for, (runs, cases) -> (runs,); 1 is the highest
+    Dice, ties share; NaN without such a case."""
+    return pd.DataFrame(values).dropna(axis="columns").rank(ascending=False).mean(axis="columns").to_numpy()
 
 
 def summary(values: Iterable[float], over: str) -> dict[str, Any]:
@@ -109,5 +86,4 @@ def _bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float]:
         return math.nan, math.nan
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "batch": 1000}
     found = stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options)
-    low, high = found.confidence_interval
-    return float(low), float(high)
+    return tuple(map(float, found.confidence_interval))

@@ -1,5 +1,6 @@
 """The demo from end to end, and what it says when something is in the way."""
 
+import inspect
 import json
 import os
 import resource
@@ -13,14 +14,15 @@ import pytest
 from nnunet_data import LESION, ORGAN, make_dataset, make_folders
 
 from nnunetv2_hiendmae.cli import main
-from nnunetv2_hiendmae.demo import process
+from nnunetv2_hiendmae.demo import RESULTS_FILE, SETTINGS_FILE, claim, process, run_demo
 from nnunetv2_hiendmae.demo.datasets import find_data
 from nnunetv2_hiendmae.demo.process import Runner, console_script
-from nnunetv2_hiendmae.demo.run import METHODS, RESULTS_FILE, SETTINGS_FILE, claim, run_demo
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS as PRETRAINING_METHODS
+from nnunetv2_hiendmae.recipes import RECIPES
 
+METHODS = tuple(RECIPES)
 SMALLEST = {
     "pretrain_epochs": 2,
     "steps_per_epoch": 2,
@@ -191,9 +193,15 @@ def test_one_method_or_all(tmp_path, capsys):
 
 
 def test_the_command_line_chooses_the_methods(tmp_path, monkeypatch):
-    asked = []
+    asked, parameters = [], inspect.signature(run_demo)
+
+    def ask(**given):
+        options = parameters.bind(**given)
+        options.apply_defaults()
+        asked.append(options.arguments["methods"])
+
     monkeypatch.setenv(EXT_TRAINER_VARIABLE, "")
-    monkeypatch.setattr("nnunetv2_hiendmae.demo.run.run_demo", lambda _, **options: asked.append(options["methods"]))
+    monkeypatch.setattr("nnunetv2_hiendmae.demo.run_demo", ask)
     for arguments in ([], ["--method", "glmae"], ["--all"]):
         assert main(["demo", "-o", str(tmp_path / "demo"), *arguments]) == 0
     assert [tuple(methods) for methods in asked] == [("hiendmae",), ("glmae",), METHODS]
@@ -214,7 +222,7 @@ def test_failing_phase_names_its_log(tmp_path, monkeypatch):
     fork_commands(monkeypatch)
     with pytest.raises(RuntimeError, match=r"(?s)exit code 2: nnUNetv2_train.*01_train\.log.*required"):
         runner.run("train", "nnUNetv2_train")
-    assert not runner.phases
+    assert not runner.commands and not runner.seconds
 
 
 def test_missing_console_script():

@@ -3,15 +3,16 @@
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunetv2_hiendmae.evaluation.compare import MEAN, Report, SettingResult
-from nnunetv2_hiendmae.evaluation.figure import draw_comparison
 from nnunetv2_hiendmae.evaluation.statistics import RESAMPLES
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import write_text, write_with
 
 CONVENTIONS = (
     "Dice of the foreground classes, between 0 and 1, as nnU-Net measured it on each fold's validation cases. Where "
@@ -33,6 +34,16 @@ RUN_MEASURES = (
     *("nnunet_foreground_mean", "mean_over_common_cases", "mean_rank"),
 )
 
+# of the figure
+COLOURS = "tab10"
+ROW_INCHES = 3.4
+INCHES_PER_RUN = 0.9
+INCHES_PER_BAR = 0.22
+GROUP_WIDTH = 0.8
+LONGEST_LABEL = 28
+# the dots' axis never shows less than this: differences in the fourth digit must not look like a gulf
+SMALLEST_SPAN = 0.2
+
 
 def markdown(report: Report) -> str:
     """The whole report for a reader."""
@@ -40,7 +51,7 @@ def markdown(report: Report) -> str:
     blocks = [
         f"# Comparison on {report.dataset}",
         CONVENTIONS,
-        _table(["run", "trainer", "plans", "configuration"], names),
+        table(["run", "trainer", "plans", "configuration"], names),
         _list(report.notes),
     ]
     for result in report.settings:
@@ -75,6 +86,35 @@ def write(report: Report, folder: Path) -> list[Path]:
     return [folder / name for name in (*texts, "comparison.png")]
 
 
+def draw_comparison(report: Report, path: Path) -> None:
+    """Writes a PNG with one row per setting: left a dot per case (mean over classes), right a bar per class.
+
+    The line in the dots is their mean; a whisker on a bar is the standard deviation over cases. Thin lines join the
+    same case in neighbouring runs. A class without a value in a run has no bar but "n/a". A run that lacks folds says
+    so.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    runs, classes = len(report.labels), max(len(result.classes) for result in report.settings)
+    widths = [max(3.0, INCHES_PER_RUN * runs), max(3.5, INCHES_PER_BAR * (runs + 1) * classes)]
+    # not through pyplot, whose global state keeps figures open and picks a screen
+    size = (sum(widths) + 0.8, ROW_INCHES * len(report.settings) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(report.settings), 2, squeeze=False, width_ratios=widths)
+    palette = colormaps[COLOURS]
+    colours = {name: palette(i % palette.N) for i, name in enumerate(report.labels)}
+    for (dots, bars), result in zip(axes, report.settings, strict=True):
+        labels = [_label(report.labels[run.run], run.folds, run.missing_folds) for run in result.runs.itertuples()]
+        shades = [colours[run] for run in result.runs["run"]]
+        _draw_cases(dots, report.dice.loc[result.setting][MEAN], labels, shades)
+        _finish(dots, f"{result.setting}\ncases, mean of classes", labels)
+        _draw_classes(bars, result, labels, shades)
+        _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", [*map(_shortened, result.classes)])
+    figure.suptitle(report.dataset, fontsize=11)
+    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+
+
 def _setting(result: SettingResult, report: Report) -> list[str]:
     runs, tests, labels = result.runs.to_dict("records"), result.comparisons.to_dict("records"), report.labels
     head = ["run", "folds", "missing", "cases", "nnU-Net's mean", "over cases", "over folds"]
@@ -99,16 +139,16 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
     told = any(meaning != result.setting for meaning in result.folds.values())
     blocks = [
         "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.folds.items()) if told else "",
-        _table(head, overview),
+        table(head, overview),
         "Per class, over cases:",
-        _table(["class", *(labels[run["run"]] for run in runs)], per_class),
+        table(["class", *(labels[run["run"]] for run in runs)], per_class),
     ]
     if tests:
         count = result.comparisons["p_wilcoxon"].count()
         holm = f"Holm's correction over the {count} tests of this table" if count else "not possible here"
         head = ["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"]
         rows = [[f"{labels[test['first']]} − {labels[test['second']]}", *_test_cells(test)] for test in tests]
-        blocks += [TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm), _table(head, rows)]
+        blocks += [TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm), table(head, rows)]
     return [*blocks, _list(result.notes)]
 
 
@@ -141,7 +181,8 @@ def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Of Markdown, from texts; a | in one of them becomes a /."""
     lines = (" | ".join(cell.replace("|", "/") for cell in row) for row in (head, ["---"] * len(head), *rows))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -162,3 +203,57 @@ def _mean_std(values: Mapping[str, Any], over: str, total: int) -> str:
     mean, std, known = (values[name] for name in (f"mean_over_{over}", f"std_over_{over}", f"{over}_with_value"))
     left_out = f" (n = {known})" if known < total else ""
     return f"{_number(mean)} ± {_number(std)}{left_out}" if known else _number(mean)
+
+
+def _draw_cases(axis, dice: pd.Series, labels: Sequence[str], colours: Sequence) -> None:
+    measured = [values.droplevel("run") for _, values in dice.groupby("run", sort=False)]
+    for i, (left, right) in enumerate(pairwise(measured)):
+        both = left.index[left.index.isin(right.index)]
+        axis.plot([i, i + 1], [left[both], right[both]], color="0.85", linewidth=0.6, zorder=1)
+    for i, (values, colour) in enumerate(zip(measured, colours, strict=True)):
+        known = values.dropna().to_numpy()
+        axis.scatter(np.full(known.size, i), known, s=14, color=colour, alpha=0.7, linewidth=0, zorder=2)
+        if known.size:
+            axis.hlines(known.mean(), i - 0.25, i + 0.25, color="black", linewidth=1.5, zorder=3)
+    low, high = axis.get_ylim()
+    middle = min(max((low + high) / 2, SMALLEST_SPAN / 2), 1 - SMALLEST_SPAN / 2)
+    axis.set_ylim(min(low, middle - SMALLEST_SPAN / 2), max(high, middle + SMALLEST_SPAN / 2))
+
+
+def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: Sequence) -> None:
+    width = GROUP_WIDTH / len(labels)
+    for i, (per_class, label, colour) in enumerate(zip(result.runs["per_class"], labels, colours, strict=True)):
+        x = np.arange(len(result.classes)) - GROUP_WIDTH / 2 + (i + 0.5) * width
+        means, spreads, _ = pd.DataFrame(per_class).to_numpy()
+        axis.bar(x, np.nan_to_num(means), width, color=colour, label=label)
+        # Dice ends at 0 and 1, and so do the whiskers
+        below = np.minimum(np.nan_to_num(spreads), np.nan_to_num(means))
+        above = np.minimum(np.nan_to_num(spreads), 1 - np.nan_to_num(means))
+        axis.errorbar(x, means, [below, above], fmt="none", ecolor="0.25", elinewidth=0.8)
+        for position in x[np.isnan(means)]:
+            axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
+    # bars start at nothing; the dots beside them show what happens near the top
+    axis.set_ylim(0, 1)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _finish(axis, title: str, names: Sequence[str]) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
+    axis.set_xlim(-0.6, len(names) - 0.4)
+    axis.set_ylabel("Dice", fontsize=8)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.grid(axis="y", color="0.9", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(name: str, folds: Sequence[int], missing: Sequence[int]) -> str:
+    # a figure travels without the notes of the table
+    lacking = f"\n({len(folds)} of {len(folds) + len(missing)} folds)" if missing else ""
+    return f"{_shortened(name)}{lacking}"
+
+
+def _shortened(text: str) -> str:
+    # the end tells plans apart: nnUNetPlans_HiEndMAE, nnUNetPlans_ViTUNETR
+    return text if len(text) <= LONGEST_LABEL else "…" + text[1 - LONGEST_LABEL :]
