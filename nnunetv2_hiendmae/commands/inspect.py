@@ -9,6 +9,7 @@ from typing import Any
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings
 
 FOREIGN = "foreign checkpoint"
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
@@ -51,8 +52,6 @@ def _text(value: Any) -> str:
 
 
 def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
-    from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, read_settings
-
     if not (path / SETTINGS).is_file():
         raise UserError(
             f"{path} is not a run folder (no {SETTINGS}); give an encoder file, a checkpoint or a run folder"
@@ -67,15 +66,16 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
 
 def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     from nnunetv2_hiendmae.files import sha256
-    from nnunetv2_hiendmae.weights import is_encoder_file, run_checkpoint, translate_checkpoint
     from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
+    from nnunetv2_hiendmae.weights.convert import is_run_checkpoint, translate_checkpoint
+    from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY
 
-    if is_encoder_file(path):
+    content, header = read_checkpoint(path)
+    if METADATA_KEY in header:
         translated = translate_checkpoint(path, options)
         about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
         return {**about, **json.loads(translated.metadata.to_json())}
-    content, _ = read_checkpoint(path)
-    about, next_step = (_run if run_checkpoint.is_run_checkpoint(content) else _foreign)(path, content, options)
+    about, next_step = (_run if is_run_checkpoint(content) else _foreign)(path, content, options)
     try:
         translated = translate_checkpoint(path, options)
     except UserError as e:
@@ -90,16 +90,14 @@ def _run(path: Path, content: dict[str, Any], _: ConvertOptions) -> tuple[dict[s
     """What a run's checkpoint is, and what to do with it."""
     import torch
 
-    from nnunetv2_hiendmae.weights import run_checkpoint
-
-    tensors = [t for t in content[run_checkpoint.STATE].values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in content[STATE].values() if isinstance(t, torch.Tensor)]
     about = {
         "kind": "pretraining checkpoint",
-        "step": content[run_checkpoint.STEP],
+        "step": content[STEP],
         "tensors": len(tensors),
         "parameters": sum(t.numel() for t in tensors),
     }
-    return about, f"continue the run with --c; its encoder is {path.parent / run_checkpoint.ENCODER}"
+    return about, f"continue the run with --c; its encoder is {path.parent / ENCODER}"
 
 
 def _foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> tuple[dict[str, Any], str]:
@@ -108,7 +106,6 @@ def _foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> tu
     Raises:
         UserError: it is of no known kind.
     """
-    from nnunetv2_hiendmae.weights import run_checkpoint
     from nnunetv2_hiendmae.weights.formats import find_encoder
 
     try:
@@ -123,4 +120,4 @@ def _foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> tu
         "tensors": len(found.state),
         "axes": options.axes or found.format.axes,
     }
-    return about, shlex.join(["hiendmae", "convert", str(path), *options.arguments(), "-o", run_checkpoint.ENCODER])
+    return about, shlex.join(["hiendmae", "convert", str(path), *options.arguments(), "-o", ENCODER])

@@ -4,6 +4,7 @@ the encoder's state_dict is (docs/methods.md, "Released weights")."""
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,26 +26,21 @@ USUAL_SIZES = {192: (3, 12), 384: (6, 12), 768: (12, 12), 1024: (16, 24), 1280: 
 
 _DECODER = "the decoder is not used for fine-tuning"
 _HEAD = "a head of pretraining or classification is not used for fine-tuning"
+_UNUSED = "MONAI's ViT creates cross-attention tensors and never uses them"
 _MASK = "nothing is masked in fine-tuning"
-# what programs call the layers behind an encoder's output
-_HEADS = (
-    r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|linear_head|proj(ection)?_head|projector"
-    r"|predictor)\..*"
-)
 # pattern of a name without wrappers, and why such tensors are not read
 _MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
+# what programs call the layers behind an encoder's output
+_HEADS = r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|(linear|proj|projection)_head"
+_HEADS_DROPPED = ((rf"{_HEADS}|projector|predictor)\..*", _HEAD),)
 
 
 def _released(method: str) -> VolumeFormat:
     """How the authors' volumes became arrays: the window is [0, 1], axes are turned to RAS."""
-    low, high = RECIPES[method].volume.window_hu
-    return replace(
-        RECIPES[method].volume,
-        image_reader_writer="NibabelIOWithReorient",
-        intensity_offset=low,
-        intensity_scale=high - low,
-        orientation="RAS",
-    )
+    volume = RECIPES[method].volume
+    low, high = volume.window_hu
+    turned = replace(volume, image_reader_writer="NibabelIOWithReorient", orientation="RAS")
+    return replace(turned, intensity_offset=low, intensity_scale=high - low)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ class WeightFormat:
         rename: a name without wrappers → our name of it, None where it is not the encoder's.
         spec: the spec that renamed tensors tell.
         sizes: what was released.
-        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing).
+        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing); None: all shapes
+            are ours.
         dropped: patterns of names that are rightly left out, with the reason.
         library: names of a library, used for any pretraining; its arrays are nnU-Net's (z, y, x), positions may be
             trained, and it has an option without qkv bias, where zeros are the same. Otherwise of the authors of the
@@ -77,7 +74,7 @@ class WeightFormat:
     rename: Callable[[str], str | None]
     spec: layouts.InferSpec
     sizes: layouts.Sizes
-    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] = layouts.unchanged
+    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] | None = None
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
     library: bool = False
     seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
@@ -120,12 +117,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "Hi-End-MAE pretraining checkpoint",
         lambda _key, names: _any(names, rf"encoder\.{_BLOCK}"),
         layouts.hiendmae_name,
-        layouts.vit_spec(cls_token=True, cls_row=False),
+        partial(layouts.vit_spec, cls_token=True, cls_row=False),
         {1536: (16, 12), 768: (12, 12)},
-        dropped=(
-            (r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER),
-            (r"mask_token", _MASK),
-        ),
+        dropped=((r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER), (r"mask_token", _MASK)),
         seen=_released("hiendmae"),
         licence=APACHE,
         inside=r"encoder[._]",
@@ -147,14 +141,11 @@ FORMATS: tuple[WeightFormat, ...] = (
         "ViT with MONAI's names, alone or as the encoder of a UNETR",
         lambda _key, names: _any(names, r"(vit\.)?(blocks\.\d+\.mlp\.linear1|patch_embedding)\."),
         layouts.monai_name,
-        layouts.vit_spec(cls_token=None, cls_row=False, norm_eps=1e-5),
+        partial(layouts.vit_spec, cls_token=None, cls_row=False, norm_eps=1e-5),
         {768: (12, 12)},
         layouts.monai_value,
         dropped=(
-            (
-                r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*",
-                "MONAI's ViT creates cross-attention tensors and never uses them",
-            ),
+            (r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*", _UNUSED),
             (r"(vit\.)?classification_head\..*", _HEAD),
             (r"(encoder\d+|decoder\d+|out|conv3d_transpose(_1)?)\..*", _DECODER),
         ),
@@ -167,9 +158,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "GL-MAE pretraining checkpoint (student, teacher, or backbone alone)",
         lambda key, names: _any(names, rf"backbone\.{_BLOCK}") or (key in _GLMAE_CONTAINERS and _any(names, _BLOCK)),
         layouts.backbone_name,
-        layouts.vit_spec(cls_token=True, cls_row=True),
+        partial(layouts.vit_spec, cls_token=True, cls_row=True),
         {768: (12, 12), 192: (3, 12)},
-        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (_HEADS, _HEAD)),
+        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), *_HEADS_DROPPED),
         seen=_released("glmae"),
         licence=NONE_STATED,
         inside=r"backbone\.",
@@ -179,9 +170,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "MAE3D pretraining checkpoint",
         lambda _key, names: _any(names, _BLOCK) and _any(names, "decoder_"),
         layouts.same_name,
-        layouts.vit_spec(cls_token=True, cls_row=True),
+        partial(layouts.vit_spec, cls_token=True, cls_row=True),
         USUAL_SIZES,
-        dropped=(*_MAE_DROPPED, (_HEADS, _HEAD)),
+        dropped=_MAE_DROPPED + _HEADS_DROPPED,
         licence=NONE_STATED,
         lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
         "names: if it is one, give --format glmae",
@@ -191,9 +182,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "ViT with timm's names and a 3D patch embedding",
         lambda _key, names: _any(names, _BLOCK),
         layouts.same_name,
-        layouts.vit_spec(cls_token=None, cls_row=None),
+        partial(layouts.vit_spec, cls_token=None, cls_row=None),
         USUAL_SIZES,
-        dropped=((_HEADS, _HEAD), *_MAE_DROPPED),
+        dropped=_HEADS_DROPPED + _MAE_DROPPED,
         library=True,
         lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
         "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
