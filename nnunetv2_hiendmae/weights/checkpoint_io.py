@@ -91,15 +91,14 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _can_be_mapped(path: Path) -> bool:
     """Torch's zip format, uncompressed: mapped, a compressed record would be read as if it were the numbers."""
-    # at the start as well: anything may end like a zip file
     with path.open("rb") as f:
-        if f.read(len(_ZIP_START)) != _ZIP_START or not zipfile.is_zipfile(path):
+        # at the start as well: anything may end like a zip file
+        if f.read(len(_ZIP_START)) != _ZIP_START:
             return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-    except zipfile.BadZipFile:
-        return False
+        try:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in zipfile.ZipFile(f).infolist())
+        except zipfile.BadZipFile:
+            return False
 
 
 def _one_line(error: Exception) -> str:

@@ -93,24 +93,18 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        return _translated(content, header, source, options)
+        if stored := header_metadata(header, encoder_file.METADATA_KEY, source):
+            _refuse(options)
+            translation = translate_own(content, "", stored.spec)
+            return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
+        if is_run_checkpoint(content):
+            return _translate_run(content, source, options)
+        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
         told = printable(e, LONGEST_ERROR)
         raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
-
-
-def _translated(
-    content: Mapping[str, Any], header: Mapping[str, str], source: Path, options: ConvertOptions
-) -> Conversion:
-    if stored := header_metadata(header, encoder_file.METADATA_KEY, source):
-        _refuse(options)
-        translation = translate_own(content, "", stored.spec)
-        return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
-    if is_run_checkpoint(content):
-        return _translate_run(content, source, options)
-    return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
 
 
 def is_run_checkpoint(content: Mapping[str, Any]) -> bool:
@@ -193,22 +187,17 @@ def _foreign_metadata(
 ) -> EncoderMetadata:
     """What is known about an encoder that another program wrote, without its file; `formula`: its positions were the
     sin-cos table of their grid. Refuses another method than the format's (UserError)."""
-    entry, method = found.format, options.method
+    entry, method, volume = found.format, options.method, found.format.seen
     if method and entry.method and method != entry.method:
         raise UserError(f"--method {method}: a {entry.name} file is of method {entry.method}; leave it out")
-    volume = entry.seen
     if volume.window_hu is not None:
         # names decide which dataset fits: those of several channels nobody knows
         names = ("CT",) if spec.in_channels == 1 else ()
         volume = replace(volume, normalization_schemes=(CT_SCHEME,) * spec.in_channels, channel_names=names)
-    return EncoderMetadata(
-        spec,
-        entry.method or method or DEFAULT_METHOD,
-        volume,
-        citations=RECIPES[entry.method].citations if entry.method else (),
-        licence=entry.licence,
-        notes=_foreign_notes(found, spec, options, formula),
-    )
+    cited = RECIPES[entry.method].citations if entry.method else ()
+    notes = _foreign_notes(found, spec, options, formula)
+    method = entry.method or method or DEFAULT_METHOD
+    return EncoderMetadata(spec, method, volume, citations=cited, licence=entry.licence, notes=notes)
 
 
 def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOptions, formula: bool) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 the encoder's state_dict is (docs/methods.md, "Released weights")."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -157,7 +157,8 @@ FORMATS: tuple[WeightFormat, ...] = (
         "glmae",
         "GL-MAE pretraining checkpoint (student, teacher, or backbone alone)",
         lambda key, names: _any(names, rf"backbone\.{_BLOCK}") or (key in _GLMAE_CONTAINERS and _any(names, _BLOCK)),
-        layouts.backbone_name,
+        # student and teacher, with or without the prefix of their training program
+        lambda name: layouts.same_name(name.removeprefix("backbone.")),
         partial(layouts.vit_spec, cls_token=True, cls_row=True),
         {768: (12, 12), 192: (3, 12)},
         dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), *_HEADS_DROPPED),
@@ -230,15 +231,17 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
         raise UserError(f"--format {options.format} is unknown, needed one of {', '.join(FORMAT_NAMES)}")
     if options.method not in (None, *RECIPES):
         raise UserError(f"--method {options.method} is unknown, needed one of {', '.join(RECIPES)}")
-    if found := next(_matches(content, options), None):
+    if found := _matching(content, options):
         return found
     inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
-    nested = {k: next(_matches(v, options), None) for k, v in inner.items()}
-    nested = {k: replace(v, path=(k, *v.path)) for k, v in nested.items() if v}
+    nested = {k: found for k, v in inner.items() if (found := _matching(v, options))}
     if len(nested) == 1:
-        return nested.popitem()[1]
+        key, found = nested.popitem()
+        return replace(found, path=(key, *found.path))
     if nested:
-        raise UserError(f"encoders in {_some(nested)}: which is meant? save that one alone")
+        raise UserError(
+            f"encoders in {some(map(printable, nested), _MOST_LISTED)}: which is meant? save that one alone"
+        )
     if options.use_teacher and not any("teacher" in level for level in (content, *inner.values())):
         raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
     raise UserError(
@@ -247,36 +250,26 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
     )
 
 
-def _matches(content: Mapping[str, Any], options: ConvertOptions) -> Iterator[ForeignEncoder]:
-    """State_dicts under the usual keys that are of a format, or could be of the wanted one."""
+def _matching(content: Mapping[str, Any], options: ConvertOptions) -> ForeignEncoder | None:
+    """The first state_dict under the usual keys that is of a format, or could be of the wanted one."""
     for key in ("teacher",) if options.use_teacher else _CONTAINERS:
         inside = content.get(key) if key else content
         state = {k: v.detach() for k, v in inside.items() if is_weight(k, v)} if isinstance(inside, Mapping) else {}
-        if not state:
-            continue
-        names = _unwrapped(state)
-        for entry in FORMATS:
+        names = {name: name for name in state}
+        while wrapper := next((w for w in _WRAPPERS if names and all(n.startswith(w) for n in names)), None):
+            names = {n.removeprefix(wrapper): source for n, source in names.items()}
+        for entry in FORMATS if state else ():
             if entry.name == options.format or (options.format is None and entry.matches(key, names)):
-                yield ForeignEncoder(entry, (key,) if key else (), names, state)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
-    names = {name: name for name in state}
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None):
-        names = {n.removeprefix(wrapper): source for n, source in names.items()}
-    return names
+                return ForeignEncoder(entry, (key,) if key else (), names, state)
+    return None
 
 
 def _contents(content: Mapping[str, Any]) -> str:
     """Where a file's tensors are, and the names of some."""
     places: dict[str, list[str]] = {}
     for key, value in content.items():
-        place = "" if isinstance(value, Tensor) else str(key)
-        inside = [str(key)] if isinstance(value, Tensor) else [name for name, _ in tensors_in(value)]
-        places.setdefault(place, []).extend(inside)
-    told = [f"{f'{printable(p)!r} with ' if p else ''}{_some(names)}" for p, names in places.items() if names]
+        bare = isinstance(value, Tensor)
+        inside = [str(key)] if bare else [name for name, _ in tensors_in(value)]
+        places.setdefault("" if bare else f"{printable(key)!r} with ", []).extend(inside)
+    told = [f"{place}{some(map(printable, names), _MOST_LISTED)}" for place, names in places.items() if names]
     return f"tensors are {'; '.join(told[:_MOST_LISTED])}"
-
-
-def _some(names: Collection[str]) -> str:
-    return some(map(printable, names), _MOST_LISTED)

@@ -76,11 +76,6 @@ def hiendmae_name(name: str) -> str | None:
     return same_name(inner) if inner != name and inner != "pos_embed" else None
 
 
-def backbone_name(name: str) -> str | None:
-    """GL-MAE's student and teacher, with or without the `backbone.` of its training program."""
-    return same_name(name.removeprefix("backbone."))
-
-
 # MONAI's → ours; where two are the same, the last one is what MONAI's convolutional embedding has
 MONAI_PARTS = (
     ("patch_embedding.position_embeddings", "pos_embed"),
