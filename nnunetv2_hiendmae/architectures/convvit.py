@@ -8,16 +8,8 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.architectures.layers import (
-    BLOCK_TENSORS,
-    Axes,
-    Encoder,
-    PatchEmbed,
-    drop_path_rates,
-    init_transformer,
-    position_table,
-    transformer_blocks,
-)
+from nnunetv2_hiendmae.architectures import layers
+from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
 from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
 
@@ -146,15 +138,15 @@ class ConvViTEncoder(Encoder):
     def __init__(self, spec: EncoderSpec):
         super().__init__(spec)
         e, stem = spec.embed_dim, spec.stem_dims
-        rates = iter(drop_path_rates(spec.drop_path_rate, sum(spec.stem_depths) + spec.depth))
+        rates = iter(layers.drop_path_rates(spec.drop_path_rate, sum(spec.stem_depths) + spec.depth))
         self.stages = nn.ModuleList(
             ConvStage(in_channels, width, spec.mlp_ratio, [next(rates) for _ in range(depth)])
             for in_channels, width, depth in zip((spec.in_channels, *stem), stem, spec.stem_depths, strict=False)
         )
         self.embed = NormedEmbed(stem[-1], e)
         self.embed_linear = nn.Linear(e, e)
-        self.pos_embed = position_table(spec)
-        self.blocks = transformer_blocks(spec, list(rates), layer_scale=1.0 if spec.dense else None)
+        self.pos_embed = layers.position_table(spec)
+        self.blocks = layers.transformer_blocks(spec, list(rates), layer_scale=1.0 if spec.dense else None)
         if spec.dense:
             offsets = math.prod(2 * g - 1 for g in spec.grid)
             self.rel_pos_bias = nn.Parameter(torch.zeros(spec.depth, offsets, spec.num_heads))
@@ -162,17 +154,10 @@ class ConvViTEncoder(Encoder):
             factors = [2 << i for i in reversed(range(len(stem)))]
             self.fusions = nn.ModuleList(PatchEmbed(c, e, (f, f, f)) for c, f in zip(stem, factors, strict=True))
             self.norm = nn.LayerNorm(e, eps=spec.norm_eps)
-        init_transformer(self)
+        layers.init_transformer(self)
 
     def forward(self, x: Tensor, idx_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens of the visible patches, each computed from visible voxels alone.
-
-        Args:
-            x: (B, C, D, H, W), each axis a multiple of the patch.
-            idx_keep: (B, K) visible tokens in raster numbering; None: all N in raster order.
-
-        Returns:
-            Tokens after fusion and the final norm (B, K, E), and an empty list (there are no taps).
+        """See `Encoder`: tokens after fusion and the final norm, each computed from visible voxels alone; no taps.
 
         Raises:
             ValueError: the encoder is the dense form.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,26 +28,18 @@ class ConvViTUNETR(SegmentationNetwork):
 
     encoder_class = ConvViTEncoder
     trainers = "nnUNetTrainer_MiM or nnUNetTrainer_ViTUNETR"
+    default_width = 48
     axes: ClassVar = {r"bottleneck\.1\..*": Axes.NONE, **SegmentationNetwork.axes}
 
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        deep_supervision: bool = False,
-        decoder_width: int = 48,
-        **spec_kwargs: Any,
-    ):
-        super().__init__(input_channels, deep_supervision, spec_kwargs)
+    def build_decoder(self, input_channels: int, width: int) -> None:
         self._check_crop(self.spec.img_size)
-        e, w, stem = self.spec.embed_dim, decoder_width, self.spec.stem_dims
+        e, w, stem = self.spec.embed_dim, width, self.spec.stem_dims
         self.bottleneck = nn.Sequential(nn.Conv3d(e, 2 * e, HALF, HALF), nn.BatchNorm3d(2 * e), nn.GELU())
         self.image_block = residual_block(input_channels, w)
         self.skips = nn.ModuleList(residual_block(c, w << i) for i, c in enumerate(stem))
         self.bottleneck_block = residual_block(2 * e, 2 * e)
         widths = [2 * e, e, *(w << i for i in reversed(range(len(stem)))), w]
         self.ups = nn.ModuleList(UpStep(a, b, HALF) for a, b in pairwise(widths))
-        self.head = nn.Conv3d(w, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) → logits (B, num_classes, D, H, W).

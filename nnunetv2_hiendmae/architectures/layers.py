@@ -44,8 +44,10 @@ BLOCK_TENSORS = r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|
 class Encoder(nn.Module):
     """A kind of encoder: what pretraining, segmentation, plans and weights on disk need of it.
 
-    `forward(x, idx_keep)` gives the visible tokens, `feature_maps(x)` dense maps from fine to coarse. Everything else
-    that differs between kinds is declared here, and nowhere else asked by name.
+    `forward(x, idx_keep=None)` takes a volume (B, C, D, H, W), each axis a multiple of the patch, and the visible
+    tokens (B, K) in raster numbering (None: all N in raster order). It gives their tokens (B, [1+]K, E), CLS first if
+    there is one, and the list of the taps' outputs. `feature_maps(x)` gives dense maps (B, width, d, h, w) from fine to
+    coarse. Everything else that differs between kinds is declared here, and nowhere else asked by name.
 
     Attributes:
         kind: as in `EncoderSpec.kind`.

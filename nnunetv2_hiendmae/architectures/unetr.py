@@ -93,13 +93,14 @@ class SegmentationNetwork(nn.Module):
     Attributes:
         encoder_class: kind of encoder.
         trainers: those that switch deep supervision off.
+        default_width: of the decoder.
         axes: as `Encoder.axes`, of the tensors that are not the encoder's.
 
     Args:
         input_channels: channels of the image, cascade inputs included.
         num_classes: channels of the logits.
         deep_supervision: must be false; there is one output.
-        decoder_width: channels w of the decoder at full resolution.
+        decoder_width: channels w of the decoder at full resolution; None: `default_width`.
         spec_kwargs: the fields of `EncoderSpec` without `in_channels`, lists allowed for tuples; those of the kind's
             `finetuning` are set.
 
@@ -109,21 +110,34 @@ class SegmentationNetwork(nn.Module):
 
     encoder_class: ClassVar[type[Encoder]]
     trainers: ClassVar[str]
+    default_width: ClassVar[int] = 32
     axes: ClassVar[dict[str, Axes]] = {r".*\.weight": Axes.KERNEL, r".*\.bias": Axes.NONE}
 
-    def __init__(self, input_channels: int, deep_supervision: bool, spec_kwargs: dict[str, Any]):
+    def __init__(
+        self,
+        input_channels: int,
+        num_classes: int,
+        deep_supervision: bool = False,
+        decoder_width: int | None = None,
+        **spec_kwargs: Any,
+    ):
         super().__init__()
         name, kind = type(self).__name__, spec_kwargs.get("kind", EncoderSpec.kind)
         if deep_supervision:
-            raise ValueError(
-                f"{name} has one output, deep supervision needs several: train with -tr {self.trainers}, which switch "
-                "it off"
-            )
+            told = f"{name} has one output, deep supervision needs several"
+            raise ValueError(f"{told}: train with -tr {self.trainers}, which switch it off")
         if kind != self.encoder_class.kind:
             raise ValueError(f"{name} needs an encoder of kind '{self.encoder_class.kind}', got '{kind}'")
         fields = {"in_channels": input_channels, **spec_kwargs, **self.encoder_class.finetuning}
         self.spec = EncoderSpec.from_dict(fields)
         self.encoder = self.encoder_class(self.spec)
+        width = self.default_width if decoder_width is None else decoder_width
+        self.build_decoder(input_channels, width)
+        self.head = nn.Conv3d(width, num_classes, kernel_size=1)
+
+    def build_decoder(self, input_channels: int, width: int) -> None:
+        """Adds the modules between encoder and head; ValueError where the spec does not fit them."""
+        raise NotImplementedError
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The layers of learning-rate decay from the bottom, in timm's form: what comes before the transformer, each of
@@ -149,25 +163,16 @@ class ViTUNETR(SegmentationNetwork):
     encoder_class = ViTEncoder
     trainers = "nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
 
-    def __init__(
-        self,
-        input_channels: int,
-        num_classes: int,
-        deep_supervision: bool = False,
-        decoder_width: int = 32,
-        **spec_kwargs: Any,
-    ):
-        super().__init__(input_channels, deep_supervision, spec_kwargs)
+    def build_decoder(self, input_channels: int, width: int) -> None:
         if len(self.spec.taps) != 3:
             raise ValueError(f"ViTUNETR needs an encoder with three taps, got {self.spec.taps}")
-        e, w = self.spec.embed_dim, decoder_width
+        e, w = self.spec.embed_dim, width
         early, last = upsampling_factors(self.spec.patch_size)
         self.image_block = residual_block(input_channels, w)
         # tap i joins the decoder after 3 - i steps
         self.skips = nn.ModuleList(SkipBranch(e, (2 << i) * w, early[: 3 - i]) for i in range(3))
         widths = [e, 8 * w, 4 * w, 2 * w, w]
         self.ups = nn.ModuleList(UpStep(widths[i], widths[i + 1], f) for i, f in enumerate([*early, last]))
-        self.head = nn.Conv3d(w, num_classes, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, D, H, W) → logits (B, num_classes, D, H, W)."""

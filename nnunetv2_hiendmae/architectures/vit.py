@@ -5,16 +5,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nnunetv2_hiendmae.architectures.layers import (
-    BLOCK_TENSORS,
-    Axes,
-    Encoder,
-    PatchEmbed,
-    drop_path_rates,
-    init_transformer,
-    position_table,
-    transformer_blocks,
-)
+from nnunetv2_hiendmae.architectures import layers
+from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify, take_tokens, token_grid
 
@@ -40,22 +32,13 @@ class ViTEncoder(Encoder):
         e = spec.embed_dim
         self.patch_embed = PatchEmbed(spec.in_channels, e, spec.patch_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, e)) if spec.cls_token else None
-        self.pos_embed = position_table(spec)
-        self.blocks = transformer_blocks(spec, drop_path_rates(spec.drop_path_rate, spec.depth))
+        self.pos_embed = layers.position_table(spec)
+        self.blocks = layers.transformer_blocks(spec, layers.drop_path_rates(spec.drop_path_rate, spec.depth))
         self.norm = nn.LayerNorm(e, eps=spec.norm_eps)
-        init_transformer(self)
+        layers.init_transformer(self)
 
     def forward(self, x: Tensor, idx_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
-        """Tokens and taps of the visible patches.
-
-        Args:
-            x: (B, C, D, H, W), each axis a multiple of the patch.
-            idx_keep: (B, K) visible tokens in raster numbering; None: all N in raster order.
-
-        Returns:
-            Tokens after the final norm (B, [1+]K, E), CLS first if there is one, and the list of tap outputs
-            of the same shape, before the norm.
-        """
+        """See `Encoder`: tokens after the final norm, and the taps' outputs of the same shape before it."""
         tokens = patchify(x, self.spec.patch_size)
         positions = self.positions(token_grid(x.shape[2:], self.spec.patch_size))
         if idx_keep is not None:

@@ -52,16 +52,16 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
 
 def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     """What a file is, by its content and not its name, and whether it would load; nothing in it is executed."""
-    from nnunetv2_hiendmae.weights import is_encoder_file, run_checkpoint, translate_checkpoint
     from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
+    from nnunetv2_hiendmae.weights.convert import is_run_checkpoint, translate_checkpoint
+    from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY
 
-    if is_encoder_file(path):
+    content, header = read_checkpoint(path)
+    if METADATA_KEY in header:
         translated = translate_checkpoint(path, options)
         about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
         return {**about, **json.loads(translated.metadata.to_json())}
-    content, _ = read_checkpoint(path)
-    ours = run_checkpoint.is_run_checkpoint(content)
-    about, next_step = _own(path, content) if ours else _foreign(path, content, options)
+    about, next_step = _own(path, content) if is_run_checkpoint(content) else _foreign(path, content, options)
     try:
         translated = translate_checkpoint(path, options)
     except UserError as e:

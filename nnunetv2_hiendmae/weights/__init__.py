@@ -4,27 +4,14 @@ from nnunetv2_hiendmae.options.convert import ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import permute_axes
 from nnunetv2_hiendmae.weights.convert import convert_checkpoint, translate_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import (
-    is_encoder_file,
+    EncoderMetadata,
     load_encoder,
     load_into,
     load_report,
     read_metadata,
     save_encoder,
 )
-from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.report import LoadReport
 
-__all__ = [
-    "ConvertOptions",
-    "EncoderMetadata",
-    "LoadReport",
-    "convert_checkpoint",
-    "is_encoder_file",
-    "load_encoder",
-    "load_into",
-    "load_report",
-    "permute_axes",
-    "read_metadata",
-    "save_encoder",
-    "translate_checkpoint",
-]
+__all__ = ["ConvertOptions", "EncoderMetadata", "LoadReport", "convert_checkpoint", "load_encoder", "load_into"]
+__all__ += ["load_report", "permute_axes", "read_metadata", "save_encoder", "translate_checkpoint"]

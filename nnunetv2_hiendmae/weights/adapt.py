@@ -31,16 +31,10 @@ def mismatch(
     called = {k: printable((sources or {}).get(k, k)) for k in state}
     wrong = [f"{k} is missing" for k in expected if k not in state]
     wrong += [f"{called[k]} is unexpected" for k in state if k not in expected]
-    wrong += [
-        f"{called[k]} has shape {tuple(state[k].shape)}, needed {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    wrong += [
-        f"{called[k]} holds {str(v.dtype).removeprefix('torch.')}, needed floating-point numbers"
-        for k, v in state.items()
-        if not v.is_floating_point()
-    ]
+    shapes = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in expected.items() if k in state}
+    wrong += [f"{called[k]} has shape {have}, needed {want}" for k, (have, want) in shapes.items() if have != want]
+    types = {k: str(v.dtype).removeprefix("torch.") for k, v in state.items() if not v.is_floating_point()}
+    wrong += [f"{called[k]} holds {kind}, needed floating-point numbers" for k, kind in types.items()]
     return some(wrong, separator="; ") or None
 
 
@@ -98,9 +92,8 @@ def _fitted(name: str, tensor: Tensor, source: EncoderSpec, encoder: Encoder) ->
         return tensor, ""
     have, want = source.in_channels, target.in_channels
     if have != 1:
-        raise UserError(
-            f"the encoder file has {have} input channels, the dataset {want}: only 1 can be spread over more"
-        )
+        told = f"the encoder file has {have} input channels, the dataset {want}"
+        raise UserError(f"{told}: only 1 can be spread over more")
     spread = tensor.float().repeat(1, want, 1, 1, 1) / want
     return spread, f"{have} → {want} input channels, repeated and divided by {want}"
 

@@ -15,9 +15,6 @@ from torch import Tensor
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.report import printable
 
-# the authors' training arguments; a plain record, which runs nothing of its own
-ALLOWED_GLOBALS = (argparse.Namespace,)
-_NOTHING_RUN = "nothing in it was executed"
 # the ways in which torch names what it refuses to unpickle
 _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
@@ -44,11 +41,21 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     # by content, an 8-byte length and JSON; by name only what is damaged and neither a zip file nor a pickle
     if start[8:] != b"{" and (path.suffix != SAFETENSORS or start.startswith((_ZIP_START, _PICKLE_START))):
         return _read_pickle(path), {}
+    return read_safetensors(path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, which are mapped, and text metadata.
+
+    Raises:
+        UserError: damaged, or of another kind.
+    """
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, OSError) as e:
-        raise UserError(f"{path} is not a readable safetensors file ({_one_line(e)}); download it again") from e
+        told = f"{path} is not a readable safetensors file ({_one_line(e)}); download or write it again"
+        raise UserError(told) from e
 
 
 def check_source(path: Path) -> None:
@@ -59,22 +66,21 @@ def check_source(path: Path) -> None:
 
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals(list(ALLOWED_GLOBALS)), path.open("rb") as f:
+        # the authors' training arguments: a plain record, which runs nothing of its own
+        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as f:
             # torch decides by the name of a path, and maps nothing but paths
-            named_otherwise = path.suffix == SAFETENSORS
-            mapped = not named_otherwise and _can_be_mapped(path)
-            source = f if named_otherwise else path
+            source = f if path.suffix == SAFETENSORS else path
+            mapped = source is path and _can_be_mapped(path)
             content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:  # torch and its zip reader raise many kinds for a damaged file
         offender = _OFFENDER.search(str(e)) if isinstance(e, pickle.UnpicklingError) else None
         if offender:
             raise UserError(
                 f"{path} was refused: it asks for {offender[1]}, which weights never need and which could run code; "
-                f"{_NOTHING_RUN}; ask its authors for a file of tensors only, e.g. .safetensors"
+                "nothing in it was executed; ask its authors for a file of tensors only, e.g. .safetensors"
             ) from e
-        raise UserError(
-            f"{path} is damaged or no PyTorch file ({_one_line(e)}), {_NOTHING_RUN}; download it again"
-        ) from e
+        told = f"{path} is damaged or no PyTorch file ({_one_line(e)}), nothing in it was executed; download it again"
+        raise UserError(told) from e
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, needed a dictionary of tensors; see its authors")
     if next(tensors_in(content), None) is None:
@@ -85,21 +91,20 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 def _can_be_mapped(path: Path) -> bool:
     """Torch's zip format, uncompressed: mapped, a compressed record would be read as if it were the numbers."""
-    # at the start as well: anything may end like a zip file
     with path.open("rb") as f:
-        if f.read(len(_ZIP_START)) != _ZIP_START or not zipfile.is_zipfile(path):
+        # at the start as well: anything may end like a zip file
+        if f.read(len(_ZIP_START)) != _ZIP_START:
             return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
-    except zipfile.BadZipFile:
-        return False
+        try:
+            return all(record.compress_type == zipfile.ZIP_STORED for record in zipfile.ZipFile(f).infolist())
+        except zipfile.BadZipFile:
+            return False
 
 
 def _one_line(error: Exception) -> str:
     """What torch says, without its advice to load unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if "weights_only" not in line]
-    told = next((line for line in lines if line), type(error).__name__)
+    lines = (line.strip() for line in str(error).splitlines() if "weights_only" not in line)
+    told = next(filter(None, lines), type(error).__name__)
     return printable(told.removeprefix("WeightsUnpickler error: ").partition(". ")[0], 200)
 
 

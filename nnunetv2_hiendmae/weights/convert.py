@@ -1,5 +1,6 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,13 +14,13 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import check_replaceable, sha256
 from nnunetv2_hiendmae.options.convert import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.run_files import ENCODER, SETTINGS, STATE, STEP
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
-from nnunetv2_hiendmae.weights import run_checkpoint
-from nnunetv2_hiendmae.weights.checkpoint_io import check_source, read_checkpoint
-from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY, header_metadata, save_encoder
+from nnunetv2_hiendmae.weights import encoder_file
+from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
+from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
-from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, printable
 from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 
@@ -27,6 +28,7 @@ ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
 # whose recipe weights get that nobody says more of
 DEFAULT_METHOD = "mae3d"
+_TEACHER_NOTE = "weights of the momentum teacher"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def convert_checkpoint(
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
-    save_encoder(output, done.state, done.metadata)
+    encoder_file.save_encoder(output, done.state, done.metadata)
     return done
 
 
@@ -91,7 +93,13 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        return _translated(content, header, source, options)
+        if stored := header_metadata(header, encoder_file.METADATA_KEY, source):
+            _refuse(options)
+            translation = translate_own(content, "", stored.spec)
+            return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
+        if is_run_checkpoint(content):
+            return _translate_run(content, source, options)
+        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
@@ -99,48 +107,69 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
         raise UserError(f"{source}: its tensors make no encoder: {told}; see --num-heads and --img-size") from e
 
 
-def _translated(
-    content: Mapping[str, Any], header: Mapping[str, str], source: Path, options: ConvertOptions
-) -> Conversion:
-    if stored := header_metadata(header, METADATA_KEY, source):
-        _refuse(options)
-        translation = translate_own(content, "", stored.spec)
-        return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
-    if run_checkpoint.is_run_checkpoint(content):
-        return _translate_run(content, source, options)
-    return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
+def is_run_checkpoint(content: Mapping[str, Any]) -> bool:
+    """Whether a file is the checkpoint of `hiendmae pretrain`, whatever its name."""
+    step, state = content.get(STEP), content.get(STATE)
+    return isinstance(step, int) and isinstance(state, Mapping) and any(is_weight(k, v) for k, v in state.items())
 
 
 def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Conversion:
+    teacher = options.use_teacher
     _refuse(replace(options, use_teacher=False))
-    state, teacher = content[run_checkpoint.STATE], options.use_teacher
-    metadata = run_checkpoint.run_metadata(source, content[run_checkpoint.STEP], teacher)
-    prefix = run_checkpoint.TEACHER_PREFIX if teacher else run_checkpoint.STUDENT_PREFIX
-    if teacher and not any(name.startswith(prefix) for name in state if isinstance(name, str)):
+    metadata = _run_metadata(source)
+    # the names of encoder files stand behind it
+    prefix = "teacher_encoder." if teacher else "encoder."
+    if teacher and not any(name.startswith(prefix) for name in content[STATE] if isinstance(name, str)):
         raise UserError(
             "--use-teacher: the method of this run has no momentum teacher (glmae has); run the same command without it"
         )
-    translation = translate_own(state, prefix, metadata.spec)
-    metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
-    report = translation.report(content, (run_checkpoint.STATE,))
-    return Conversion(RUN_CHECKPOINT, translation.state, metadata, report)
+    translation = translate_own(content[STATE], prefix, metadata.spec)
+    metadata = replace(
+        metadata,
+        notes=tuple(n for n in metadata.notes if n != _TEACHER_NOTE) + (_TEACHER_NOTE,) * teacher,
+        training=metadata.training and {**metadata.training, "step": content[STEP]},
+        source=source.name,
+        source_sha256=sha256(source),
+    )
+    return Conversion(RUN_CHECKPOINT, translation.state, metadata, translation.report(content, (STATE,)))
+
+
+def _run_metadata(source: Path) -> EncoderMetadata:
+    """What the run of a checkpoint knows about its encoder: from the encoder file beside it, which says what images it
+    saw, or from its settings alone."""
+    settings_file, exported = source.with_name(SETTINGS), source.with_name(ENCODER)
+    try:
+        settings = json.loads(settings_file.read_text(encoding="utf-8"))
+        method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
+        metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
+    except OSError as e:
+        raise UserError(
+            f"{source} is a checkpoint of hiendmae pretrain, but there is no {settings_file} beside it; "
+            "keep the two in one folder"
+        ) from e
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        raise UserError(
+            f"{settings_file} is damaged ({printable(e, LONGEST_ERROR)}); restore it or use the run's {ENCODER}"
+        ) from e
+    seen = encoder_file.read_metadata(exported) if exported.is_file() else metadata
+    return seen if (seen.method, seen.spec) == (method, spec) else metadata
 
 
 def _translate_foreign(
     content: Mapping[str, Any], exported: EncoderMetadata | None, source: Path, options: ConvertOptions
 ) -> Conversion:
-    if exported is not None:
+    if exported:
         # our own export says what its names cannot
         _refuse(options)
         options = replace(options, num_heads=exported.spec.num_heads, img_size=exported.spec.img_size)
     found = find_encoder(content, options)
     options = replace(options, axes=options.axes or found.format.axes)
     translation, spec, formula = translate_foreign(found, options)
-    if exported is None:
-        metadata = _foreign_metadata(found, spec, options, formula)
-    else:
+    if exported:
         told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
         metadata = replace(exported, spec=spec.with_(**told))
+    else:
+        metadata = _foreign_metadata(found, spec, options, formula)
     if metadata.source is None:
         # an export of ours goes on naming the file that its encoder was converted from
         metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
@@ -158,22 +187,17 @@ def _foreign_metadata(
 ) -> EncoderMetadata:
     """What is known about an encoder that another program wrote, without its file; `formula`: its positions were the
     sin-cos table of their grid. Refuses another method than the format's (UserError)."""
-    entry, method = found.format, options.method
+    entry, method, volume = found.format, options.method, found.format.seen
     if method and entry.method and method != entry.method:
         raise UserError(f"--method {method}: a {entry.name} file is of method {entry.method}; leave it out")
-    volume = entry.seen
     if volume.window_hu is not None:
         # names decide which dataset fits: those of several channels nobody knows
         names = ("CT",) if spec.in_channels == 1 else ()
         volume = replace(volume, normalization_schemes=(CT_SCHEME,) * spec.in_channels, channel_names=names)
-    return EncoderMetadata(
-        spec,
-        entry.method or method or DEFAULT_METHOD,
-        volume,
-        citations=RECIPES[entry.method].citations if entry.method else (),
-        licence=entry.licence,
-        notes=_foreign_notes(found, spec, options, formula),
-    )
+    cited = RECIPES[entry.method].citations if entry.method else ()
+    notes = _foreign_notes(found, spec, options, formula)
+    method = entry.method or method or DEFAULT_METHOD
+    return EncoderMetadata(spec, method, volume, citations=cited, licence=entry.licence, notes=notes)
 
 
 def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOptions, formula: bool) -> tuple[str, ...]:
@@ -204,7 +228,7 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
             spec.in_channels > 1
         ),
         entry.lookalikes: bool(entry.lookalikes) and options.format is None,
-        run_checkpoint.TEACHER_NOTE: found.path[-1:] == ("teacher",),
+        _TEACHER_NOTE: found.path[-1:] == ("teacher",),
     }
     return tuple(note for note, applies in notes.items() if applies)
 

@@ -1,26 +1,101 @@
-"""`encoder.safetensors`: the only weights that fine-tuning reads."""
+"""`encoder.safetensors`, the only weights that fine-tuning reads, and what it says about its encoder."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures import Encoder, build_encoder
+from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
-from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
+from nnunetv2_hiendmae.weights.checkpoint_io import read_safetensors
 from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
 
 METADATA_KEY = "hiendmae"
 # what the format calls a number type, in the order in which its own writer puts tensors into the file: wide ones first
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES |= {torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+# what each field is, besides the spec and the volume
+_KINDS = {
+    **dict.fromkeys(("method", "licence", "version"), (str, "text")),
+    **dict.fromkeys(("source", "source_sha256"), (str | None, "text or None")),
+    **dict.fromkeys(("citations", "notes"), (tuple, "a list of texts")),
+    "training": (dict | None, "a dictionary or None"),
+}
+# of the JSON form, in the order in which files of 0.1 have them; those of the volume stand among the others
+_KEYS = (
+    *("spec", "method", "spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer"),
+    *("orientation", "citations", "intensity_offset", "intensity_scale", "licence", "source", "source_sha256"),
+    *("training", "notes", "version"),
+)
+
+
+@dataclass(frozen=True)
+class EncoderMetadata:
+    """What an encoder is, how it was trained, and what it saw.
+
+    Args:
+        method: that it was pretrained with.
+        volume: how the images that it saw had become arrays.
+        citations: BibTeX entries.
+        source, source_sha256: name and digest of the foreign file it was converted from.
+        training: steps, number of cases and settings of the run, for the record.
+        notes: what else a reader should know, e.g. about the order of axes; a sentence each.
+
+    Raises:
+        ValueError: a field is not of its kind; the message names it.
+    """
+
+    spec: EncoderSpec
+    method: str
+    volume: VolumeFormat = VolumeFormat()
+    citations: tuple[str, ...] = ()
+    licence: str = "not stated"
+    source: str | None = None
+    source_sha256: str | None = None
+    training: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    version: str = ""
+
+    def __post_init__(self):
+        if not isinstance(self.spec, EncoderSpec):
+            raise ValueError("spec is no description of an encoder")
+        for name, (kind, needed) in _KINDS.items():
+            value = getattr(self, name)
+            texts = value if isinstance(value, tuple) else ()
+            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{name} is {value!r}, needed {needed}")
+
+    def to_json(self) -> str:
+        """As stored in the file's header."""
+        data = {**asdict(self), **asdict(self.volume), "spec": self.spec.to_dict()}
+        return json.dumps({key: data[key] for key in _KEYS})
+
+    @classmethod
+    def from_json(cls, text: str) -> "EncoderMetadata":
+        """Inverse of `to_json`.
+
+        Raises:
+            ValueError: not the JSON of encoder metadata.
+        """
+        data = json.loads(text)
+        if not isinstance(data, dict) or not isinstance(data.get("spec"), dict):
+            raise ValueError("no description of an encoder")
+        if unknown := set(data) - set(_KEYS):
+            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
+        data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        try:
+            volume = VolumeFormat(**{f.name: data.pop(f.name) for f in fields(VolumeFormat) if f.name in data})
+            return cls(**{**data, "spec": EncoderSpec.from_dict(data["spec"]), "volume": volume})
+        except (TypeError, OverflowError) as e:
+            raise ValueError(f"incomplete or impossible metadata: {e}") from e
 
 
 def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
@@ -62,15 +137,6 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
             f.write(plain.reshape(-1).view(torch.uint8).numpy())
 
 
-def is_encoder_file(path: Path) -> bool:
-    """Whether a file is a safetensors file with our metadata; reads no tensor."""
-    try:
-        with safe_open(path, "pt") as f:
-            return METADATA_KEY in (f.metadata() or {})
-    except (SafetensorError, OSError):
-        return False
-
-
 def read_metadata(path: Path) -> EncoderMetadata:
     """Metadata only; reads no tensor.
 
@@ -86,9 +152,7 @@ def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
     Raises:
         UserError: no such file, not an encoder file of ours, or tensors missing.
     """
-    metadata, state = _open(path)
-    # before the encoder is built: what a header says may be of any size
-    _check(state, expected_tensors(metadata.spec), path)
+    metadata, state = _open_whole(path)
     encoder = build_encoder(metadata.spec)
     encoder.load_state_dict(state)
     return encoder.eval(), metadata
@@ -100,9 +164,7 @@ def load_report(path: Path) -> LoadReport:
     Raises:
         UserError: as `load_encoder`.
     """
-    metadata, state = _open(path)
-    _check(state, expected_tensors(metadata.spec), path)
-    return LoadReport(tuple(TensorRecord(k, k) for k in state))
+    return LoadReport(tuple(TensorRecord(k, k) for k in _open_whole(path)[1]))
 
 
 def load_into(encoder: Encoder, path: Path) -> LoadReport:
@@ -120,6 +182,14 @@ def load_into(encoder: Encoder, path: Path) -> LoadReport:
     return report
 
 
+def _open_whole(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
+    """As `_open`, of a file that holds the encoder that its header describes. No encoder is built before that is
+    known: what a header says may be of any size."""
+    metadata, state = _open(path)
+    _check(state, expected_tensors(metadata.spec), path)
+    return metadata, state
+
+
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
     if wrong := mismatch(state, expected):
         raise UserError(f"{path} does not hold the encoder its header describes: {wrong}")
@@ -130,17 +200,10 @@ def _open(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain or hiendmae convert")
-    try:
-        with safe_open(path, "pt") as f:
-            header, state = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, OSError) as e:
-        raise _unreadable(path, e) from e
-    metadata = header_metadata(header, METADATA_KEY, path)
-    if metadata is None:
-        raise UserError(
-            f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae convert"
-        )
-    return metadata, state
+    state, header = read_safetensors(path)
+    if metadata := header_metadata(header, METADATA_KEY, path):
+        return metadata, state
+    raise UserError(f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae convert")
 
 
 def header_metadata(header: Mapping[str, str], key: str, path: Path) -> EncoderMetadata | None:
@@ -152,9 +215,5 @@ def header_metadata(header: Mapping[str, str], key: str, path: Path) -> EncoderM
     try:
         return EncoderMetadata.from_json(header[key]) if key in header else None
     except ValueError as e:
-        raise _unreadable(path, e) from e
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    told = printable(error, LONGEST_ERROR)
-    return UserError(f"{path} is not a readable encoder file ({told}); download or write it again")
+        told = printable(e, LONGEST_ERROR)
+        raise UserError(f"{path} is not a readable encoder file ({told}); download or write it again") from e

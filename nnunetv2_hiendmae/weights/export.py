@@ -1,6 +1,6 @@
 """An encoder under the names of timm or MONAI, for programs that read those."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,55 +9,36 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.encoder_file import write_safetensors
+from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, write_safetensors
 from nnunetv2_hiendmae.weights.layouts import MONAI_PARTS
-from nnunetv2_hiendmae.weights.metadata import EncoderMetadata
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 # where the encoder's metadata stand in the header of an exported file
 EXPORT_KEY = "hiendmae_export"
-# tensors under the other program's names, and a record of each
-Exported = tuple[dict[str, Tensor], list[TensorRecord]]
+# a tensor's name in the other program, the tensor there, and what was done to it ("" for nothing)
+_Exported = tuple[str, Tensor, str]
 
 
-def to_timm(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
+def _to_timm(name: str, tensor: Tensor, spec: EncoderSpec) -> _Exported:
     """timm's names are ours; its position table has a row for CLS, which is zero with us."""
-    tensors, records = dict(state), {k: TensorRecord(k, k) for k in state}
-    if spec.cls_token:
-        table = state["pos_embed"]
-        tensors["pos_embed"] = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-        records["pos_embed"] = records["pos_embed"].changed("a zero row for CLS put first")
-    return tensors, [*records.values()]
+    if name != "pos_embed" or not spec.cls_token:
+        return name, tensor, ""
+    return name, torch.cat([torch.zeros_like(tensor[:, :1]), tensor], dim=1), "a zero row for CLS put first"
 
 
-_MONAI_NAMES = {ours: theirs for theirs, ours in MONAI_PARTS}
+def _to_monai(name: str, tensor: Tensor, _spec: EncoderSpec) -> _Exported:
+    """For `monai.networks.nets.ViT(..., proj_type="conv", qkv_bias=True)`, with `classification=True` for CLS, whose
+    head is not an encoder's and not written. About its LayerNorms see `export_encoder`."""
+    for ours, theirs in {ours: theirs for theirs, ours in MONAI_PARTS}.items():
+        name = name.replace(ours, theirs)
+    return name, tensor, ""
 
 
-def to_monai(state: Mapping[str, Tensor], spec: EncoderSpec) -> Exported:
-    """For `monai.networks.nets.ViT(..., proj_type="conv", qkv_bias=True)`, with `classification=True` for CLS.
-
-    Its blocks hold a norm for cross-attention that is never used and that a strict load asks for; the head of
-    `classification=True` is not an encoder's and not written. About its LayerNorms see `export_encoder`.
-    """
-    tensors, records = {}, []
-    for name, tensor in state.items():
-        theirs = name
-        for ours, monai in _MONAI_NAMES.items():
-            theirs = theirs.replace(ours, monai)
-        tensors[theirs] = tensor
-        records.append(TensorRecord(name, theirs))
-    for i in range(spec.depth):
-        for leaf, value in (("weight", torch.ones(spec.embed_dim)), ("bias", torch.zeros(spec.embed_dim))):
-            name = f"blocks.{i}.norm_cross_attn.{leaf}"
-            tensors[name] = value
-            records.append(TensorRecord(None, name, "fresh", "MONAI's blocks have it and never use it"))
-    return tensors, records
-
-
-# how tensors get their names, and the eps of the LayerNorms that the other program's ViT has
-TARGETS: dict[str, tuple[Callable[[Mapping[str, Tensor], EncoderSpec], Exported], float]] = {
-    "timm": (to_timm, 1e-6),
-    "monai": (to_monai, 1e-5),
+# how tensors get their names, the leaves of a block that only the other program has and never uses, with what fills
+# them (a strict load asks for them), and the eps of its LayerNorms
+TARGETS = {
+    "timm": (_to_timm, {}, 1e-6),
+    "monai": (_to_monai, {"norm_cross_attn.weight": 1.0, "norm_cross_attn.bias": 0.0}, 1e-5),
 }
 
 
@@ -81,20 +62,22 @@ def export_encoder(
     spec = metadata.spec
     if spec.kind != ViTEncoder.kind:
         raise UserError(f"--to {target}: it has no encoder of kind '{spec.kind}'; convert without --to")
-    rename, eps = TARGETS[target]
-    tensors, records = rename(state, spec)
-    write_safetensors(path, tensors, {"format": "pt", EXPORT_KEY: metadata.to_json()})
-    later = {r.source: r for r in records if r.source}
-    joined = [_joined(r, later[r.target]) if r.target in later else r for r in report.records]
-    joined += [r for r in records if r.source is None]
-    report = replace(report, records=tuple(joined))
-    if spec.norm_eps == eps:
-        return report, ()
-    return report, (
+    rename, unused, eps = TARGETS[target]
+    named = {name: rename(name, tensor, spec) for name, tensor in state.items()}
+    fresh = {
+        f"blocks.{i}.{leaf}": torch.full((spec.embed_dim,), value)
+        for i in range(spec.depth)
+        for leaf, value in unused.items()
+    }
+    tensors = {theirs: tensor for theirs, tensor, _ in named.values()}
+    write_safetensors(path, tensors | fresh, {"format": "pt", EXPORT_KEY: metadata.to_json()})
+    records = []
+    for record in report.records:
+        theirs, _, detail = named.get(record.target, (None, None, ""))
+        records.append(replace(record.changed(detail), target=theirs))
+    records += [TensorRecord(None, name, "fresh", "MONAI's blocks have it and never use it") for name in fresh]
+    notes = (
         f"{target}'s LayerNorms have eps {eps:g}, this encoder's {spec.norm_eps:g}: set it in each of them for the "
         "same output",
     )
-
-
-def _joined(record: TensorRecord, later: TensorRecord) -> TensorRecord:
-    return replace(record.changed(later.detail), target=later.target)
+    return replace(report, records=tuple(records)), notes if spec.norm_eps != eps else ()

@@ -2,8 +2,9 @@
 the encoder's state_dict is (docs/methods.md, "Released weights")."""
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,26 +26,21 @@ USUAL_SIZES = {192: (3, 12), 384: (6, 12), 768: (12, 12), 1024: (16, 24), 1280: 
 
 _DECODER = "the decoder is not used for fine-tuning"
 _HEAD = "a head of pretraining or classification is not used for fine-tuning"
+_UNUSED = "MONAI's ViT creates cross-attention tensors and never uses them"
 _MASK = "nothing is masked in fine-tuning"
-# what programs call the layers behind an encoder's output
-_HEADS = (
-    r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|linear_head|proj(ection)?_head|projector"
-    r"|predictor)\..*"
-)
 # pattern of a name without wrappers, and why such tensors are not read
 _MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
+# what programs call the layers behind an encoder's output
+_HEADS = r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|(linear|proj|projection)_head"
+_HEADS_DROPPED = ((rf"{_HEADS}|projector|predictor)\..*", _HEAD),)
 
 
 def _released(method: str) -> VolumeFormat:
     """How the authors' volumes became arrays: the window is [0, 1], axes are turned to RAS."""
-    low, high = RECIPES[method].volume.window_hu
-    return replace(
-        RECIPES[method].volume,
-        image_reader_writer="NibabelIOWithReorient",
-        intensity_offset=low,
-        intensity_scale=high - low,
-        orientation="RAS",
-    )
+    volume = RECIPES[method].volume
+    low, high = volume.window_hu
+    turned = replace(volume, image_reader_writer="NibabelIOWithReorient", orientation="RAS")
+    return replace(turned, intensity_offset=low, intensity_scale=high - low)
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,8 @@ class WeightFormat:
         rename: a name without wrappers → our name of it, None where it is not the encoder's.
         spec: the spec that renamed tensors tell.
         sizes: what was released.
-        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing).
+        value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing); None: all shapes
+            are ours.
         dropped: patterns of names that are rightly left out, with the reason.
         library: names of a library, used for any pretraining; its arrays are nnU-Net's (z, y, x), positions may be
             trained, and it has an option without qkv bias, where zeros are the same. Otherwise of the authors of the
@@ -77,7 +74,7 @@ class WeightFormat:
     rename: Callable[[str], str | None]
     spec: layouts.InferSpec
     sizes: layouts.Sizes
-    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] = layouts.unchanged
+    value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] | None = None
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
     library: bool = False
     seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
@@ -120,12 +117,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "Hi-End-MAE pretraining checkpoint",
         lambda _key, names: _any(names, rf"encoder\.{_BLOCK}"),
         layouts.hiendmae_name,
-        layouts.vit_spec(cls_token=True, cls_row=False),
+        partial(layouts.vit_spec, cls_token=True, cls_row=False),
         {1536: (16, 12), 768: (12, 12)},
-        dropped=(
-            (r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER),
-            (r"mask_token", _MASK),
-        ),
+        dropped=((r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER), (r"mask_token", _MASK)),
         seen=_released("hiendmae"),
         licence=APACHE,
         inside=r"encoder[._]",
@@ -147,14 +141,11 @@ FORMATS: tuple[WeightFormat, ...] = (
         "ViT with MONAI's names, alone or as the encoder of a UNETR",
         lambda _key, names: _any(names, r"(vit\.)?(blocks\.\d+\.mlp\.linear1|patch_embedding)\."),
         layouts.monai_name,
-        layouts.vit_spec(cls_token=None, cls_row=False, norm_eps=1e-5),
+        partial(layouts.vit_spec, cls_token=None, cls_row=False, norm_eps=1e-5),
         {768: (12, 12)},
         layouts.monai_value,
         dropped=(
-            (
-                r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*",
-                "MONAI's ViT creates cross-attention tensors and never uses them",
-            ),
+            (r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*", _UNUSED),
             (r"(vit\.)?classification_head\..*", _HEAD),
             (r"(encoder\d+|decoder\d+|out|conv3d_transpose(_1)?)\..*", _DECODER),
         ),
@@ -166,10 +157,11 @@ FORMATS: tuple[WeightFormat, ...] = (
         "glmae",
         "GL-MAE pretraining checkpoint (student, teacher, or backbone alone)",
         lambda key, names: _any(names, rf"backbone\.{_BLOCK}") or (key in _GLMAE_CONTAINERS and _any(names, _BLOCK)),
-        layouts.backbone_name,
-        layouts.vit_spec(cls_token=True, cls_row=True),
+        # student and teacher, with or without the prefix of their training program
+        lambda name: layouts.same_name(name.removeprefix("backbone.")),
+        partial(layouts.vit_spec, cls_token=True, cls_row=True),
         {768: (12, 12), 192: (3, 12)},
-        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), (_HEADS, _HEAD)),
+        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), *_HEADS_DROPPED),
         seen=_released("glmae"),
         licence=NONE_STATED,
         inside=r"backbone\.",
@@ -179,9 +171,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "MAE3D pretraining checkpoint",
         lambda _key, names: _any(names, _BLOCK) and _any(names, "decoder_"),
         layouts.same_name,
-        layouts.vit_spec(cls_token=True, cls_row=True),
+        partial(layouts.vit_spec, cls_token=True, cls_row=True),
         USUAL_SIZES,
-        dropped=(*_MAE_DROPPED, (_HEADS, _HEAD)),
+        dropped=_MAE_DROPPED + _HEADS_DROPPED,
         licence=NONE_STATED,
         lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
         "names: if it is one, give --format glmae",
@@ -191,9 +183,9 @@ FORMATS: tuple[WeightFormat, ...] = (
         "ViT with timm's names and a 3D patch embedding",
         lambda _key, names: _any(names, _BLOCK),
         layouts.same_name,
-        layouts.vit_spec(cls_token=None, cls_row=None),
+        partial(layouts.vit_spec, cls_token=None, cls_row=None),
         USUAL_SIZES,
-        dropped=((_HEADS, _HEAD), *_MAE_DROPPED),
+        dropped=_HEADS_DROPPED + _MAE_DROPPED,
         library=True,
         lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
         "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
@@ -239,15 +231,17 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
         raise UserError(f"--format {options.format} is unknown, needed one of {', '.join(FORMAT_NAMES)}")
     if options.method not in (None, *RECIPES):
         raise UserError(f"--method {options.method} is unknown, needed one of {', '.join(RECIPES)}")
-    if found := next(_matches(content, options), None):
+    if found := _matching(content, options):
         return found
     inner = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
-    nested = {k: next(_matches(v, options), None) for k, v in inner.items()}
-    nested = {k: replace(v, path=(k, *v.path)) for k, v in nested.items() if v}
+    nested = {k: found for k, v in inner.items() if (found := _matching(v, options))}
     if len(nested) == 1:
-        return nested.popitem()[1]
+        key, found = nested.popitem()
+        return replace(found, path=(key, *found.path))
     if nested:
-        raise UserError(f"encoders in {_some(nested)}: which is meant? save that one alone")
+        raise UserError(
+            f"encoders in {some(map(printable, nested), _MOST_LISTED)}: which is meant? save that one alone"
+        )
     if options.use_teacher and not any("teacher" in level for level in (content, *inner.values())):
         raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
     raise UserError(
@@ -256,36 +250,26 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
     )
 
 
-def _matches(content: Mapping[str, Any], options: ConvertOptions) -> Iterator[ForeignEncoder]:
-    """State_dicts under the usual keys that are of a format, or could be of the wanted one."""
+def _matching(content: Mapping[str, Any], options: ConvertOptions) -> ForeignEncoder | None:
+    """The first state_dict under the usual keys that is of a format, or could be of the wanted one."""
     for key in ("teacher",) if options.use_teacher else _CONTAINERS:
         inside = content.get(key) if key else content
         state = {k: v.detach() for k, v in inside.items() if is_weight(k, v)} if isinstance(inside, Mapping) else {}
-        if not state:
-            continue
-        names = _unwrapped(state)
-        for entry in FORMATS:
+        names = {name: name for name in state}
+        while wrapper := next((w for w in _WRAPPERS if names and all(n.startswith(w) for n in names)), None):
+            names = {n.removeprefix(wrapper): source for n, source in names.items()}
+        for entry in FORMATS if state else ():
             if entry.name == options.format or (options.format is None and entry.matches(key, names)):
-                yield ForeignEncoder(entry, (key,) if key else (), names, state)
-
-
-def _unwrapped(state: Mapping[str, Tensor]) -> dict[str, str]:
-    names = {name: name for name in state}
-    while wrapper := next((w for w in _WRAPPERS if all(n.startswith(w) for n in names)), None):
-        names = {n.removeprefix(wrapper): source for n, source in names.items()}
-    return names
+                return ForeignEncoder(entry, (key,) if key else (), names, state)
+    return None
 
 
 def _contents(content: Mapping[str, Any]) -> str:
     """Where a file's tensors are, and the names of some."""
     places: dict[str, list[str]] = {}
     for key, value in content.items():
-        place = "" if isinstance(value, Tensor) else str(key)
-        inside = [str(key)] if isinstance(value, Tensor) else [name for name, _ in tensors_in(value)]
-        places.setdefault(place, []).extend(inside)
-    told = [f"{f'{printable(p)!r} with ' if p else ''}{_some(names)}" for p, names in places.items() if names]
+        bare = isinstance(value, Tensor)
+        inside = [str(key)] if bare else [name for name, _ in tensors_in(value)]
+        places.setdefault("" if bare else f"{printable(key)!r} with ", []).extend(inside)
+    told = [f"{place}{some(map(printable, names), _MOST_LISTED)}" for place, names in places.items() if names]
     return f"tensors are {'; '.join(told[:_MOST_LISTED])}"
-
-
-def _some(names: Collection[str]) -> str:
-    return some(map(printable, names), _MOST_LISTED)

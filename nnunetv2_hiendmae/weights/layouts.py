@@ -1,25 +1,31 @@
-"""How foreign programs name and shape the tensors of an encoder, and which spec the shapes tell."""
+"""How foreign programs name and shape the tensors of an encoder, and which spec the shapes tell; a grid is read off the
+sin-cos formula where positions are that, never made up."""
 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
 from nnunetv2_hiendmae.architectures.layers import axes_of
+from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.convert import ConvertOptions
-from nnunetv2_hiendmae.weights.positions import choose_grid, file_size
 
 State = Mapping[str, Tensor]
+Triple = tuple[int, int, int]
 # width → attention heads and transformer blocks of the encoders that were released
 Sizes = Mapping[int, tuple[int, int]]
-# our names → the spec, in the file's axis order; `axes` of the options is said
+# our names → the spec, in the file's axis order; `axes` of the options is said.
+# UserError: a tensor is missing, or neither shapes nor options tell the grid or the heads
 InferSpec = Callable[[State, ConvertOptions, Sizes], EncoderSpec]
+# a table this close to the sin-cos one was never trained
+_TOLERANCE = 1e-4
 
 
-def needed(state: State, name: str, axes: int) -> Tensor:
+def _needed(state: State, name: str, axes: int) -> Tensor:
     """A tensor that is there and has so many axes, else UserError."""
     if name not in state:
         raise UserError(f"{name} is missing; download the file again, or say what it is with --format")
@@ -29,12 +35,8 @@ def needed(state: State, name: str, axes: int) -> Tensor:
     return state[name]
 
 
-def count_blocks(state: State, prefix: str) -> int:
-    """Blocks `prefix.0.…` to `prefix.n-1.…`.
-
-    Raises:
-        UserError: one in between is missing, or there is none.
-    """
+def _count_blocks(state: State, prefix: str) -> int:
+    """Blocks `prefix.0.…` to `prefix.n-1.…`: at least one, and none in between is missing."""
     found = {int(m[1]) for m in (re.match(rf"{re.escape(prefix)}\.(\d{{1,6}})\.", name) for name in state) if m}
     missing = set(range(len(found) or 1)) - found
     if missing:
@@ -43,12 +45,8 @@ def count_blocks(state: State, prefix: str) -> int:
 
 
 def _transformer(state: State, width: int, options: ConvertOptions, sizes: Sizes) -> dict[str, int | float]:
-    """Fields of the spec that tell the transformer's shape.
-
-    Raises:
-        UserError: the heads are neither given nor known for this width, or no divisor of it.
-    """
-    depth = count_blocks(state, "blocks")
+    """Fields of the spec that tell the transformer's shape."""
+    depth = _count_blocks(state, "blocks")
     heads = options.num_heads or sizes.get(width, (None, None))[0]
     if heads is None:
         known = ", ".join(f"{h} at width {w}" for w, (h, _) in sizes.items()) or "none"
@@ -58,13 +56,8 @@ def _transformer(state: State, width: int, options: ConvertOptions, sizes: Sizes
         )
     if width % heads:
         raise UserError(f"--num-heads {heads} does not divide the encoder's width {width}; give a divisor of it")
-    ratio = needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width
+    ratio = _needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
-
-
-def unchanged(_name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, str]:
-    """Shapes that are ours."""
-    return tensor, ""
 
 
 # ---- plain ViTs -----------------------------------------------------------------------------------------------------
@@ -81,11 +74,6 @@ def hiendmae_name(name: str) -> str | None:
         return "pos_embed"
     inner = name.removeprefix("encoder.")
     return same_name(inner) if inner != name and inner != "pos_embed" else None
-
-
-def backbone_name(name: str) -> str | None:
-    """GL-MAE's student and teacher, with or without the `backbone.` of its training program."""
-    return same_name(name.removeprefix("backbone."))
 
 
 # MONAI's → ours; where two are the same, the last one is what MONAI's convolutional embedding has
@@ -117,42 +105,44 @@ def monai_value(name: str, tensor: Tensor, spec: EncoderSpec) -> tuple[Tensor, s
     return kernel, f"matrix over patches as a kernel of {spec.patch_size} voxels, {spec.in_channels} channel(s)"
 
 
-def vit_spec(*, cls_token: bool | None, cls_row: bool | None, norm_eps: float = 1e-6) -> InferSpec:
-    """Spec of a plain ViT.
+def vit_spec(
+    state: State,
+    options: ConvertOptions,
+    sizes: Sizes,
+    *,
+    cls_token: bool | None,
+    cls_row: bool | None,
+    norm_eps: float = 1e-6,
+) -> EncoderSpec:
+    """An `InferSpec` of plain ViTs.
 
     Args:
         cls_token: whether the program's encoder has one; None: some do.
         cls_row: whether its position table has a row for it; None: some do.
         norm_eps: of its LayerNorms.
     """
-
-    def infer(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec:
-        rows = needed(state, "pos_embed", 3).shape[1]
-        if cls_token:
-            needed(state, "cls_token", 3)
-        has_cls = "cls_token" in state
-        counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
-        (width, channels, *patch), grid = _kernel_and_grid(state, counts, options)
-        return EncoderSpec(
-            tuple(g * p for g, p in zip(grid, patch, strict=True)),
-            tuple(patch),
-            **_transformer(state, width, options, sizes),
-            in_channels=channels,
-            cls_token=has_cls,
-            norm_eps=norm_eps,
-        )
-
-    return infer
+    rows = _needed(state, "pos_embed", 3).shape[1]
+    if cls_token:
+        _needed(state, "cls_token", 3)
+    has_cls = "cls_token" in state
+    counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
+    (width, channels, *patch), grid = _kernel_and_grid(state, counts, options)
+    return EncoderSpec(
+        tuple(g * p for g, p in zip(grid, patch, strict=True)),
+        tuple(patch),
+        **_transformer(state, width, options, sizes),
+        in_channels=channels,
+        cls_token=has_cls,
+        norm_eps=norm_eps,
+    )
 
 
-def _kernel_and_grid(
-    state: State, counts: Sequence[int], options: ConvertOptions
-) -> tuple[tuple[int, ...], tuple[int, int, int]]:
+def _kernel_and_grid(state: State, counts: Sequence[int], options: ConvertOptions) -> tuple[tuple[int, ...], Triple]:
     """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
-    name, size, table = "patch_embed.proj.weight", file_size(options), state["pos_embed"]
+    name, size, table = "patch_embed.proj.weight", options.img_size, state["pos_embed"]
     if name not in state or state[name].ndim != 2:
-        kernel = tuple(needed(state, name, 5).shape)
-        return kernel, choose_grid(table, counts, kernel[2:], options)
+        kernel = tuple(_needed(state, name, 5).shape)
+        return kernel, _choose_grid(table, counts, kernel[2:], options)
     width, values = state[name].shape
     # the matrix hides patch and channels: one channel and a cube, or what the crop says
     voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
@@ -163,7 +153,7 @@ def _kernel_and_grid(
             "voxels that the encoder was trained on with --img-size D H W"
         )
     patch = (edge, edge, edge)
-    return (width, values // voxels, *patch), choose_grid(table, counts, patch, options)
+    return (width, values // voxels, *patch), _choose_grid(table, counts, patch, options)
 
 
 # ---- MiM's hybrid encoder -------------------------------------------------------------------------------------------
@@ -202,21 +192,91 @@ def mim_value(name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, st
 
 
 def mim_spec(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec:
-    """Widths, depths and grid of the pretraining network.
-
-    Raises:
-        UserError: a tensor is missing, or shapes do not tell the grid or the heads.
-    """
-    table = needed(state, "pos_embed", 3)
-    rows, width = table.shape[1:]
-    kernels = [needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
-    grid = choose_grid(table, [rows], _MIM_PATCH, options)
+    """Widths, depths and grid of the pretraining network: an `InferSpec`."""
+    table = _needed(state, "pos_embed", 3)
+    kernels = [_needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
+    grid = _choose_grid(table, [table.shape[1]], _MIM_PATCH, options)
     return EncoderSpec(
         tuple(g * p for g, p in zip(grid, _MIM_PATCH, strict=True)),
         _MIM_PATCH,
-        **_transformer(state, width, options, sizes),
+        **_transformer(state, table.shape[2], options, sizes),
         kind="convvit",
         in_channels=kernels[0].shape[1],
         stem_dims=tuple(k.shape[0] for k in kernels),
-        stem_depths=tuple(count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
+        stem_depths=tuple(_count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
     )
+
+
+# ---- positions ------------------------------------------------------------------------------------------------------
+
+
+def _choose_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
+    """Token grid, in the file's axis order, of a position table.
+
+    A given crop decides; without one the grid of the sin-cos formula that the table is, then a cube.
+
+    Args:
+        table: (A, R, E) as in the file, perhaps with a row for CLS put first.
+        counts: how many of its last rows may be patches.
+    """
+    if options.img_size is not None:
+        return _given_grid(table, counts, patch, options)
+    for count in counts:
+        if count > 0 and (grid := _sincos_grid(table[:, table.shape[1] - count :])):
+            return grid
+    for count in counts:
+        edge = round(max(count, 0) ** (1 / 3))
+        if count > 0 and edge**3 == count:
+            return (edge, edge, edge)
+    raise UserError(
+        f"pos_embed has positions for {' or '.join(map(str, counts))} tokens, which is no cube; give the crop in "
+        "voxels that the encoder was trained on with --img-size D H W"
+    )
+
+
+def _given_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
+    order = -1 if options.axes == "xyz" else 1
+    img_size = options.img_size[::order]
+    grid = tuple(s // p for s, p in zip(img_size, patch, strict=True))
+    count = math.prod(grid)
+    if any(s % p for s, p in zip(img_size, patch, strict=True)) or count not in counts:
+        raise UserError(
+            f"--img-size does not fit: patches of {tuple(patch)[::order]} voxels give a grid of {grid[::order]}, "
+            f"the file has positions for {' or '.join(map(str, counts))} tokens"
+        )
+    formula = _sincos_grid(table[:, table.shape[1] - count :], first=grid)
+    if formula not in (None, grid):
+        fits = " ".join(str(g * p) for g, p in list(zip(formula, patch, strict=True))[::order])
+        raise UserError(
+            f"--img-size {' '.join(map(str, options.img_size))} does not fit: the file's sin-cos positions are those "
+            f"of another grid; give --img-size {fits}, or leave it out"
+        )
+    return grid
+
+
+def _sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
+    """Grid whose sin-cos table these rows (1, N, E) are, `first` tried first; None where they are no such table."""
+    if rows.shape[0] != 1 or rows.shape[2] < 6:
+        return None
+    # the last row holds sine and cosine of the last index of each axis: few grids of so many tokens share it
+    step = rows.shape[2] // 6
+    last = rows[0, -1, : 6 * step : step]
+    count = rows.shape[1]
+    divisors = sorted({d for i in range(1, math.isqrt(count) + 1) if count % i == 0 for d in (i, count // i)})
+    grids = [(a, b, count // (a * b)) for a in divisors for b in divisors if count % (a * b) == 0]
+    for grid in [first, *grids] if first else grids:
+        corner = torch.tensor([wave(g - 1) for g in grid for wave in (math.sin, math.cos)])
+        if _close(last, corner) and is_sincos(rows, grid):
+            return grid
+    return None
+
+
+def is_sincos(rows: Tensor, grid: Sequence[int]) -> bool:
+    """Whether rows (1, N, E) are our sin-cos table of a grid, up to the rounding of their number type."""
+    width = rows.shape[2]
+    return width >= 6 and _close(rows, sincos_positions(grid, width))
+
+
+def _close(rows: Tensor, table: Tensor) -> bool:
+    tolerance = max(_TOLERANCE, torch.finfo(rows.dtype).eps)
+    return rows.shape == table.shape and (rows.float() - table).abs().max().item() <= tolerance

@@ -88,6 +88,7 @@ class LoadReport:
 
 
 def _labels(records: list[TensorRecord]) -> list[str]:
+    """What records of one reason are called: each, or those of one part by what their names share."""
     if len(records) <= _MAX_LINES:
         return [r.label for r in records]
     by_root: dict[str, list[str]] = {}
@@ -98,10 +99,9 @@ def _labels(records: list[TensorRecord]) -> list[str]:
         by_root.setdefault(root, []).append(record.name)
     if len(by_root) > _MAX_LINES:
         return [f"{len(records)} tensors, {records[0].label} … {records[-1].label}"]
-    labels = (names[0] if len(names) == 1 else f"{len(names)} tensors {_common(names)}" for names in by_root.values())
+    labels = []
+    for names in by_root.values():
+        columns = zip(*(name.split(".") for name in names), strict=False)
+        shared = (same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, columns))
+        labels.append(names[0] if len(names) == 1 else f"{len(names)} tensors {'.'.join([*shared, '*'])}")
     return [printable(label) for label in labels]
-
-
-def _common(names: list[str]) -> str:
-    columns = zip(*(name.split(".") for name in names), strict=False)
-    return ".".join([*(same[0] for same in takewhile(lambda parts: len(set(parts)) == 1, columns)), "*"])

@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.options.convert import ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, check_plain, is_weight, tensors_in
 from nnunetv2_hiendmae.weights.formats import ForeignEncoder
-from nnunetv2_hiendmae.weights.positions import is_sincos
+from nnunetv2_hiendmae.weights.layouts import is_sincos
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
 
 _REVERSED = (2, 1, 0)
@@ -143,8 +143,9 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
     """
     entry, translation = found.format, _renamed(found)
     spec = entry.spec(translation.state, options, entry.sizes)
-    for name, tensor in list(translation.state.items()):
-        translation.put(name, *entry.value(name, tensor, spec))
+    if entry.value:
+        for name, tensor in list(translation.state.items()):
+            translation.put(name, *entry.value(name, tensor, spec))
     _split_cls_row(translation, spec)
     if entry.library:
         _fill_qkv_bias(translation, spec)
@@ -183,9 +184,9 @@ def _renamed(found: ForeignEncoder) -> Translation:
 def _check_decoder_table(found: ForeignEncoder, table: str) -> None:
     """Encoder and decoder of one program have positions for the same tokens."""
     shape = tuple(found.state[table].shape)
-    for name, source in found.names.items():
-        other = tuple(found.state[source].shape)
-        if name.removeprefix("backbone.") == "decoder_pos_embed" and other[1:-1] != shape[1:-1]:
+    for source in (found.names.get(name) for name in ("decoder_pos_embed", "backbone.decoder_pos_embed")):
+        other = tuple(found.state[source].shape) if source else shape
+        if other[1:-1] != shape[1:-1]:
             raise UserError(
                 f"{printable(table)} has shape {shape}, but {printable(source)} {other}: needed the same number of "
                 "positions; download the file again"
