@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 FOREIGN = "foreign checkpoint"
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"

@@ -9,7 +9,7 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
 from nnunetv2_hiendmae.architectures.layers import axes_of
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.weights.positions import choose_grid, file_size
 
 State = Mapping[str, Tensor]

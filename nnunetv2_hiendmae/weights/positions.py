@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 Triple = tuple[int, int, int]
 # a table this close to ours was never trained
