@@ -10,7 +10,7 @@ from run_data import PLANS, TINY_SPEC, write_preprocessed
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.classification.settings import Task, build_task
 from nnunetv2_hiendmae.commands.arguments import from_arguments
-from nnunetv2_hiendmae.options.classify import ClassifyOptions
+from nnunetv2_hiendmae.options.commands import ClassifyOptions
 
 
 def visible(number: int, shape: tuple[int, int, int]) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.classify import CROPS, RESIZE
+from nnunetv2_hiendmae.options.commands import CROPS, RESIZE
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, seeded_globals
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat

@@ -17,7 +17,7 @@ from nnunetv2_hiendmae.classification.labels import Labels, read_labels
 from nnunetv2_hiendmae.classification.network import BEST, LAST, load_classifier
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
-from nnunetv2_hiendmae.options.classify import PredictOptions
+from nnunetv2_hiendmae.options.commands import PredictOptions
 from nnunetv2_hiendmae.training.launch import choose_precision, launch_alone
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 

@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.classification.inputs import Inputs
 from nnunetv2_hiendmae.classification.labels import SPLIT, Labels, Split, choose_split, read_labels
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.options.classify import ClassifyOptions
+from nnunetv2_hiendmae.options.commands import ClassifyOptions
 from nnunetv2_hiendmae.training.launch import choose_precision
 from nnunetv2_hiendmae.training.run_folder import RunSettings
 from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases

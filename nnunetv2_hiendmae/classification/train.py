@@ -20,7 +20,7 @@ from nnunetv2_hiendmae.classification.settings import Task, build_task, run_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
-from nnunetv2_hiendmae.options.classify import ClassifyOptions
+from nnunetv2_hiendmae.options.commands import ClassifyOptions
 from nnunetv2_hiendmae.training.launch import check_free_disk, launch_alone
 from nnunetv2_hiendmae.training.run_folder import RunLog, choose_run_dir, claimed, restore_state, save_state
 from nnunetv2_hiendmae.training.volumes import SampleDataset, load_batches

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
-from nnunetv2_hiendmae.options.classify import ClassifyOptions, PredictOptions
+from nnunetv2_hiendmae.options.commands import ClassifyOptions, PredictOptions
 
 HELP = "classify preprocessed volumes with a pretrained encoder"
 ACTIONS = {

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm or MONAI"
 

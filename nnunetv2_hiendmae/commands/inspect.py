@@ -9,7 +9,7 @@ from typing import Any
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings
 
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
@@ -66,7 +66,10 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
         translated = translate_checkpoint(path, options)
     except UserError as e:
         return {**about, "loads": "no", "needed": str(e)}
-    about |= {"loads": translated.report.summary(), **({} if ours else {"report": translated.report})}
+    about |= {
+        "loads": translated.report.summary(),
+        **({} if is_run_checkpoint(content) else {"report": translated.report}),
+    }
     return {**about, **json.loads(translated.metadata.to_json()), "next": next_step}
 
 

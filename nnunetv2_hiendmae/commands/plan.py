@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.arguments import add_options, from_arguments
-from nnunetv2_hiendmae.options.plan import PlanOptions
+from nnunetv2_hiendmae.options.commands import PlanOptions
 
 HELP = "write nnU-Net plans that fine-tune an encoder"
 

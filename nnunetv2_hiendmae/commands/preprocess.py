@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
-from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
+from nnunetv2_hiendmae.options.commands import PreprocessOptions
 
 HELP = "fingerprint, plan and preprocess images; labels are not needed"
 

@@ -3,7 +3,7 @@
 import argparse
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
-from nnunetv2_hiendmae.options.pretrain import PretrainOptions
+from nnunetv2_hiendmae.options.commands import PretrainOptions
 
 HELP = "pretrain an encoder on preprocessed images"
 

@@ -13,7 +13,7 @@ from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.options.plan import PlanOptions
+from nnunetv2_hiendmae.options.commands import PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
     RawDataset,
     check_labels,

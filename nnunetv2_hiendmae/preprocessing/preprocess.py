@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import locked, write_text
-from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
+from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
     array_settings,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
-from nnunetv2_hiendmae.options.pretrain import PretrainOptions
+from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, draw_reconstruction
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, run_name

@@ -9,7 +9,7 @@ import torch
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.pretrain import PretrainOptions
+from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method, parse_options
 from nnunetv2_hiendmae.training.launch import choose_precision, num_processes

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.execution import PRECISIONS
+from nnunetv2_hiendmae.options.commands import PRECISIONS
 
 
 def num_processes() -> int:

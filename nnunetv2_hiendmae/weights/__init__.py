@@ -1,6 +1,6 @@
 """Weights on disk: encoder files, what is in them, fitting them to another network, and what others' files hold."""
 
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import permute_axes
 from nnunetv2_hiendmae.weights.convert import convert_checkpoint, translate_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import check_replaceable, sha256
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.run_files import ENCODER, SETTINGS, STATE, STEP
 from nnunetv2_hiendmae.volume_format import CT_SCHEME

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import layouts
@@ -90,7 +90,7 @@ class WeightFormat:
 
     @property
     def axes(self) -> str:
-        """What the arrays usually were, one of `options.convert.AXES`."""
+        """What the arrays usually were, one of `options.commands.AXES`."""
         return "dhw" if self.library else "xyz"
 
     def reason_to_drop(self, name: str, names: Collection[str]) -> str | None:

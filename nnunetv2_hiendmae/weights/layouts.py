@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec, ViTEncoder
 from nnunetv2_hiendmae.architectures.layers import axes_of
 from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.convert import ConvertOptions
+from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 State = Mapping[str, Tensor]
 Triple = tuple[int, int, int]

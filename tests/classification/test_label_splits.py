@@ -10,7 +10,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from nnunetv2_hiendmae.classification.labels import Labels, Split, choose_split, read_labels, read_split, write_split
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.classify import ClassifyOptions
+from nnunetv2_hiendmae.options.commands import ClassifyOptions
 
 
 def make(counts, places=None, column=None) -> Labels:

@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.commands import plan as command
 from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.options.plan import PlanOptions
+from nnunetv2_hiendmae.options.commands import PlanOptions
 from nnunetv2_hiendmae.planning import finetune
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.plans_section import PlansSection

@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from nnunetv2_hiendmae.commands import preprocess as command
 from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.preprocess import PreprocessOptions
+from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.preprocessing import cases
 from nnunetv2_hiendmae.preprocessing.fingerprint import body_mask, ensure_fingerprint

@@ -19,7 +19,7 @@ from stopped import run_and_kill
 from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import locked
-from nnunetv2_hiendmae.options.pretrain import PretrainOptions
+from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.loop import pretrain, run_pretraining
 from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean

@@ -7,7 +7,7 @@ from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.cli import build_parser
 from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options.pretrain import PretrainOptions
+from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, run_name
 
