@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_hiendmae.options import execution, option
-from nnunetv2_hiendmae.options.execution import DHW, count
+from nnunetv2_hiendmae.options import option
+from nnunetv2_hiendmae.options.execution import DEVICE, DHW, PRECISION, SEED, WORKERS, CheckedOptions, count
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
 RESIZE, CROPS = "resize", "crops"
 
 
 @dataclass(frozen=True)
-class ClassifyOptions(execution.CheckedOptions):
+class ClassifyOptions(CheckedOptions):
     """Options of `hiendmae classify train`."""
 
     plans_name: str = option(PRETRAIN_PLANS, "plans the images were preprocessed with", flag="-p", metavar="PLANS")
@@ -35,9 +35,9 @@ class ClassifyOptions(execution.CheckedOptions):
     batch_size: int = count(8, "cases per optimizer step", metavar="B")
     lr: float | None = option(None, "peak learning rate", default_is="1e-4, with --freeze-encoder 1e-3", above=0)
     weight_decay: float = option(1e-5, "AdamW weight decay", at_least=0)
-    seed: int = execution.seed("decides initial weights, order, crops and augmentation")
+    seed: int = option(help="decides initial weights, order, crops and augmentation", **SEED)
     # scikit-learn takes 32 bits
-    split_seed: int = execution.seed("decides folds and fractions", at_most=2**32 - 1)
+    split_seed: int = option(0, "decides folds and fractions", at_least=0, at_most=2**32 - 1)
     validate_epochs: int = count(1, "epochs between validations", flag="--validate-every")
     checkpoint_epochs: int = count(10, "epochs between checkpoints", flag="--checkpoint-every")
     name: str | None = option(None, "name of the run", default_is="made of the options", metavar="RUN")
@@ -45,13 +45,13 @@ class ClassifyOptions(execution.CheckedOptions):
         None, "run folder (default: $nnUNet_results/classification/RUN)", flag="-o", metavar="DIR"
     )
     resume: bool = option(False, "continue from the last checkpoint", flag="--c")
-    precision: str = execution.precision()
-    device: str = execution.device()
-    workers: int = execution.workers("loader processes; do not change results")
+    precision: str = option(**PRECISION)
+    device: str = option(**DEVICE)
+    workers: int = option(help="loader processes; do not change results", **WORKERS)
 
 
 @dataclass(frozen=True)
-class PredictOptions(execution.CheckedOptions):
+class PredictOptions(CheckedOptions):
     """Options of `hiendmae classify predict`."""
 
     plans_name: str | None = option(None, "plans of the images (default: those of the run)", flag="-p", metavar="PLANS")
@@ -61,6 +61,6 @@ class PredictOptions(execution.CheckedOptions):
     model: str | None = option(None, "which weights", default_is="best where there is one", choices=("best", "last"))
     labels: Path | None = option(None, "columns case,label; for metrics only", metavar="CSV")
     output: Path | None = option(None, "default: predictions_DATASETS.csv in the run folder", flag="-o", metavar="CSV")
-    precision: str = execution.precision()
-    device: str = execution.device()
-    workers: int = execution.workers("loader processes; do not change results")
+    precision: str = option(**PRECISION)
+    device: str = option(**DEVICE)
+    workers: int = option(help="loader processes; do not change results", **WORKERS)

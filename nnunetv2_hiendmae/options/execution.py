@@ -8,6 +8,12 @@ from nnunetv2_hiendmae.options import check_ranges, option
 # with Fabric's names
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 DHW = ("D", "H", "W")
+# declarations that are the same everywhere
+PRECISION = {"default": "auto", "help": "auto: bf16 (old GPUs fp16), fp32 on a CPU", "choices": ("auto", *PRECISIONS)}
+DEVICE = {"default": "cuda", "help": "device", "flag": "-device", "choices": ("cuda", "cpu", "mps")}
+SEED = {"default": 0, "at_least": 0, "at_most": 2**63 - 1}
+# torch warns of more workers than cores
+WORKERS = {"default": min(4, os.cpu_count() or 1), "metavar": "N", "at_least": 0}
 
 
 class CheckedOptions:
@@ -21,22 +27,5 @@ class CheckedOptions:
         check_ranges(self)
 
 
-def precision() -> Any:
-    return option("auto", "auto: bf16 (old GPUs fp16), fp32 on a CPU", choices=("auto", *PRECISIONS))
-
-
-def device() -> Any:
-    return option("cuda", "device", flag="-device", choices=("cuda", "cpu", "mps"))
-
-
-def workers(help: str) -> Any:
-    # torch warns of more workers than cores
-    return option(min(4, os.cpu_count() or 1), help, metavar="N", at_least=0)
-
-
 def count(default: int | None, help: str, at_least: int = 1, metavar: str = "N", **about: Any) -> Any:
     return option(default, help, at_least=at_least, metavar=metavar, **about)
-
-
-def seed(help: str, at_most: int = 2**63 - 1, **about: Any) -> Any:
-    return option(0, help, at_least=0, at_most=at_most, **about)

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.options import execution, option
-from nnunetv2_hiendmae.options.execution import DHW, count
+from nnunetv2_hiendmae.options import option
+from nnunetv2_hiendmae.options.execution import DEVICE, DHW, PRECISION, SEED, WORKERS, CheckedOptions, count
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 
 
 @dataclass(frozen=True)
-class PretrainOptions(execution.CheckedOptions):
+class PretrainOptions(CheckedOptions):
     """Options of `hiendmae pretrain`; None: what the method or the preset of the encoder says. `method_options` are
     texts key=value or a mapping."""
 
@@ -42,10 +42,10 @@ class PretrainOptions(execution.CheckedOptions):
         flag="--set",
         metavar="KEY=VALUE",
     )
-    seed: int = execution.seed("decides initial weights, crops, augmentation and masks", metavar="N")
-    workers: int = execution.workers("loader processes per process; does not change the losses")
-    precision: str = execution.precision()
-    device: str = execution.device()
+    seed: int = option(help="decides initial weights, crops, augmentation and masks", metavar="N", **SEED)
+    workers: int = option(help="loader processes per process; does not change the losses", **WORKERS)
+    precision: str = option(**PRECISION)
+    device: str = option(**DEVICE)
     checkpoint_epochs: int = count(10, "epochs between checkpoints", flag="--checkpoint-every")
     picture_epochs: int = count(10, "epochs between reconstruction pictures", flag="--pictures-every")
     name: str | None = option(None, "name of the run", default_is="METHOD_PRESET_DATASETS", metavar="RUN")
