@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -117,14 +116,11 @@ class ClassifierMetadata:
         Raises:
             ValueError, TypeError, KeyError, AttributeError: not the JSON of a classifier.
         """
-        data = _tuples(json.loads(text))
-        spec = EncoderSpec.from_dict(data["spec"])
+        data = json.loads(text)
         inputs, volumes = Inputs(**data["inputs"]), VolumeFormat.from_dict(data["volumes"])
-        return cls(**{**data, "spec": spec, "inputs": inputs, "volumes": volumes})
-
-
-def _tuples(data: dict[str, Any]) -> dict[str, Any]:
-    return {k: _tuples(v) if isinstance(v, dict) else tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        as_tuples = {name: tuple(data[name]) for name in ("classes", "citations")}
+        spec = EncoderSpec.from_dict(data["spec"])
+        return cls(**{**data, **as_tuples, "spec": spec, "inputs": inputs, "volumes": volumes})
 
 
 def save_classifier(path: Path, network: Classifier, metadata: ClassifierMetadata) -> None:

@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.classification.network import BEST, LAST, load_classifier
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
 from nnunetv2_hiendmae.options.commands import PredictOptions
-from nnunetv2_hiendmae.training.launch import choose_precision, launch_alone
+from nnunetv2_hiendmae.training.launch import choose_precision, launch
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 
 COMMAND = "hiendmae classify"
@@ -42,7 +42,10 @@ def predict(
         UserError: bad options, no such run, dataset or labels, or images with other channels.
     """
     options, run_dir = replace(options or PredictOptions(), **changes), Path(run_dir)
-    network, metadata = load_classifier(_model_file(run_dir, options.model))
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir}; give -m the folder of a run of: hiendmae classify train")
+    default = "best" if (run_dir / BEST).exists() else "last"
+    network, metadata = load_classifier(run_dir / {"best": BEST, "last": LAST}[options.model or default])
     plans_name = options.plans_name or metadata.plans_name
     data = find_cases(datasets, plans_name, options.configuration or metadata.configuration)
     channels, known = data.format.channel_names, metadata.volumes.channel_names
@@ -56,20 +59,12 @@ def predict(
     numbers = "_".join(name[7:10] for name in data.datasets)
     output = Path(options.output or run_dir / f"predictions_{numbers}.csv")
     warn_of_differences(data, metadata.inputs, metadata.volumes, "the classifier")
-    fabric = launch_alone(options.device, choose_precision(options.precision, options.device), COMMAND)
+    fabric = launch(options.device, choose_precision(options.precision, options.device), alone=COMMAND)
     probabilities = compute_probabilities(fabric, fabric.setup(network), data, metadata.inputs, options.workers)
     write_predictions(output, metadata.classes, names, probabilities, labels)
     if labels:
         write_text(output.with_suffix(".json"), json.dumps(measure(labels, names, probabilities), indent=2))
     return output
-
-
-def _model_file(run_dir: Path, model: str | None) -> Path:
-    if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir}; give -m the folder of a run of: hiendmae classify train")
-    if model is None:
-        return run_dir / (BEST if (run_dir / BEST).exists() else LAST)
-    return run_dir / {"best": BEST, "last": LAST}[model]
 
 
 def compute_probabilities(

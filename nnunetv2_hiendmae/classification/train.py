@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ClassifyOptions
-from nnunetv2_hiendmae.training.launch import check_free_disk, launch_alone
+from nnunetv2_hiendmae.training.launch import check_free_disk, launch
 from nnunetv2_hiendmae.training.run_folder import RunLog, choose_run_dir, claimed, restore_state, save_state
 from nnunetv2_hiendmae.training.volumes import SampleDataset, load_batches
 from nnunetv2_hiendmae.weights import load_into, read_metadata
@@ -63,7 +63,7 @@ def train(
 def run_training(task: Task, run_dir: Path) -> Path:
     """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    fabric = launch_alone(task.settings.device, task.settings.precision, COMMAND)
+    fabric = launch(task.settings.device, task.settings.precision, alone=COMMAND)
     check_free_disk(run_dir, network)
     with claimed(run_dir, task.settings, task.data.digest()):
         if task.settings.resume:

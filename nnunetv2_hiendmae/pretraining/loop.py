@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -153,12 +153,7 @@ def _not_finite(loss: float, batch: Batch, when: str) -> UserError:
 
 
 def _end_epoch(
-    fabric: Fabric,
-    settings: PretrainSettings,
-    run_dir: Path,
-    parts: Mapping[str, Any],
-    dataset: SampleDataset,
-    step: int,
+    fabric: Fabric, settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], dataset: SampleDataset, step: int
 ) -> None:
     method, epoch, last = parts[STATE], step // settings.steps_per_epoch, step == settings.total_steps
     if last or epoch % settings.picture_epochs == 0:

@@ -22,9 +22,7 @@ class PretrainSettings(RunSettings, PretrainOptions):
     """What a run computes, and how: its options, all decided.
 
     Args:
-        options: of the method.
-        batch_size: crops per optimizer step over all processes and accumulated micro-batches.
-        betas: of AdamW.
+        options: of the method; `betas`: of AdamW.
 
     Raises:
         UserError: a value is out of range.

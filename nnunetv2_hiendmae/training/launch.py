@@ -19,38 +19,29 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def launch(device: str, precision: str) -> Fabric:
+def launch(device: str, precision: str, alone: str = "") -> Fabric:
     """Fabric for this process, alone or as one of torchrun's or srun's.
 
-    Raises:
-        UserError: no such device, or one that the precision does not go with.
-    """
-    processes = num_processes()
-    nodes = int(os.environ.get("SLURM_NNODES") or 1)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // nodes))
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    strategy = "ddp" if processes > 1 else "auto"
-    fabric = _fabric(device, precision, devices=local, num_nodes=processes // local, strategy=strategy)
-    fabric.launch()
-    return fabric
-
-
-def launch_alone(device: str, precision: str, command: str) -> Fabric:
-    """Fabric for one device, for a command that needs no distributed training.
+    Args:
+        alone: name of a command that needs no distributed training and uses one device.
 
     Raises:
-        UserError: as `launch`, or several processes were started.
+        UserError: no such device, one that the precision does not go with, or several processes of such a command.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UserError(f"{command} uses one device, got several processes; run it without torchrun")
-    return _fabric(device, precision, devices=1)
-
-
-def _fabric(device: str, precision: str, **devices: int | str) -> Fabric:
     check_device(device)
     if precision == "fp16" and device != "cuda":
         raise UserError(f"--precision fp16 needs -device cuda, not {device}; use fp32 or bf16")
-    return Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
+    if alone:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UserError(f"{alone} uses one device, got several processes; run it without torchrun")
+        return Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
+    processes = num_processes()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // int(os.environ.get("SLURM_NNODES") or 1)))
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    devices = {"devices": local, "num_nodes": processes // local, "strategy": "ddp" if processes > 1 else "auto"}
+    fabric = Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
+    fabric.launch()
+    return fabric
 
 
 def check_device(device: str) -> None:

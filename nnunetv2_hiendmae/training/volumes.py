@@ -26,8 +26,6 @@ from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
 
-# open files per worker; a file costs a header and a descriptor
-OPEN_FILES = 256
 Draw = Callable[["CaseVolume", np.random.Generator], dict[str, torch.Tensor]]
 
 
@@ -113,7 +111,8 @@ class CaseVolume:
         return bool(self._array[(self._channel, *voxel)] > self._above)
 
 
-@lru_cache(maxsize=OPEN_FILES)
+# per worker; an open file costs a header and a descriptor
+@lru_cache(maxsize=256)
 def _open(path: str) -> blosc2.NDArray:
     # memory-mapping fails on Windows (as nnU-Net's own dataset class notes)
     mapped = {} if os.name == "nt" else {"mmap_mode": "r"}

@@ -29,7 +29,7 @@ from nnunetv2_hiendmae.classification.predict import compute_probabilities, meas
 from nnunetv2_hiendmae.classification.train import train
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.run_files import CHECKPOINT
-from nnunetv2_hiendmae.training.launch import launch_alone
+from nnunetv2_hiendmae.training.launch import launch
 from nnunetv2_hiendmae.training.volumes import CaseVolume
 from nnunetv2_hiendmae.weights import load_into
 
@@ -89,7 +89,7 @@ def error(capsys, arguments: list[str]) -> str:
 def untrained_aucs(bench: Bench, task, seeds: int) -> list[float]:
     """Validation AUC of the pretrained encoder under fresh heads."""
     found = []
-    fabric = launch_alone("cpu", "fp32", "hiendmae classify")
+    fabric = launch("cpu", "fp32", alone="hiendmae classify")
     for seed in range(seeds):
         network = build_classifier(TINY_SPEC, 2, task.settings.pool, seed=seed)
         load_into(network.encoder, bench.encoder)
@@ -441,4 +441,4 @@ def test_gpu_run_and_predict(small, precision):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="hiendmae classify uses one device"):
-        launch_alone("cpu", "fp32", "hiendmae classify")
+        launch("cpu", "fp32", alone="hiendmae classify")
