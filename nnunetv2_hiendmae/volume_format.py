@@ -54,25 +54,12 @@ class VolumeFormat:
     orientation: str = "as stored"
 
     def __post_init__(self):
-        spacing, window = self.spacing_mm, self.window_hu
-        if spacing is not None:
-            self._require(_are_numbers(spacing, 3) and min(spacing) > 0, "spacing_mm", "three positive numbers (D H W)")
-            object.__setattr__(self, "spacing_mm", tuple(float(s) for s in spacing))
-        if window is not None:
-            self._require(_are_numbers(window, 2) and window[0] < window[1], "window_hu", "two numbers LO < HI")
-            object.__setattr__(self, "window_hu", tuple(float(w) for w in window))
-        for name in ("intensity_offset", "intensity_scale"):
+        for name, (fits, needed) in _CHECKS.items():
             value = getattr(self, name)
-            self._require(value is None or _are_numbers((value,), 1), name, "a finite number or None")
-        for name in ("normalization_schemes", "channel_names"):
-            value = getattr(self, name)
-            self._require(isinstance(value, tuple) and all(isinstance(v, str) for v in value), name, "a list of texts")
-        self._require(isinstance(self.image_reader_writer, str | None), "image_reader_writer", "text or None")
-        self._require(isinstance(self.orientation, str), "orientation", "text")
-
-    def _require(self, fine: bool, name: str, needed: str) -> None:
-        if not fine:
-            raise ValueError(f"{name} is {getattr(self, name)!r}, needed {needed}")
+            if not fits(value):
+                raise ValueError(f"{name} is {value!r}, needed {needed}")
+            if name in ("spacing_mm", "window_hu") and value is not None:
+                object.__setattr__(self, name, tuple(map(float, value)))
 
     def overridden(
         self, spacing_mm: Sequence[float] | None = None, window_hu: Sequence[float] | None = None
@@ -133,9 +120,24 @@ class VolumeFormat:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in _DERIVED})
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _are_numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, tuple | list)
-        and len(values) == count
-        and all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
+    return isinstance(values, tuple | list) and len(values) == count and all(map(_is_number, values))
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(isinstance(v, str) for v in values)
+
+
+# of each field: what holds for it, and that in words
+_CHECKS = {
+    "spacing_mm": (lambda v: v is None or (_are_numbers(v, 3) and min(v) > 0), "three positive numbers (D H W)"),
+    "window_hu": (lambda v: v is None or (_are_numbers(v, 2) and v[0] < v[1]), "two numbers LO < HI"),
+    **dict.fromkeys(("intensity_offset", "intensity_scale"), (lambda v: v is None or _is_number(v), "a finite number")),
+    **dict.fromkeys(("normalization_schemes", "channel_names"), (_are_texts, "a list of texts")),
+    "image_reader_writer": (lambda v: v is None or isinstance(v, str), "text or None"),
+    "orientation": (lambda v: isinstance(v, str), "text"),
+}

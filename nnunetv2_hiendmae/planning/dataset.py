@@ -24,7 +24,8 @@ from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
-# in dataset_fingerprint.json: written by `hiendmae preprocess` from images alone
+FINGERPRINT = "dataset_fingerprint.json"
+# in that file: written by `hiendmae preprocess` from images alone
 LABEL_FREE_KEY = "hiendmae_label_free"
 # what neither planning nor pretraining can do without; the second name is that of old datasets
 REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
@@ -133,14 +134,9 @@ def _images(folder: Path, case: str, found: list[str], dataset_json: dict[str, A
     return tuple(str(folder / "imagesTr" / f"{case}_{i:04d}{ending}") for i in range(len(found)))
 
 
-def normalization_scheme(channel: str) -> str:
-    """nnU-Net's scheme for a channel of that name."""
-    return get_normalization_scheme(channel).__name__
-
-
 def is_ct(channel: str) -> bool:
     """Whether nnU-Net normalises a channel of that name as CT, so that a window in HU makes sense."""
-    return normalization_scheme(channel) == CT_SCHEME
+    return get_normalization_scheme(channel).__name__ == CT_SCHEME
 
 
 def check_labels(raw: RawDataset) -> None:
@@ -158,19 +154,15 @@ def check_labels(raw: RawDataset) -> None:
         )
 
 
-def fingerprint_file(dataset_name: str) -> Path:
-    """Where nnU-Net keeps a dataset's fingerprint."""
-    return nnunet_folder("nnUNet_preprocessed") / dataset_name / "dataset_fingerprint.json"
-
-
 def read_fingerprint(dataset_name: str, with_labels: bool = False) -> dict[str, Any] | None:
     """The fingerprint on disk; None when there is none, or a cut-short one (nnU-Net writes it in place).
 
     Args:
         with_labels: one that was made without labels does not count.
     """
+    file = nnunet_folder("nnUNet_preprocessed") / dataset_name / FINGERPRINT
     try:
-        fingerprint = json.loads(fingerprint_file(dataset_name).read_text(encoding="utf-8"))
+        fingerprint = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return None if with_labels and fingerprint.get(LABEL_FREE_KEY) else fingerprint

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name
@@ -19,7 +20,6 @@ from nnunetv2_hiendmae.planning.dataset import (
     check_labels,
     extract_fingerprint,
     is_ct,
-    normalization_scheme,
     read_fingerprint,
     read_raw_dataset,
 )
@@ -188,7 +188,7 @@ def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
             len(names),
         )
     schemes = metadata.volume.normalization_schemes
-    others = [n for n in names if normalization_scheme(n) not in schemes]
+    others = [n for n in names if get_normalization_scheme(n).__name__ not in schemes]
     if others and schemes:
         known = ", ".join(seen or sorted(set(schemes)))
         logger.warning("%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), known)

@@ -11,24 +11,13 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
+from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.planning.dataset import (
-    LABEL_FREE_KEY,
-    RawDataset,
-    extract_fingerprint,
-    fingerprint_file,
-    is_ct,
-    read_fingerprint,
-)
-from nnunetv2_hiendmae.preprocessing.cases import (
-    BrokenCase,
-    check_files,
-    check_volume,
-    map_cases,
-    naming_reason,
-    refuse_if_nothing_left,
-)
+from nnunetv2_hiendmae.planning import dataset
+from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_fingerprint
+from nnunetv2_hiendmae.preprocessing import cases
+from nnunetv2_hiendmae.preprocessing.cases import BrokenCase
 
 # between air with most of the lung and everything else, in HU
 CT_BODY_HU = -500.0
@@ -61,17 +50,18 @@ def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, A
         return existing, []
     analyse = partial(_analyse, raw.reader(), raw.channels, max(1, STATISTIC_VOXELS // len(raw.cases)))
     jobs = {(raw.name, case): partial(analyse, images) for case, images in raw.cases.items()}
-    analyses, broken = map_cases(jobs, num_processes, f"{raw.name} fingerprint")
+    analyses, broken = cases.map_cases(jobs, num_processes, f"{raw.name} fingerprint")
     if not analyses:
-        refuse_if_nothing_left(raw.name, broken)
+        cases.refuse_if_nothing_left(raw.name, broken)
     if labelled and not broken:
         try:
-            extract_fingerprint(raw.name, num_processes)
+            dataset.extract_fingerprint(raw.name, num_processes)
             return read_fingerprint(raw.name), []
         except UserError as e:
             logger.warning("the fingerprint of %s is made without labels, look for a broken one: %s", raw.name, e)
     fingerprint = _label_free(list(analyses.values()))
-    write_text(fingerprint_file(raw.name), json.dumps(fingerprint, indent=4) + "\n")
+    file = nnunet_folder("nnUNet_preprocessed") / raw.name / dataset.FINGERPRINT
+    write_text(file, json.dumps(fingerprint, indent=4) + "\n")
     return fingerprint, broken
 
 
@@ -84,10 +74,10 @@ def body_mask(channel: np.ndarray, name: str) -> np.ndarray:
 def _analyse(
     reader: type[BaseReaderWriter], channels: tuple[str, ...], samples: int, images: Sequence[str]
 ) -> Analysis:
-    with naming_reason():
-        check_files(images)
+    with cases.naming_reason():
+        cases.check_files(images)
         data, properties = reader().read_images(list(images))
-        check_volume(data, properties["spacing"], channels)
+        cases.check_volume(data, properties["spacing"], channels)
         whole = data[0].size
         data, _, _ = crop_to_nonzero(data)
         intensities = []
@@ -115,12 +105,7 @@ def _label_free(analyses: Sequence[Analysis]) -> dict[str, Any]:
 
 def _statistics(values: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(values, (0.5, 50.0, 99.5))
-    return {
-        "mean": float(values.mean(dtype=np.float64)),
-        "median": float(median),
-        "std": float(values.std(dtype=np.float64)),
-        "min": float(values.min()),
-        "max": float(values.max()),
-        "percentile_99_5": float(high),
-        "percentile_00_5": float(low),
-    }
+    mean, std = values.mean(dtype=np.float64), values.std(dtype=np.float64)
+    found = {"mean": mean, "median": median, "std": std, "min": values.min(), "max": values.max()}
+    found |= {"percentile_99_5": high, "percentile_00_5": low}
+    return {name: float(value) for name, value in found.items()}
