@@ -168,8 +168,7 @@ class ConvViTEncoder(Encoder):
         maps = self._stage_maps(x, grid, idx_keep)
         tokens = self._transformer(maps[-1], grid, idx_keep)
         for stage_map, fusion in zip(maps, self.fusions, strict=True):
-            patches = channels_last_patches(stage_map, fusion.patch_size)
-            tokens = tokens + fusion(patches if idx_keep is None else take_tokens(patches, idx_keep))
+            tokens = tokens + fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
         return self.norm(tokens), []
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
@@ -191,17 +190,14 @@ class ConvViTEncoder(Encoder):
 
     def _transformer(self, x: Tensor, grid: list[int], idx_keep: Tensor | None) -> Tensor:
         """Last stage's map → tokens (B, K, E) of the last block."""
-        patches, positions = channels_last_patches(x, HALF), self.positions(grid)
-        if idx_keep is not None:
-            patches, positions = take_tokens(patches, idx_keep), take_tokens(positions, idx_keep)
-        tokens = self.embed_linear(self.embed(patches)) + positions
-        biases = self._relative_biases(grid) if self.spec.dense else [None] * len(self.blocks)
+        patches = take_tokens(channels_last_patches(x, HALF), idx_keep)
+        tokens = self.embed_linear(self.embed(patches)) + take_tokens(self.positions(grid), idx_keep)
+        biases = [None] * len(self.blocks)
+        if self.spec.dense:
+            # one (1, heads, N, N) per block; the tables are resampled where the grid is not the spec's
+            source, target = (Axes.OFFSETS.rows(size) for size in (self.spec.grid, grid))
+            tables = resample_positions(self.rel_pos_bias, source, target).transpose(1, 2)
+            biases = tables[:, :, relative_index(grid, tables.device)].split(1)
         for block, bias in zip(self.blocks, biases, strict=True):
             tokens = block(tokens, attn_mask=bias)
         return tokens
-
-    def _relative_biases(self, grid: list[int]) -> tuple[Tensor, ...]:
-        """One bias (1, heads, N, N) per block; the tables are resampled where the grid is not the spec's."""
-        source, target = (Axes.OFFSETS.rows(size) for size in (self.spec.grid, grid))
-        tables = resample_positions(self.rel_pos_bias, source, target).transpose(1, 2)
-        return tables[:, :, relative_index(grid, tables.device)].split(1)
