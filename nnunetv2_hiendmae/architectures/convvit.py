@@ -192,12 +192,13 @@ class ConvViTEncoder(Encoder):
         """Last stage's map → tokens (B, K, E) of the last block."""
         patches = take_tokens(channels_last_patches(x, HALF), idx_keep)
         tokens = self.embed_linear(self.embed(patches)) + take_tokens(self.positions(grid), idx_keep)
-        biases = [None] * len(self.blocks)
-        if self.spec.dense:
-            # one (1, heads, N, N) per block; the tables are resampled where the grid is not the spec's
-            source, target = (Axes.OFFSETS.rows(size) for size in (self.spec.grid, grid))
-            tables = resample_positions(self.rel_pos_bias, source, target).transpose(1, 2)
-            biases = tables[:, :, relative_index(grid, tables.device)].split(1)
+        biases = self._relative_biases(grid) if self.spec.dense else [None] * len(self.blocks)
         for block, bias in zip(self.blocks, biases, strict=True):
             tokens = block(tokens, attn_mask=bias)
         return tokens
+
+    def _relative_biases(self, grid: list[int]) -> tuple[Tensor, ...]:
+        """One bias (1, heads, N, N) per block; the tables are resampled where the grid is not the spec's."""
+        source, target = (Axes.OFFSETS.rows(size) for size in (self.spec.grid, grid))
+        tables = resample_positions(self.rel_pos_bias, source, target).transpose(1, 2)
+        return tables[:, :, relative_index(grid, tables.device)].split(1)

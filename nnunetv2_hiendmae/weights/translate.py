@@ -34,7 +34,7 @@ class Translation:
     dropped: list[TensorRecord] = field(default_factory=list)
 
     def take(self, source: str, tensor: Tensor, name: str) -> None:
-        """A tensor of the file, as it is. Refuses what holds no plain numbers, and a second one of a name (UserError)."""
+        """A tensor of the file, as it is. Refuses what is not plain numbers and a second one of a name (UserError)."""
         if name in self.state:
             both = f"{printable(source)} and {printable(self.records[name].name)}"
             raise UserError(f"{both} are both {name}; which one is meant? take the other out of the file")
