@@ -168,8 +168,7 @@ class ConvViTEncoder(Encoder):
         maps = self._stage_maps(x, grid, idx_keep)
         tokens = self._transformer(maps[-1], grid, idx_keep)
         for stage_map, fusion in zip(maps, self.fusions, strict=True):
-            patches = channels_last_patches(stage_map, fusion.patch_size)
-            tokens = tokens + fusion(patches if idx_keep is None else take_tokens(patches, idx_keep))
+            tokens = tokens + fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
         return self.norm(tokens), []
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
@@ -191,10 +190,8 @@ class ConvViTEncoder(Encoder):
 
     def _transformer(self, x: Tensor, grid: list[int], idx_keep: Tensor | None) -> Tensor:
         """Last stage's map → tokens (B, K, E) of the last block."""
-        patches, positions = channels_last_patches(x, HALF), self.positions(grid)
-        if idx_keep is not None:
-            patches, positions = take_tokens(patches, idx_keep), take_tokens(positions, idx_keep)
-        tokens = self.embed_linear(self.embed(patches)) + positions
+        patches = take_tokens(channels_last_patches(x, HALF), idx_keep)
+        tokens = self.embed_linear(self.embed(patches)) + take_tokens(self.positions(grid), idx_keep)
         biases = self._relative_biases(grid) if self.spec.dense else [None] * len(self.blocks)
         for block, bias in zip(self.blocks, biases, strict=True):
             tokens = block(tokens, attn_mask=bias)

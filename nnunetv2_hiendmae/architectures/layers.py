@@ -20,12 +20,9 @@ class Axes(Enum):
     """How a tensor lies along the axes of the volume."""
 
     NONE = "not at all"
-    # of a convolution: (out, in, d, h, w)
-    KERNEL = "kernel"
-    # (A, N, E): a row per token of the grid, in raster order
-    TOKENS = "tokens"
-    # (A, N', E): a row per offset between two tokens, in raster order of 2g - 1 offsets an axis
-    OFFSETS = "offsets"
+    KERNEL = "of a convolution: (out, in, d, h, w)"
+    TOKENS = "(A, N, E): a row per token of the grid, in raster order"
+    OFFSETS = "(A, N', E): a row per offset between two tokens, in raster order of 2g - 1 offsets an axis"
 
     def rows(self, grid: Sequence[int]) -> tuple[int, ...]:
         """Rows per axis that a table of this kind has for a token grid."""

@@ -135,8 +135,7 @@ class EncoderSpec:
             ValueError: unknown or missing fields.
         """
         known = {f.name for f in fields(cls)}
-        unknown = set(data) - known
-        if unknown:
+        if unknown := set(data) - known:
             raise ValueError(f"unknown encoder fields {sorted(unknown)}, known are {sorted(known)}")
         try:
             return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})

@@ -79,8 +79,10 @@ def split_shuffle(ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
     return ids_shuffle[:, :visible], ids_shuffle[:, visible:]
 
 
-def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, K) of tokens (B or 1, N, E) → (B, K, E)."""
+def take_tokens(tokens: Tensor, index: Tensor | None) -> Tensor:
+    """Rows `index` (B, K) of tokens (B or 1, N, E) → (B, K, E); None: all of them, as they are."""
+    if index is None:
+        return tokens
     tokens = tokens.expand(index.shape[0], -1, -1)
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 

@@ -56,14 +56,12 @@ def transposed_conv(in_channels: int, out_channels: int, factor: Factor) -> nn.C
     return nn.ConvTranspose3d(in_channels, out_channels, kernel_size=factor, stride=factor, bias=False)
 
 
-class SkipBranch(nn.Sequential):
+def skip_branch(embed_dim: int, width: int, factors: Sequence[Factor]) -> nn.Sequential:
     """Brings a tap (B, E, d, h, w) to the level of `len(factors)` steps up: (B, width, D', H', W')."""
-
-    def __init__(self, embed_dim: int, width: int, factors: Sequence[Factor]):
-        layers = [transposed_conv(embed_dim, width, factors[0])]
-        for factor in factors[1:]:
-            layers += [transposed_conv(width, width, factor), residual_block(width, width)]
-        super().__init__(*layers)
+    layers = [transposed_conv(embed_dim, width, factors[0])]
+    for factor in factors[1:]:
+        layers += [transposed_conv(width, width, factor), residual_block(width, width)]
+    return nn.Sequential(*layers)
 
 
 class UpStep(nn.Module):
@@ -72,10 +70,8 @@ class UpStep(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, factor: Factor | None):
         super().__init__()
         self.interpolate = factor is None
-        if self.interpolate:
-            self.up = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
-        else:
-            self.up = transposed_conv(in_channels, out_channels, factor)
+        channels = in_channels, out_channels
+        self.up = transposed_conv(*channels, factor) if factor else nn.Conv3d(*channels, kernel_size=3, padding=1)
         self.block = residual_block(2 * out_channels, out_channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
@@ -170,7 +166,7 @@ class ViTUNETR(SegmentationNetwork):
         early, last = upsampling_factors(self.spec.patch_size)
         self.image_block = residual_block(input_channels, w)
         # tap i joins the decoder after 3 - i steps
-        self.skips = nn.ModuleList(SkipBranch(e, (2 << i) * w, early[: 3 - i]) for i in range(3))
+        self.skips = nn.ModuleList(skip_branch(e, (2 << i) * w, early[: 3 - i]) for i in range(3))
         widths = [e, 8 * w, 4 * w, 2 * w, w]
         self.ups = nn.ModuleList(UpStep(widths[i], widths[i + 1], f) for i, f in enumerate([*early, last]))
 

@@ -39,11 +39,9 @@ class ViTEncoder(Encoder):
 
     def forward(self, x: Tensor, idx_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """See `Encoder`: tokens after the final norm, and the taps' outputs of the same shape before it."""
-        tokens = patchify(x, self.spec.patch_size)
+        patches = take_tokens(patchify(x, self.spec.patch_size), idx_keep)
         positions = self.positions(token_grid(x.shape[2:], self.spec.patch_size))
-        if idx_keep is not None:
-            tokens, positions = take_tokens(tokens, idx_keep), take_tokens(positions, idx_keep)
-        tokens = self.patch_embed(tokens) + positions
+        tokens = self.patch_embed(patches) + take_tokens(positions, idx_keep)
         if self.cls_token is not None:
             tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
         outputs = {}

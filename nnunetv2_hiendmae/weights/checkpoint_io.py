@@ -45,11 +45,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which are mapped, and text metadata.
-
-    Raises:
-        UserError: damaged, or of another kind.
-    """
+    """Tensors, which are mapped, and text metadata; refuses what is damaged or of another kind (UserError)."""
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118

@@ -207,11 +207,8 @@ def _open(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
 
 
 def header_metadata(header: Mapping[str, str], key: str, path: Path) -> EncoderMetadata | None:
-    """Metadata of an encoder under a key of a safetensors file's header; None: there is no such key.
-
-    Raises:
-        UserError: the text is damaged.
-    """
+    """Metadata of an encoder under a key of a safetensors file's header; None: there is no such key. Refuses a damaged
+    text (UserError)."""
     try:
         return EncoderMetadata.from_json(header[key]) if key in header else None
     except ValueError as e:

@@ -18,8 +18,6 @@ from nnunetv2_hiendmae.weights.formats import ForeignEncoder
 from nnunetv2_hiendmae.weights.layouts import is_sincos
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
 
-_REVERSED = (2, 1, 0)
-
 
 @dataclass
 class Translation:
@@ -36,11 +34,7 @@ class Translation:
     dropped: list[TensorRecord] = field(default_factory=list)
 
     def take(self, source: str, tensor: Tensor, name: str) -> None:
-        """A tensor of the file, as it is.
-
-        Raises:
-            UserError: it holds no plain numbers, or there is one of this name.
-        """
+        """A tensor of the file, as it is. Refuses what is not plain numbers and a second one of a name (UserError)."""
         if name in self.state:
             both = f"{printable(source)} and {printable(self.records[name].name)}"
             raise UserError(f"{both} are both {name}; which one is meant? take the other out of the file")
@@ -70,7 +64,7 @@ class Translation:
 
     def reverse_axes(self, spec: EncoderSpec) -> EncoderSpec:
         """From (x, y, z) to (z, y, x); gives the new spec."""
-        permuted, moved = permute_axes(self.state, spec, _REVERSED)
+        permuted, moved = permute_axes(self.state, spec, (2, 1, 0))
         for name, tensor in permuted.items():
             if tensor is not self.state[name]:
                 self.put(name, tensor, "axes (x, y, z) → (z, y, x)")
@@ -110,11 +104,7 @@ def _what(value: Any) -> str:
 
 
 def translate_own(state: Mapping[str, Any], prefix: str, spec: EncoderSpec) -> Translation:
-    """Tensors of a file of ours, which have our names behind a prefix.
-
-    Raises:
-        UserError: they are not those of the spec's encoder.
-    """
+    """Tensors of a file of ours, which have our names behind a prefix; refuses all but the encoder's (UserError)."""
     translation = Translation()
     for name, tensor in state.items():
         if not is_weight(name, tensor):
