@@ -51,7 +51,7 @@ def _text(value: Any) -> str:
 
 
 def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
-    from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, read_settings
+    from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, read_settings
 
     if not (path / SETTINGS).is_file():
         raise UserError(
