@@ -21,7 +21,7 @@ from machine import CLOCKS, cpu_model
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2_hiendmae.pretraining.resized import ResizedCrop
+from nnunetv2_hiendmae.pretraining.crops import ResizedCrop
 from nnunetv2_hiendmae.training.views import MaskedCrop
 from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset
 from nnunetv2_hiendmae.volume_format import VolumeFormat

@@ -13,7 +13,7 @@ import torch
 from loader import make_volume
 from machine import cpu_model
 
-from nnunetv2_hiendmae.pretraining.nested import NestedCrops, cut_blocks, resize
+from nnunetv2_hiendmae.pretraining.crops import NestedCrops, cut_blocks, resize
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec, ViTUNETR
 from nnunetv2_hiendmae.architectures.tokens import normalize_patches, patchify
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
-from nnunetv2_hiendmae.pretraining.mae3d import MAE3D
+from nnunetv2_hiendmae.pretraining.masked import MAE3D
 
 EDGE, PATCH, MASK_RATIO, CLASSES = 96, 16, 0.75, 14
 HEADS = {192: 3, 768: 12}

@@ -1,17 +1,23 @@
-"""Montages of grey slices."""
+"""Pictures of slices: montages in grey, and slices under a segmentation or a map of weights."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
+from typing import Any
 
 import numpy as np
 
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
 
 # in inches: width of a slice and height of a line of a row's label
 SLICE_WIDTH, LINE_HEIGHT = 3.2, 0.15
 LABEL_CHARACTERS = 24
+CLASS_COLOURS, NUM_COLOURS = "tab10", 10
+PANEL_INCHES = 3.0
+MARGIN_INCHES = 1.0  # title, column titles, legend
+# matplotlib is imported where it is needed, and figures are not made through pyplot, whose global state keeps them open
 
 
 @dataclass(frozen=True)
@@ -52,3 +58,98 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
         axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
     write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def overlay_picture(
+    path: Path,
+    image: Path,
+    masks: Mapping[str, Path],
+    labels: Mapping[str, int],
+    *,
+    window: tuple[float, float] | None = None,
+    num_slices: int = 4,
+    title: str = "",
+) -> None:
+    """Writes a PNG: one row per axial slice; columns are the image and the image under every mask.
+
+    The first mask decides which slices are shown: those that hold its foreground, evenly spread. Patient's right is at
+    the left of the picture, front is up.
+
+    Args:
+        image: volume in any format that SimpleITK reads.
+        masks: column title -> label volume on the grid of `image`.
+        labels: class name -> value; values of 0 or below are not drawn.
+        window: intensities shown from black to white; None: the 1st to 99th percentile.
+
+    Raises:
+        UserError: a file cannot be read, or a mask is on another grid.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    voxels, spacing = _read_axial(image)
+    layers = {name: _read_axial(file)[0] for name, file in masks.items()}
+    for name, layer in layers.items():
+        if layer.shape != voxels.shape:
+            raise UserError(f"{masks[name]} has shape {layer.shape}, needed {voxels.shape} as {image}")
+    rows = _slices(next(iter(layers.values())), num_slices)
+    drawn = {name: value for name, value in labels.items() if value > 0}
+    colours = {value: colormaps[CLASS_COLOURS]((value - 1) % NUM_COLOURS) for value in drawn.values()}
+    limits, aspect = grey_limits(voxels, window), spacing[1] / spacing[2]
+
+    columns = 1 + len(layers)
+    height = PANEL_INCHES * min(2.0, aspect * voxels.shape[1] / voxels.shape[2])
+    figure = Figure(figsize=(PANEL_INCHES * columns, height * len(rows) + MARGIN_INCHES), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, z in zip(axes, rows, strict=True):
+        for axis, (name, layer) in zip(row, {"image": None, **layers}.items(), strict=True):
+            show_grey(axis, voxels[z], limits, aspect, name if z == rows[0] else "")
+            if layer is not None:
+                axis.imshow(_colour(layer[z], colours), aspect=aspect, interpolation="nearest")
+    handles = [Patch(color=colours[value], label=name) for name, value in drawn.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
+
+
+def grey_limits(voxels: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float]:
+    """Intensities shown from black to white: the window, else the 1st to 99th percentile."""
+    return tuple(np.percentile(voxels, (1, 99))) if window is None else window
+
+
+def show_grey(axis: Any, picture: np.ndarray, limits: tuple[float, float], aspect: float, title: str = "") -> None:
+    """Draws a slice, without ticks."""
+    axis.imshow(picture, cmap="gray", vmin=limits[0], vmax=limits[1], aspect=aspect)
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=10)
+
+
+def _read_axial(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Volume as (D, H, W) with axes towards superior, posterior, left, and its spacing in that order."""
+    import SimpleITK as sitk
+
+    try:
+        image = sitk.ReadImage(str(path))
+    except RuntimeError as e:
+        raise UserError(f"cannot read {path} ({str(e).strip().splitlines()[-1]})") from e
+    if image.GetDimension() != 3:
+        raise UserError(f"{path} has {image.GetDimension()} axes, needed a volume with 3")
+    image = sitk.DICOMOrient(image, "LPS")
+    return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+
+
+def _slices(mask: np.ndarray, wanted: int) -> list[int]:
+    filled = np.flatnonzero((mask > 0).any(axis=(1, 2)))
+    if not filled.size:
+        filled = np.arange(len(mask))
+    # the outermost slices show little: take the middles of equal parts, from head to feet
+    parts = np.array_split(filled, min(wanted, filled.size))
+    return [int(part[len(part) // 2]) for part in reversed(parts)]
+
+
+def _colour(layer: np.ndarray, colours: Mapping[int, tuple[float, ...]]) -> np.ndarray:
+    picture = np.zeros((*layer.shape, 4))
+    for value, colour in colours.items():
+        picture[layer == value] = (*colour[:3], 0.55)
+    return picture

@@ -1,15 +1,26 @@
-"""Writing files so that nothing on disk is ever half-written, and keeping folders for one process."""
+"""Writing files so that nothing on disk is ever half-written, keeping folders for one process, and what the folder of a
+run holds. Imports nothing heavy."""
 
 import errno
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nnunetv2_hiendmae.errors import UserError
+
+# files of a run's folder
+SETTINGS, CHECKPOINT, LOG, LOCK = "run.json", "checkpoint_latest.pth", "log.jsonl", ".lock"
+ENCODER = "encoder.safetensors"
+# of a pretraining checkpoint: the next step, and the state of the method
+STEP, STATE = "step", "method"
+# of the settings: digest of the cases that the run was started with
+DATA_KEY = "data_sha256"
 
 
 @contextmanager
@@ -52,7 +63,10 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise _as_user_error(Path(path), e) from e
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = f"free some (see: df -h {Path(path).parent}) and run the same command again"
+            raise UserError(f"no space left on the disk for {path}; {free}") from e
+        raise UserError(f"cannot write {path}: {e.strerror or e}; choose a writable folder") from e
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,6 +126,16 @@ def telling_damage(path: Path, needed: str) -> Iterator[None]:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}), needed {needed}") from e
 
 
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    """Content of a run's settings file.
+
+    Raises:
+        UserError: it is not a JSON object.
+    """
+    with telling_damage(run_dir / SETTINGS, "a JSON object; start anew under another --name"):
+        return {**json.loads((run_dir / SETTINGS).read_text(encoding="utf-8"))}
+
+
 def _flush(path: Path) -> None:
     with path.open("rb") as f:
         os.fsync(f.fileno())
@@ -119,11 +143,3 @@ def _flush(path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)
-
-
-def _as_user_error(path: Path, error: OSError) -> UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError(
-            f"no space left on the disk for {path}; free some (see: df -h {path.parent}) and run the same command again"
-        )
-    return UserError(f"cannot write {path}: {error.strerror or error}; choose a writable folder")

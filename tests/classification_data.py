@@ -8,7 +8,7 @@ from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_SPEC, write_preprocessed
 
 from nnunetv2_hiendmae import cli
-from nnunetv2_hiendmae.classification.settings import Task, build_task
+from nnunetv2_hiendmae.classification.train import Task, build_task
 from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.options.commands import ClassifyOptions
 

@@ -10,7 +10,7 @@ from run_data import TINY_OPTIONS, tiny_settings
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
-from nnunetv2_hiendmae.training.run_folder import claimed, save_state
+from nnunetv2_hiendmae.training.run import claimed, save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 DATASET = "Dataset007_Oblique"

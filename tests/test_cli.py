@@ -13,7 +13,7 @@ from nnunetv2_hiendmae import cli, environment
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.commands import env
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.training.run_folder import save_state
+from nnunetv2_hiendmae.training.run import save_state
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

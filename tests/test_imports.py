@@ -22,7 +22,6 @@ BASE = {
     "plans_section",
     "optim",
     "figures",
-    "run_files",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -37,7 +36,6 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "figures": {"errors", "files"},
-    "run_files": {"errors"},
     "architectures": {"errors"},
     "weights": BASE | {"architectures"},
     "planning": BASE | {"architectures", "weights"},

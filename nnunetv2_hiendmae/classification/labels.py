@@ -17,7 +17,7 @@ import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import telling_damage, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +179,21 @@ class Split:
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
 
+    def write(self, run_dir: Path) -> None:
+        """Writes splits.json of a run: the case names under "train", "val" and "test"."""
+        write_text(run_dir / SPLITS, json.dumps(asdict(self), indent=2))
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "Split":
+        """Inverse of `write`.
+
+        Raises:
+            UserError: the file is missing or damaged.
+        """
+        with telling_damage(run_dir / SPLITS, "the run's split; start anew under another --name"):
+            data = json.loads((run_dir / SPLITS).read_text(encoding="utf-8"))
+            return cls(**{key: tuple(cases) for key, cases in data.items()})
+
 
 def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: int) -> Split:
     """The split of a run.
@@ -252,21 +267,3 @@ def _fraction(labels: Labels, train: tuple[str, ...], fraction: float, split_see
         # str: 0.145 means 145/1000, not the nearest binary number below it
         kept |= set(ranked[: max(1, floor(Fraction(str(fraction)) * len(ranked) + Fraction(1, 2)))])
     return tuple(case for case in train if case in kept)
-
-
-def write_split(run_dir: Path, split: Split) -> None:
-    """Writes splits.json of a run: the case names under "train", "val" and "test"."""
-    write_text(run_dir / SPLITS, json.dumps(asdict(split), indent=2))
-
-
-def read_split(run_dir: Path) -> Split:
-    """Inverse of `write_split`.
-
-    Raises:
-        UserError: the file is missing or damaged.
-    """
-    try:
-        data = json.loads((run_dir / SPLITS).read_text(encoding="utf-8"))
-        return Split(**{key: tuple(cases) for key, cases in data.items()})
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"cannot read {run_dir / SPLITS} ({e}); start anew under another --name") from e

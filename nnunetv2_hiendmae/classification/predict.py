@@ -12,13 +12,12 @@ import torch
 from lightning_fabric import Fabric
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
-from nnunetv2_hiendmae.classification.inputs import Inputs, warn_of_differences
 from nnunetv2_hiendmae.classification.labels import Labels, read_labels
-from nnunetv2_hiendmae.classification.network import BEST, LAST, load_classifier
+from nnunetv2_hiendmae.classification.network import BEST, LAST, Inputs, load_classifier, warn_of_differences
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
 from nnunetv2_hiendmae.options.commands import PredictOptions
-from nnunetv2_hiendmae.training.launch import choose_precision, launch
+from nnunetv2_hiendmae.training.run import choose_precision, launch
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 
 COMMAND = "hiendmae classify"

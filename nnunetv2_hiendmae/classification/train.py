@@ -1,32 +1,140 @@
-"""Training of a classifier: one readable loop on Lightning Fabric (device, precision)."""
+"""Training of a classifier: what a run computes, and one readable loop on Lightning Fabric (device, precision)."""
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
 
+from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.classification import network as net
-from nnunetv2_hiendmae.classification.inputs import epoch_keys, warn_of_differences
-from nnunetv2_hiendmae.classification.labels import read_split, write_split
+from nnunetv2_hiendmae.classification.labels import SPLIT, Labels, Split, choose_split, read_labels
 from nnunetv2_hiendmae.classification.predict import COMMAND, compute_probabilities, measure, write_predictions
-from nnunetv2_hiendmae.classification.settings import Task, build_task, run_name
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import sha256, write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ClassifyOptions
-from nnunetv2_hiendmae.training.launch import check_free_disk, launch
-from nnunetv2_hiendmae.training.run_folder import RunLog, choose_run_dir, claimed, restore_state, save_state
-from nnunetv2_hiendmae.training.volumes import SampleDataset, load_batches
-from nnunetv2_hiendmae.weights import load_into, read_metadata
+from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
+from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
 
 METRICS, PREDICTIONS, PREDICTIONS_TEST = "metrics.json", "predictions.csv", "predictions_test.csv"
+# ours, nobody published them: that of end-to-end fine-tuning for segmentation, ten times that for a linear layer alone
+LR, LR_FROZEN = 1e-4, 1e-3
+WARMUP_FRACTION = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifySettings(run.RunSettings, ClassifyOptions):
+    """What a run computes, and how: its options, all decided but `fold`.
+
+    Args:
+        spec: of the encoder in the network; may differ from that of the file in crop and channels.
+        encoder_file, encoder_sha256: whose weights the encoder starts with, unless `from_scratch`.
+        labels_sha256: of cases, labels and places.
+        fold: number or "all"; None where a column of the labels splits.
+        lr: peak learning rate of AdamW, after `warmup_epochs`, cosine to 0 at the end.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    datasets: tuple[str, ...]
+    spec: EncoderSpec
+    encoder_file: str
+    encoder_sha256: str
+    labels_sha256: str
+    inputs: net.Inputs
+
+    keys: ClassVar = (
+        *("datasets", "plans_name", "configuration", "spec", "encoder_file", "encoder_sha256", "labels_sha256", "fold"),
+        *("fraction", "inputs", "epochs", "warmup_epochs", "batch_size", "lr", "weight_decay", "precision", "pool"),
+        *("freeze_encoder", "from_scratch", "augmentation", "seed", "split_seed", "validate_epochs"),
+        "checkpoint_epochs",
+    )
+    not_deciding: ClassVar = ("encoder_file", "checkpoint_epochs")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pool == "cls" and not self.spec.cls_token:
+            raise UserError("--pool cls, but the encoder has no CLS token; use --pool mean")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run's settings, its labelled cases and which of them train."""
+
+    settings: ClassifySettings
+    data: CaseSet
+    labels: Labels
+    split: Split
+
+    def subset(self, names: Sequence[str]) -> CaseSet:
+        """The named cases, in that order."""
+        by_name = {case.name: case for case in self.data.cases}
+        return replace(self.data, cases=tuple(by_name[name] for name in names))
+
+    def targets(self, names: Sequence[str]) -> torch.Tensor:
+        """Class indices (n,) of the named cases."""
+        return torch.tensor([self.labels.targets[name] for name in names])
+
+
+def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: Path, options: ClassifyOptions) -> Task:
+    """Task of a run; writes nothing.
+
+    Raises:
+        UserError: anything about the labels, the data, the encoder file or an option is wrong.
+    """
+    metadata = read_metadata(encoder_file)
+    data = find_cases(datasets, options.plans_name, options.configuration)
+    labels = read_labels(labels_file, [case.name for case in data.cases])
+    split = choose_split(labels, options.fold, options.fraction, options.split_seed)
+    spec = _spec(metadata, len(data.format.channel_names), options.crop_size)
+    values = {
+        "warmup_epochs": int(WARMUP_FRACTION * options.epochs),
+        "lr": LR_FROZEN if options.freeze_encoder else LR,
+        **{name: value for name, value in vars(options).items() if value is not None},
+        "datasets": data.datasets,
+        "spec": spec,
+        "encoder_file": str(Path(encoder_file).resolve()),
+        "encoder_sha256": sha256(encoder_file),
+        "labels_sha256": labels.digest(),
+        "fold": None if labels.column == SPLIT else options.fold or "0",
+        "inputs": net.Inputs(options.input, spec.img_size, options.crops),
+        "precision": run.choose_precision(options.precision, options.device),
+    }
+    settings = ClassifySettings(**values)
+    labelled = tuple(case for case in data.cases if case.name in labels.targets)
+    return Task(settings, replace(data, cases=labelled), labels, split)
+
+
+def run_name(labels_file: Path, settings: ClassifySettings) -> str:
+    """Default name of a run: label file, encoder's method, what trains, input, share of the labels, fold."""
+    method = "scratch" if settings.from_scratch else read_metadata(settings.encoder_file).method
+    trained = "probe" if settings.freeze_encoder else "finetune"
+    share = f"{100 * settings.fraction:g}pct"
+    fold = SPLIT if settings.fold is None else f"fold{settings.fold}"
+    return "_".join([Path(labels_file).stem, method, trained, settings.inputs.mode, share, fold])
+
+
+def _spec(metadata: EncoderMetadata, channels: int, crop_size: Sequence[int] | None) -> EncoderSpec:
+    source = metadata.spec
+    if source.in_channels not in (1, channels):
+        raise UserError(
+            f"the encoder has {source.in_channels} input channels, the images {channels}: only 1 can be spread; choose "
+            "another -w"
+        )
+    try:
+        # stochastic depth draws from the global generator: not reproducible from (seed, epoch, case)
+        return source.with_(in_channels=channels, img_size=tuple(crop_size or source.img_size), drop_path_rate=0.0)
+    except ValueError as e:
+        raise UserError(f"{e}; choose --crop-size as a multiple of the encoder's patch") from e
 
 
 def train(
@@ -57,19 +165,19 @@ def train(
     """
     options = replace(options or ClassifyOptions(), **changes)
     task = build_task(datasets, labels_file, encoder_file, options)
-    return run_training(task, choose_run_dir(task.settings, "classification", run_name(labels_file, task.settings)))
+    return run_training(task, run.choose_run_dir(task.settings, "classification", run_name(labels_file, task.settings)))
 
 
 def run_training(task: Task, run_dir: Path) -> Path:
     """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    fabric = launch(task.settings.device, task.settings.precision, alone=COMMAND)
-    check_free_disk(run_dir, network)
-    with claimed(run_dir, task.settings, task.data.digest()):
+    fabric = run.launch(task.settings.device, task.settings.precision, alone=COMMAND)
+    run.check_free_disk(run_dir, network)
+    with run.claimed(run_dir, task.settings, task.data.digest()):
         if task.settings.resume:
-            task = replace(task, split=read_split(run_dir))
+            task = replace(task, split=Split.read(run_dir))
         else:
-            write_split(run_dir, task.split)
+            task.split.write(run_dir)
         try:
             last = _run(fabric, task, network, metadata, run_dir)
             return _report(fabric, task, run_dir, last)
@@ -87,7 +195,7 @@ def _build(task: Task) -> tuple[net.Classifier, net.ClassifierMetadata]:
     network = net.build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
     if not settings.from_scratch:
         load_into(network.encoder, settings.encoder_file)
-        warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
+        net.warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
     metadata = net.ClassifierMetadata(
         **{name: getattr(settings, name) for name in ("spec", "pool", "inputs", "plans_name", "configuration")},
         classes=classes,
@@ -107,16 +215,16 @@ def _run(
     model, optimizer = fabric.setup(network, optimizer)
     # what a checkpoint holds besides the next epoch and the best rank
     parts = {"network": network, "optimizer": optimizer, "precision": fabric.strategy.precision}
-    before = restore_state(run_dir, parts, epoch=0, best=None) if settings.resume else {"epoch": 0, "best": None}
+    before = run.restore_state(run_dir, parts, epoch=0, best=None) if settings.resume else {"epoch": 0, "best": None}
     best, epochs = before["best"], range(before["epoch"], settings.epochs)
 
     draw = partial(settings.inputs.draw, augment=settings.augmentation)
     samples = SampleDataset(task.subset(split.train), draw, settings.seed, case_in_key=True)
-    keys = epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
+    keys = net.epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
     batches = load_batches(fabric, samples, keys, settings.workers)
     steps = math.ceil(len(split.train) / settings.batch_size)
     weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
-    with closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log:
+    with closing(run.RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log:
         for epoch in epochs:
             done, last = epoch + 1, epoch + 1 == settings.epochs
             model.train()
@@ -145,16 +253,12 @@ def _run(
             if last:
                 net.save_classifier(run_dir / net.LAST, network, replace(metadata, epoch=epoch))
             if last or done % settings.checkpoint_epochs == 0:
-                save_state(run_dir, parts, epoch=done, best=best)
+                run.save_state(run_dir, parts, epoch=done, best=best)
         return log.last
 
 
 def _loss(model: torch.nn.Module, batch: dict[str, Any], task: Task, weights: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Mean over the crops of a batch; every crop has the label of its case.
-
-    Raises:
-        UserError: it is not finite.
-    """
+    """Mean over the crops of a batch, a UserError unless finite; every crop has the label of its case."""
     images, names = batch["image"], batch["case"]
     targets = task.targets(names).to(weights.device).repeat_interleave(images.shape[1])
     loss = net.weighted_cross_entropy(model(images.flatten(0, 1)), targets, weights)

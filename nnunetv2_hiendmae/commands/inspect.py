@@ -8,9 +8,8 @@ from typing import Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
-from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings
 
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
 

@@ -15,9 +15,8 @@ from nnunetv2_hiendmae.demo.datasets import DemoData, find_data, install, isotro
 from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, with_discovery
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import ENCODER, write_text
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
-from nnunetv2_hiendmae.run_files import ENCODER
 
 logger = logging.getLogger(__name__)
 

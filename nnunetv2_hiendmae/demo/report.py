@@ -15,9 +15,8 @@ from typing import Any
 from nnunetv2_hiendmae.demo.datasets import DemoData
 from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.evaluation.report import table
-from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.inspection.figures import overlay_picture
-from nnunetv2_hiendmae.run_files import LOG
+from nnunetv2_hiendmae.figures import overlay_picture
+from nnunetv2_hiendmae.files import LOG, write_text
 
 PACKAGES = ("nnunetv2_hiendmae", "nnunetv2", "torch", "timm", "lightning-fabric", "dynamic-network-architectures")
 PICTURES = "pictures"

@@ -14,26 +14,22 @@ from torch import Tensor, nn
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.inspection.figures import draw_planes
+from nnunetv2_hiendmae.figures import grey_limits, show_grey
+from nnunetv2_hiendmae.files import ENCODER, write_text, write_with
+from nnunetv2_hiendmae.inspection import volumes as vol
 from nnunetv2_hiendmae.inspection.reconstruct import load_run
-from nnunetv2_hiendmae.inspection.volumes import (
-    Grid,
-    RawImage,
-    known_format,
-    preprocess,
-    read_image,
-    resample,
-    write_nifti,
-)
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
-from nnunetv2_hiendmae.run_files import ENCODER
 from nnunetv2_hiendmae.weights import load_encoder, read_metadata
 
 MEAN = "mean"
 RECORD = "attention.json"
 # of the crop's extent, shown around it
 MARGIN = 0.2
+# array axes towards feet, back, left: slices then have the head or the front up, and the patient's right at the left
+PICTURE_AXES = "IPL"
+WEIGHT_COLOURS = "inferno"
+PLANE_INCHES = 3.4
+CROSS = {"marker": "+", "color": "cyan", "markersize": 12, "markeredgewidth": 1.5}
 
 
 def attention_pictures(
@@ -74,14 +70,14 @@ def attention_pictures(
         raise UserError(f"--seed is {seed}, needed 0 or more")
     encoder_file = source / ENCODER if source.is_dir() else source
     metadata = read_metadata(encoder_file)
-    spec, volumes = metadata.spec, known_format(metadata)
+    spec, volumes = metadata.spec, vol.known_format(metadata)
     network = _load_decoder(source) if cross else load_encoder(encoder_file)[0]
     blocks = _choose_blocks(network, layers, heads)
     if cls and not spec.cls_token:
         raise UserError(f"--cls, but the encoder of {encoder_file} has no CLS token; leave --cls out")
-    raw = read_image(image, volumes)
+    raw = vol.read_image(image, volumes)
     point = _query_point(raw.grid.turned(raw.to_stored), voxel, point_mm)
-    crop, crop_grid, token = _cut(*preprocess(raw, volumes), spec, point)
+    crop, crop_grid, token = _cut(*vol.preprocess(raw, volumes), spec, point)
     rows = _rows(network, crop, blocks, token, cls, seed)
     maps = {name: weights.numpy() for layer, row in rows.items() for name, weights in _by_head(layer, row, heads)}
     record = {
@@ -90,12 +86,13 @@ def attention_pictures(
         "query_token": None if cls else token,
         "point_mm": [round(float(p), 4) for p in point],
         "crop_spacing_mm": [round(s, 4) for s in crop_grid.spacing_mm],
-        "maps": {name: _sums(row, spec.num_tokens) for name, row in maps.items()},
+        "maps": {name: _sums(row[-spec.num_tokens :], row[: -spec.num_tokens]) for name, row in maps.items()},
     }
     write_text(output / RECORD, json.dumps(record, indent=2) + "\n")
-    window = volumes.window_hu if volumes.is_ct(0) else None
+    # of the whole image, where it is no CT
+    limits = grey_limits(raw.data[0], volumes.window_hu if volumes.is_ct(0) else None)
     patches = {name: row[-spec.num_tokens :].reshape(spec.grid) for name, row in maps.items()}
-    return [_write(output / name, weights, raw, crop_grid, point, window) for name, weights in patches.items()]
+    return [_write(output / name, weights, raw, crop_grid, point, limits) for name, weights in patches.items()]
 
 
 @torch.no_grad()
@@ -206,7 +203,7 @@ def _choose_blocks(network: nn.Module, layers: Sequence[int] | None, heads: Sequ
     return list(dict.fromkeys(layers))
 
 
-def _query_point(grid: Grid, voxel: Sequence[int] | None, point_mm: Sequence[float] | None) -> np.ndarray:
+def _query_point(grid: vol.Grid, voxel: Sequence[int] | None, point_mm: Sequence[float] | None) -> np.ndarray:
     """World position of the query in an image: the voxel's centre, or the point itself."""
     at = grid.to_index(point_mm) if voxel is None else np.array(voxel)
     if all(-0.5 <= a < s - 0.5 for a, s in zip(at, grid.shape, strict=True)):
@@ -221,7 +218,7 @@ def _listed(values: Iterable[float]) -> str:
     return " ".join(f"{v:g}" for v in values)
 
 
-def _cut(volume: np.ndarray, grid: Grid, spec: EncoderSpec, point: np.ndarray) -> tuple[Tensor, Grid, int]:
+def _cut(volume: np.ndarray, grid: vol.Grid, spec: EncoderSpec, point: np.ndarray) -> tuple[Tensor, vol.Grid, int]:
     """Crop (1, C, D, H, W) around a world position, inside the volume wherever that is large enough, as crops are in
     pretraining; its grid; and the token of the position."""
     size, patch = np.array(spec.img_size), np.array(spec.patch_size)
@@ -256,17 +253,55 @@ def _by_head(layer: str, row: Tensor, heads: Sequence[int | str]) -> Iterator[tu
         yield (f"{layer}_{MEAN}", row.mean(0)) if head == MEAN else (f"{layer}_head{head:02d}", row[head])
 
 
-def _sums(row: np.ndarray, patches: int) -> dict[str, float]:
-    weights = row[-patches:]
-    on_cls = float(row[:-patches].sum())
-    return {"sum_over_patches": float(weights.sum()), "on_cls": on_cls, "largest": float(weights.max())}
+def _sums(patches: np.ndarray, prefix: np.ndarray) -> dict[str, float]:
+    sums = {"sum_over_patches": float(patches.sum()), "on_cls": float(prefix.sum())}
+    return {**sums, "largest": float(patches.max())}
 
 
 def _write(
-    stem: Path, weights: np.ndarray, raw: RawImage, crop: Grid, point: np.ndarray, window: tuple[float, float] | None
+    stem: Path, weights: np.ndarray, raw: vol.RawImage, crop: vol.Grid, point: np.ndarray, limits: tuple[float, float]
 ) -> Path:
-    spread = resample(weights, crop.resized(weights.shape), raw.grid)
-    write_nifti(stem.with_suffix(".nii.gz"), apply_orientation(spread, raw.to_stored), raw.grid.turned(raw.to_stored))
-    picture, shown = stem.with_suffix(".png"), raw.grid.covered(crop, MARGIN)
-    draw_planes(picture, raw.data[0], spread, raw.grid, shown=shown, point=point, window=window, title=stem.name)
+    spread, turn = vol.resample(weights, crop.resized(weights.shape), raw.grid), raw.to_stored
+    vol.write_nifti(stem.with_suffix(".nii.gz"), apply_orientation(spread, turn), raw.grid.turned(turn))
+    shown, picture = raw.grid.covered(crop, MARGIN), stem.with_suffix(".png")
+    part = raw.grid.cropped([s.start for s in shown], [s.stop - s.start for s in shown])
+    _draw_planes(picture, raw.data[0][shown], spread[shown], part, point, limits)
     return picture
+
+
+def _draw_planes(
+    path: Path, image: np.ndarray, overlay: np.ndarray, part: vol.Grid, point: np.ndarray, limits: tuple[float, float]
+) -> None:
+    """Writes a PNG: axial, coronal and sagittal slices through a world position in mm, above the image alone with the
+    position marked, below with the map over it, both (D, H, W) on `part`. Patient's right is at the left, front and
+    head are up."""
+    from matplotlib.figure import Figure
+
+    change = part.turn_to(PICTURE_AXES)
+    image, overlay = (apply_orientation(a, change) for a in (image, overlay))
+    turned = part.turned(change)
+    at = [min(max(round(float(i)), 0), n - 1) for i, n in zip(turned.to_index(point), turned.shape, strict=True)]
+    strongest = float(overlay.max())
+
+    extent = np.array(turned.shape) * turned.spacing_mm
+    heights, widths = (extent[1], extent[0], extent[0]), (extent[2], extent[2], extent[1])
+    scale = PLANE_INCHES / extent.max()
+    figure = Figure(figsize=(scale * sum(widths) + 1.6, 2 * scale * max(heights) + 1.0), layout="constrained")
+    axes = figure.subplots(2, 3, width_ratios=widths)
+    for across, name in enumerate(("axial", "coronal", "sagittal")):
+        rows, columns = [axis for axis in range(3) if axis != across]
+        picture, weights = (np.take(a, at[across], axis=across) for a in (image, overlay))
+        aspect = turned.spacing_mm[rows] / turned.spacing_mm[columns]
+        above, below = axes[:, across]
+        show_grey(above, picture, limits, aspect, name)
+        show_grey(below, picture, limits, aspect)
+        # weak attention lets the image through
+        opacity = 0.75 * np.sqrt(weights / max(strongest, 1e-12))
+        percent = {"cmap": WEIGHT_COLOURS, "vmin": 0, "vmax": strongest * 100}
+        drawn = below.imshow(weights * 100, alpha=opacity, aspect=aspect, **percent)
+        for axis in (above, below):
+            axis.plot(at[columns], at[rows], **CROSS)
+    bar = figure.colorbar(drawn, ax=axes[1, :], shrink=0.8)
+    bar.set_label("attention on a patch, % of all", fontsize=8)
+    figure.suptitle(f"{path.stem}, at {', '.join(f'{p:.1f}' for p in point)} mm", fontsize=10)
+    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

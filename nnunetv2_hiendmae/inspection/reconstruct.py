@@ -14,14 +14,12 @@ from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage
+from nnunetv2_hiendmae.files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
 from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
 from nnunetv2_hiendmae.pretraining import METHODS
+from nnunetv2_hiendmae.pretraining.loop import PretrainSettings
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
-from nnunetv2_hiendmae.pretraining.progress import columns_of
-from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
-from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
-from nnunetv2_hiendmae.training.launch import check_device
-from nnunetv2_hiendmae.training.run_folder import load_checkpoint
+from nnunetv2_hiendmae.training.run import check_device, load_checkpoint
 from nnunetv2_hiendmae.training.views import Views
 from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -129,7 +127,7 @@ def _unaugmented(views: Views) -> Views:
 def _location(drawn: Mapping[str, Any], made: Reconstruction, grid: Grid) -> Grid | None:
     """Grid of a reconstruction, None where it is not simply the crop that was drawn at a known corner."""
     lower, image = drawn.get("lower"), drawn.get("image")
-    if lower is None or not torch.equal(made.image[0].cpu().float(), image):
+    if lower is None or not torch.equal(made.input[0].cpu().float(), image):
         return None
     return grid.cropped(lower.tolist(), image.shape[1:])
 
@@ -139,23 +137,15 @@ def _write(
 ) -> Path:
     dataset, _, name = case.name.rpartition("/")
     stem = output / dataset / f"{name}_{view}"
-    arrays = {title: volume[0].float().cpu().numpy() for title, volume in columns_of(made).items()}
+    arrays = {title: volume[0].float().cpu().numpy() for title, volume in vars(made).items()}
     channels = len(volumes.channel_names)
     for channel in range(channels if location else 0):
         ending = f"_{channel:04d}" if channels > 1 else ""
         for title, array in arrays.items():
             path = stem.with_name(f"{stem.name}_{title}{ending}.nii.gz")
             write_nifti(path, volumes.to_intensity(array[channel], channel), location)
-    picture = stem.with_name(f"{stem.name}.png")
-    _draw_slices(picture, {k: volumes.to_intensity(a[0], 0) for k, a in arrays.items()}, grid, case, view, volumes)
-    return picture
-
-
-def _draw_slices(
-    path: Path, columns: Mapping[str, np.ndarray], grid: Grid, case: Case, view: str, volumes: VolumeFormat
-) -> None:
     change = grid.turn_to(PICTURE_AXES)
-    turned = {title: apply_orientation(array, change) for title, array in columns.items()}
+    turned = {k: apply_orientation(volumes.to_intensity(a[0], 0), change) for k, a in arrays.items()}
     limits = float(turned["input"].min()), float(turned["input"].max())
     total = len(turned["input"])
     count = min(PICTURE_SLICES, total)
@@ -164,4 +154,6 @@ def _draw_slices(
     rows = [MontageRow(f"slice {z + 1} of {total}", {t: a[z] for t, a in turned.items()}, limits) for z in shown]
     unit = f", {limits[0]:.0f} to {limits[1]:.0f} HU" if volumes.is_ct(0) else ""
     _, height, width = grid.turned(change).spacing_mm
-    draw_montage(path, rows, aspect=height / width, title=f"{case.name}, {view}{unit}")
+    picture = stem.with_name(f"{stem.name}.png")
+    draw_montage(picture, rows, aspect=height / width, title=f"{case.name}, {view}{unit}")
+    return picture

@@ -12,10 +12,7 @@ import nibabel
 import numpy as np
 from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_file_ending,
-    recursive_find_reader_writer_by_name,
-)
+from nnunetv2.imageio import reader_writer_registry as readers
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -122,11 +119,7 @@ def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
 
 
 def _steps(source: Grid, target: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Per axis, in voxels of the source: from one voxel of the target to the next, and where the first one lies.
-
-    Raises:
-        ValueError: the axes are not parallel.
-    """
+    """Per axis, in voxels of the source: from one voxel of the target to the next, and where the first one lies."""
     matrix = np.linalg.inv(source.affine) @ target.affine
     steps = matrix[:3, :3].diagonal()
     if not np.allclose(matrix[:3, :3], np.diag(steps), atol=1e-3 * np.abs(steps).max()):
@@ -288,9 +281,9 @@ def _preprocessed_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> G
 
 def _reader(file: str, volumes: VolumeFormat) -> Any:
     if volumes.image_reader_writer is not None:
-        return recursive_find_reader_writer_by_name(volumes.image_reader_writer)()
+        return readers.recursive_find_reader_writer_by_name(volumes.image_reader_writer)()
     ending = ".nii.gz" if file.endswith(".nii.gz") else Path(file).suffix
-    return determine_reader_writer_from_file_ending(ending, file, allow_nonmatching_filename=True, verbose=False)()
+    return readers.determine_reader_writer_from_file_ending(ending, file, True, verbose=False)()
 
 
 def _wrong_channels(found: int, channels: Sequence[str]) -> UserError:

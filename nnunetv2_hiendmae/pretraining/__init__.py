@@ -2,7 +2,7 @@
 
 from nnunetv2_hiendmae.pretraining.glmae import GLMAE
 from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
-from nnunetv2_hiendmae.pretraining.mae3d import MAE3D
+from nnunetv2_hiendmae.pretraining.masked import MAE3D
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.pretraining.mim import MiM
 

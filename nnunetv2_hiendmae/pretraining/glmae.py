@@ -14,10 +14,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.options import SHARE, option
-from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
-from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
+from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
-from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.training.views import Augmentation
 
 # edges of a global view by those of a local one, as published: 160 and 96 voxels

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import option
-from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
-from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
+from nnunetv2_hiendmae.pretraining.masked import DecoderQueries, MaskedCropMethod
 
 # the released decoders: width by encoder width; 528 is no rule of 1536
 RELEASED_DECODER_DIM = {1536: 528, 768: 384}
@@ -107,8 +105,7 @@ class HiEndMAE(MaskedCropMethod):
             init_transformer(part)
 
     def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
-        ids_keep, _ = split_shuffle(ids_shuffle, self.visible)
-        tokens, taps = self.encoder(image, ids_keep)
+        tokens, taps = self.encoder(image, ids_shuffle[:, : self.visible])
         return self.head(self.decode(tokens, taps, ids_shuffle)[:, tokens.shape[1] :])
 
     def decode(self, tokens: Tensor, taps: list[Tensor], ids_shuffle: Tensor) -> Tensor:

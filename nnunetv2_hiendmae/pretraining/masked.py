@@ -1,18 +1,93 @@
-"""What methods of one masked crop have in common, and targets and pictures of masked patches."""
+"""Masked autoencoding of one crop: targets, pictures and decoders that methods share, and the baseline MAE3D itself
+(docs/methods.md, "MAE3D")."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import normalize_patches, patchify, put_tokens, take_tokens, unpatchify
+from nnunetv2_hiendmae.architectures import tokens as tk
+from nnunetv2_hiendmae.architectures.vit import init_transformer
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
 from nnunetv2_hiendmae.training.views import MaskedCrop
+
+
+class DecoderQueries(nn.Module):
+    """Encoder tokens brought to the decoder's width, with mask tokens and decoder positions.
+
+    The sequence stays in the order of the permutation: visible tokens first, then masked ones. Attention does
+    not mind, and nothing has to be sorted back.
+    """
+
+    def __init__(self, spec: EncoderSpec, width: int):
+        super().__init__()
+        self.prefix = int(spec.cls_token)
+        self.grid = spec.grid
+        self.embed = nn.Linear(spec.embed_dim, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        table = tk.sincos_positions(spec.grid, width).to(torch.get_default_device())
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
+
+    def forward(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → (B, [1+]N, F); `grid` None: the spec's."""
+        x = self.embed(tokens)
+        cls, visible = x[:, : self.prefix], x[:, self.prefix :]
+        masked = self.mask_token.expand(len(x), ids_shuffle.shape[1] - visible.shape[1], -1).to(x.dtype)
+        queries = torch.cat([visible, masked], dim=1) + tk.take_tokens(self.positions(grid), ids_shuffle)
+        return torch.cat([cls, queries], dim=1)
+
+    def positions(self, grid: Sequence[int] | None = None) -> Tensor:
+        """Position table (1, N, F) of a grid: the spec's own, or a fixed one of that grid."""
+        if grid is None or tuple(grid) == self.grid:
+            return self.pos_embed
+        return _fixed_positions(tuple(grid), self.pos_embed.shape[2], self.pos_embed.device)
+
+
+@lru_cache(maxsize=16)
+def _fixed_positions(grid: tuple[int, int, int], width: int, device: torch.device) -> Tensor:
+    return tk.sincos_positions(grid, width).to(device)
+
+
+class MAEDecoder(nn.Module):
+    """The plain decoder of He et al. 2022: self-attention blocks over all tokens, then pixels of the masked ones."""
+
+    def __init__(self, spec: EncoderSpec, width: int, depth: int, num_heads: int):
+        super().__init__()
+        if num_heads < 1 or width < 1 or width % num_heads or depth < 1:
+            raise ValueError(
+                f"decoder_dim {width} must be a multiple of decoder_heads {num_heads}, decoder_depth {depth} > 0"
+            )
+        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
+        self.queries = DecoderQueries(spec, width)
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+        )
+        self.norm = norm(width)
+        self.head = nn.Linear(width, spec.patch_voxels)
+        init_transformer(self)
+
+    def forward(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """Visible tokens (B, [1+]K, E) and token permutation (B, N) → patches of masked tokens (B, N − K, P).
+
+        `grid` (d, h, w) is that of the crop; None: the spec's.
+        """
+        # the head is the widest layer of all: only what enters the loss goes through it
+        return self.head(self.features(tokens, ids_shuffle, grid)[:, tokens.shape[1] :])
+
+    def features(self, tokens: Tensor, ids_shuffle: Tensor, grid: Sequence[int] | None = None) -> Tensor:
+        """The same → decoder tokens (B, [1+]N, F) after the norm, in the order of `ids_shuffle`."""
+        x = self.queries(tokens, ids_shuffle, grid)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
 
 
 class MaskedCropMethod(Method):
@@ -69,8 +144,8 @@ def patch_targets(
     Returns:
         (B, N − K, P), float32.
     """
-    patches = _masked_patches(image, ids_shuffle, visible, spec)
-    return normalize_patches(patches, unbiased) if normalize else patches
+    patches = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, visible:]).float()
+    return tk.normalize_patches(patches, unbiased) if normalize else patches
 
 
 def picture(
@@ -92,18 +167,42 @@ def picture(
     visible = ids_shuffle.shape[1] - prediction.shape[1]
     prediction = prediction.float()
     if normalize:
-        hidden = _masked_patches(image, ids_shuffle, visible, spec)
+        hidden = patch_targets(image, ids_shuffle, visible, spec, normalize=False)
         var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
-    shown = take_tokens(patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
+    shown = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
 
     def assemble(patches: Tensor) -> Tensor:
         tokens = torch.cat([shown, patches], dim=1)
-        return unpatchify(put_tokens(tokens, ids_shuffle), spec.grid, spec.patch_size)
+        return tk.unpatchify(tk.put_tokens(tokens, ids_shuffle), spec.grid, spec.patch_size)
 
     blank = torch.full_like(prediction, float(image.min()))
     return Reconstruction(image, assemble(blank), assemble(prediction))
 
 
-def _masked_patches(image: Tensor, ids_shuffle: Tensor, visible: int, spec: EncoderSpec) -> Tensor:
-    return take_tokens(patchify(image, spec.patch_size), ids_shuffle[:, visible:]).float()
+class MAE3D(MaskedCropMethod):
+    """Masked autoencoder: encode the visible tokens, decode all of them, MSE on the masked patches."""
+
+    name = "mae3d"
+    title = "MAE3D"
+    source = "He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. Training recipe: ours, that of Hi-End-MAE"
+
+    @dataclass(frozen=True)
+    class Options(MaskedCropMethod.Options):
+        """Of the target, and the decoder's width, blocks and attention heads."""
+
+        # every patch by its own mean and standard deviation (unbiased variance)
+        normalize_target: bool = option(True)
+        decoder_dim: int = option(512)
+        decoder_depth: int = option(8)
+        decoder_heads: int = option(16)
+
+    def __init__(self, spec: EncoderSpec, **options: Any):
+        super().__init__(spec, **options)
+        chosen = self.options
+        self.normalize_target = chosen.normalize_target
+        self.decoder = MAEDecoder(spec, chosen.decoder_dim, chosen.decoder_depth, chosen.decoder_heads)
+
+    def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
+        tokens, _ = self.encoder(image, ids_shuffle[:, : self.visible])
+        return self.decoder(tokens, ids_shuffle)

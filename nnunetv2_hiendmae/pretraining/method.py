@@ -1,7 +1,7 @@
 """The contract of a pretraining method: an encoder, its heads and losses, and nothing else."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import num_visible
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options import check_ranges, declared, parse_assignments
-from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.options import check_ranges, declared
 from nnunetv2_hiendmae.training.views import Views
 
 Batch = Mapping[str, Any]
@@ -89,7 +88,7 @@ class MethodOptions:
 class Reconstruction:
     """What a method made of a batch, for pictures; each (B, C, D, H, W), intensities as in the input."""
 
-    image: Tensor
+    input: Tensor
     masked: Tensor
     reconstruction: Tensor
 
@@ -119,11 +118,6 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.spec = spec
         self.options = self.Options(**options)
-
-    @property
-    def citations(self) -> tuple[str, ...]:
-        """BibTeX entries."""
-        return RECIPES[self.name].citations
 
     @abstractmethod
     def views(self) -> Views:
@@ -157,12 +151,3 @@ class Method(nn.Module, ABC):
         """What is to be said beside the defaults of options and recipe entries: unit, and whether they are ours."""
         notes = {name: about.note for name, (_, about) in declared(cls.Options).items() if about.note}
         return {**notes, **cls.recipe_notes}
-
-
-def parse_options(method: type[Method], texts: Sequence[str]) -> dict[str, Any]:
-    """`key=value` texts of the command line as options of a method.
-
-    Raises:
-        UserError: no '=', an unknown key, or a value of another type.
-    """
-    return parse_assignments(method.Options, texts, method.name)

@@ -13,10 +13,9 @@ from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.architectures.tokens import put_tokens, take_tokens
 from nnunetv2_hiendmae.options import SHARE, option
-from nnunetv2_hiendmae.pretraining.decoder import MAEDecoder
-from nnunetv2_hiendmae.pretraining.masked import patch_targets, picture
+from nnunetv2_hiendmae.pretraining.crops import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
+from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
-from nnunetv2_hiendmae.pretraining.nested import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
 
 ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
@@ -200,7 +199,10 @@ class MiM(Method):
             loss, found = self.align[pair](features.mean(1), regions, origin)
             values |= {f"loss_align{pair}": loss, f"accuracy_{pair}": found}
         if self.align and level < 3:
-            self._keep(level, put_tokens(features.detach(), ids_shuffle).unflatten(0, shape))
+            # (B, V, N, F) in raster order, of the regions that finer views come from: octants or tokens
+            regions = put_tokens(features.detach(), ids_shuffle).unflatten(0, shape)
+            regions = regions[:, :, self.octants].mean(3) if level == 1 else regions
+            self._regions.setdefault(level, []).append(regions)
         return {name: value.unflatten(0, shape) for name, value in values.items()}
 
     def level_views(self, views: Batch, level: int, chosen: range) -> tuple[Tensor, Tensor]:
@@ -238,12 +240,6 @@ class MiM(Method):
         parents = [0] * len(chosen) if level == 2 else self._parents(chosen)
         origin = views["octants"] if level == 2 else views["patches"].flatten(1)
         return coarser[:, parents].flatten(0, 1), origin[:, chosen.start : chosen.stop].flatten()
-
-    def _keep(self, level: int, features: Tensor) -> None:
-        """Keeps features (B, V, N, F), raster order, of the regions that finer views come from: octants or tokens."""
-        if level == 1:
-            features = features[:, :, self.octants].mean(3)
-        self._regions.setdefault(level, []).append(features)
 
     def current_weights(self) -> dict[str, Tensor | float]:
         """Loss weights at the present state of the curriculum."""

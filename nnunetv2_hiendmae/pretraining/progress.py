@@ -4,16 +4,18 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
-from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
-from nnunetv2_hiendmae.training.run_folder import RunLog, read_log
+from nnunetv2_hiendmae.training.run import RunLog, read_log
 from nnunetv2_hiendmae.volume_format import VolumeFormat
+
+if TYPE_CHECKING:
+    from nnunetv2_hiendmae.pretraining.loop import PretrainSettings
 
 PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
@@ -33,7 +35,7 @@ class StepLog(RunLog):
     """Writes one JSON line per step and shows progress; samples are crops, or volumes where a method draws several
     views of one, over all processes."""
 
-    def __init__(self, run_dir: Path, first_step: int, settings: PretrainSettings):
+    def __init__(self, run_dir: Path, first_step: int, settings: "PretrainSettings"):
         super().__init__(run_dir, "step", first_step, settings.total_steps, settings.to_dict())
         self._settings = settings
         self._started = self._last = self._told = self._drawn = time.monotonic()
@@ -119,9 +121,9 @@ def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volu
         cases: 'Dataset/case' of every sample; datasets are only named where there are several.
     """
     several = len({case.partition("/")[0] for case in cases}) > 1
-    columns, rows = columns_of(made), []
+    rows = []
     for row, case in enumerate(cases):
-        shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in columns.items()}
+        shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in vars(made).items()}
         low, high = float(shown["input"].min()), float(shown["input"].max())
         label = case.split("/") if several else [case.rpartition("/")[2]]
         span = LEAST_SPAN
@@ -131,8 +133,3 @@ def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volu
         slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
         rows.append(MontageRow("\n".join(label), slices, (low, max(high, low + span))))
     draw_montage(path, rows)
-
-
-def columns_of(made: Reconstruction) -> dict[str, Tensor]:
-    """What is shown side by side, by title."""
-    return {"input": made.image, "masked": made.masked, "reconstruction": made.reconstruction}

@@ -85,6 +85,12 @@ class Augmentation:
         turns = (1, 2, 3) if square else (2,)
         return _pipeline(self, turns)
 
+    def apply(self, images: Tensor, spacing_mm: Sequence[float], rng: np.random.Generator) -> Tensor:
+        """Crops (n, C, D, H, W), each changed in its own way, by one number of `rng`."""
+        transform = self.transform(images.shape[2:], spacing_mm)
+        with seeded_globals(int(rng.integers(2**31))):
+            return torch.stack([transform(image=image)["image"] for image in images])
+
 
 @lru_cache
 def _pipeline(augmentation: Augmentation, turns: tuple[int, ...]) -> BasicTransform:
@@ -129,11 +135,9 @@ class MaskedCrop:
         lower = draw_corner(volume, self.crop_size, self.foreground_share, rng)
         image = torch.from_numpy(volume.read(lower, self.crop_size))
         if self.augmentation is not None:
-            transform = self.augmentation.transform(self.crop_size, volume.spacing_mm)
-            with seeded_globals(int(rng.integers(2**31))):
-                image = transform(image=image)["image"]
+            image = self.augmentation.apply(image[None], volume.spacing_mm, rng)[0]
         ids_shuffle = torch.from_numpy(rng.permutation(self.num_tokens))
-        return {"image": image.contiguous(), "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
+        return {"image": image, "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
 
 
 def step_keys(

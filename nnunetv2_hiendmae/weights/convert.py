@@ -11,10 +11,9 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import check_replaceable, sha256
+from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.run_files import ENCODER, SETTINGS, STATE, STEP
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from run_data import PLANS
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.classification.inputs import (
+from nnunetv2_hiendmae.classification.network import (
     Inputs,
     epoch_keys,
     grid_corners,

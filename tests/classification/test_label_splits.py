@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import StratifiedKFold
 
-from nnunetv2_hiendmae.classification.labels import Labels, Split, choose_split, read_labels, read_split, write_split
+from nnunetv2_hiendmae.classification.labels import Labels, Split, choose_split, read_labels
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import ClassifyOptions
 
@@ -152,8 +152,8 @@ def test_what_cannot_be_split(counts, fold, fraction, message):
 
 def test_a_written_split_is_read_again(tmp_path):
     split = choose_split(make([6, 7]), "2", 0.5, 0)
-    write_split(tmp_path, split)
-    assert read_split(tmp_path) == split
+    split.write(tmp_path)
+    assert Split.read(tmp_path) == split
     (tmp_path / "splits.json").write_text("[1]")
-    with pytest.raises(UserError, match="cannot read"):
-        read_split(tmp_path)
+    with pytest.raises(UserError, match=r"splits\.json.*list.*--name"):
+        Split.read(tmp_path)

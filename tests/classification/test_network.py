@@ -9,10 +9,10 @@ from run_data import TINY_SPEC
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.classification.inputs import Inputs
 from nnunetv2_hiendmae.classification.network import (
     Classifier,
     ClassifierMetadata,
+    Inputs,
     balanced_weights,
     build_classifier,
     load_classifier,

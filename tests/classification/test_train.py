@@ -16,7 +16,7 @@ from run_data import PLANS, TINY_SPEC, write_case
 from sklearn.metrics import roc_auc_score
 
 from nnunetv2_hiendmae import cli, load_encoder
-from nnunetv2_hiendmae.classification.labels import read_split
+from nnunetv2_hiendmae.classification.labels import Split
 from nnunetv2_hiendmae.classification.network import (
     BEST,
     LAST,
@@ -28,8 +28,8 @@ from nnunetv2_hiendmae.classification.network import (
 from nnunetv2_hiendmae.classification.predict import compute_probabilities, measure, predict
 from nnunetv2_hiendmae.classification.train import train
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.run_files import CHECKPOINT
-from nnunetv2_hiendmae.training.launch import launch
+from nnunetv2_hiendmae.files import CHECKPOINT
+from nnunetv2_hiendmae.training.run import launch
 from nnunetv2_hiendmae.training.volumes import CaseVolume
 from nnunetv2_hiendmae.weights import load_into
 
@@ -163,7 +163,7 @@ def test_every_crop_has_the_label_of_its_case(small, nnunet, monkeypatch):
 
 def test_what_a_run_leaves_behind(small):
     run = small.train("run", "-f", 2, "--fraction", 0.5)
-    log, metrics, split = read_log(run), read_json(run / "metrics.json"), read_split(run)
+    log, metrics, split = read_log(run), read_json(run / "metrics.json"), Split.read(run)
     assert [line["epoch"] for line in log] == [0, 1, 2, 3]
     assert split == small.task("-f", 2, "--fraction", 0.5).split and (len(split.train), len(split.val)) == (8, 4)
     assert metrics["last"] == log[-1] and metrics["fold"] == "2" and metrics["training_cases"] == 8
@@ -213,7 +213,7 @@ def test_same_seed_same_weights_for_any_number_of_workers(small):
         assert equal(tensors(run), tensors(runs[0])) and read_log(run) == read_log(runs[0])
     other = small.train("other", "--epochs", 2, *CROPS, "--seed", 1)
     assert not equal(tensors(other), tensors(runs[0]))
-    assert read_split(other) == read_split(runs[0])
+    assert Split.read(other) == Split.read(runs[0])
 
 
 @pytest.mark.parametrize("more", [(), ("--freeze-encoder",), ("--precision", "bf16")], ids=["all", "frozen", "bf16"])
@@ -221,7 +221,7 @@ def test_continuing_equals_an_undisturbed_run(small, more, monkeypatch):
     # the best model is of an epoch before the stop
     mislabel(small)
     whole = small.train("whole", *more)
-    module = "nnunetv2_hiendmae.classification.train"
+    module = "nnunetv2_hiendmae.training.run"
     original, calls = sys.modules[module].save_state, []
 
     def interrupted(*state, **more):

@@ -5,7 +5,7 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.inspection.figures import overlay_picture
+from nnunetv2_hiendmae.figures import overlay_picture
 
 
 def volume(path, voxels, direction=None):

@@ -13,9 +13,9 @@ from nnunetv2_hiendmae.architectures.tokens import normalize_patches, patchify, 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.pretraining import GLMAE
-from nnunetv2_hiendmae.pretraining.decoder import DecoderQueries
 from nnunetv2_hiendmae.pretraining.glmae import Centre, cosine_momentum
-from nnunetv2_hiendmae.pretraining.method import parse_options
+from nnunetv2_hiendmae.pretraining.loop import read_options
+from nnunetv2_hiendmae.pretraining.masked import DecoderQueries
 
 WIDE_SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=2, num_heads=2, in_channels=2)
 
@@ -257,7 +257,7 @@ def test_pictures_show_the_first_view_of_each_kind():
     assert set(made) == {"global", "local"}
     for kind, picture in made.items():
         image, ids_shuffle = batch[kind][:, 0], batch[f"{kind}_ids_shuffle"][:, 0]
-        assert torch.equal(picture.image, image) and picture.reconstruction.shape == image.shape
+        assert torch.equal(picture.input, image) and picture.reconstruction.shape == image.shape
         shown = (patchify(picture.reconstruction, (8, 8, 8)) == patchify(image, (8, 8, 8))).all(2)
         assert all(torch.equal(s.nonzero()[:, 0], o[: len(o) // 4].sort().values) for s, o in zip(shown, ids_shuffle))  # noqa: B905
 
@@ -363,16 +363,16 @@ def test_cls_embedding_needs_a_cls_token():
 
 def test_options_of_the_command_line():
     texts = ["global_size=32", "augment=true", "embedding=cls", "teacher_momentum=0.99"]
-    options = parse_options(GLMAE, texts)
+    options = read_options(GLMAE, texts)
     assert options == {"global_size": 32, "augment": True, "embedding": "cls", "teacher_momentum": 0.99}
     assert build(**options).views().local_crop.augmentation is not None
-    assert parse_options(GLMAE, ["augment=False"]) == {"augment": False}
+    assert read_options(GLMAE, ["augment=False"]) == {"augment": False}
     with pytest.raises(UserError, match=r"--set augment=1\b.*true.*false"):
-        parse_options(GLMAE, ["augment=1"])
-    sizes = parse_options(GLMAE, ["global_size=16,24,32"])
+        read_options(GLMAE, ["augment=1"])
+    sizes = read_options(GLMAE, ["global_size=16,24,32"])
     assert sizes == {"global_size": (16, 24, 32)} and build(**sizes).specs["global"].img_size == (16, 24, 32)
     with pytest.raises(UserError, match=r"--set global_size=x\b.*\bint$"):
-        parse_options(GLMAE, ["global_size=16,x,32"])
+        read_options(GLMAE, ["global_size=16,x,32"])
     # a comma makes nothing else a sequence
     with pytest.raises(UserError, match="--set head_dim=16,24"):
-        parse_options(GLMAE, ["head_dim=16,24"])
+        read_options(GLMAE, ["head_dim=16,24"])

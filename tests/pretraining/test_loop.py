@@ -18,13 +18,12 @@ from stopped import run_and_kill
 
 from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import locked
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.loop import pretrain, run_pretraining
 from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
-from nnunetv2_hiendmae.run_files import CHECKPOINT, ENCODER, LOCK
-from nnunetv2_hiendmae.training.run_folder import save_state
+from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 PICTURES = {
@@ -197,11 +196,11 @@ def _interrupt(*_):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("writer", ["save_state", "export_encoder"])
+@pytest.mark.parametrize("writer", ["training.run.save_state", "pretraining.loop.export_encoder"])
 def test_a_stop_while_the_last_files_are_written(preprocessed, tmp_path, writer):
     run(tmp_path / "whole")
-    module, calls = "nnunetv2_hiendmae.pretraining.loop", []
-    original = getattr(sys.modules[module], writer)
+    module, _, name = f"nnunetv2_hiendmae.{writer}".rpartition(".")
+    original, calls = getattr(sys.modules[module], name), []
 
     def interrupted(*arguments, **more):
         calls.append(writer)
@@ -210,7 +209,7 @@ def test_a_stop_while_the_last_files_are_written(preprocessed, tmp_path, writer)
         original(*arguments, **more)
 
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{module}.{writer}", interrupted)
+        patch.setattr(f"{module}.{name}", interrupted)
         run(tmp_path / "stopped")
     run(tmp_path / "stopped", resume=True)
     assert (tmp_path / "stopped" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
@@ -379,7 +378,7 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
     before = (folder / CHECKPOINT).read_bytes()
     code = (
         "import resource, signal, torch, sys; from pathlib import Path\n"
-        "from nnunetv2_hiendmae.training.run_folder import RunLog, save_state\n"
+        "from nnunetv2_hiendmae.training.run import RunLog, save_state\n"
         "from nnunetv2_hiendmae.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

@@ -12,8 +12,8 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import declared, kinds_of
 from nnunetv2_hiendmae.pretraining import METHODS, Method
+from nnunetv2_hiendmae.pretraining.loop import read_options
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.pretraining.method import parse_options
 
 methods = pytest.mark.parametrize("name", list(METHODS))
 masked_crop_methods = pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_options_are_typed(name):
     for option in method.defaults():
         wrong.append(option)
         if kinds_of(method.Options, option) == (float,):
-            assert parse_options(method, [f"{option}=0.5"]) == {option: 0.5}
+            assert read_options(method, [f"{option}=0.5"]) == {option: 0.5}
             wrong.append(f"{option}=many")
     for text in wrong:
         with pytest.raises(UserError, match=rf"^--set {text}\b"):
-            parse_options(method, [text])
+            read_options(method, [text])
 
 
 @methods

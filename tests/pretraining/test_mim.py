@@ -13,8 +13,8 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import put_tokens
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import MiM
+from nnunetv2_hiendmae.pretraining.crops import octant_tokens
 from nnunetv2_hiendmae.pretraining.mim import RegionAlignment
-from nnunetv2_hiendmae.pretraining.nested import octant_tokens
 
 CONV_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), 24, 2, 2, kind="convvit", stem_dims=(6, 12), stem_depths=(1, 1))
 specs = pytest.mark.parametrize("spec", [TINY_SPEC, CONV_SPEC], ids=["vit", "convvit"])
@@ -279,7 +279,7 @@ def test_masked_voxels_change_no_visible_token(spec):
     for level, name in enumerate(made, start=1):
         images, ids_shuffle = (t[:, 0] for t in method.level_views(batch, level, range(1)))
         keep = ids_shuffle[:, : method.visible[level]]
-        assert torch.equal(made[name].image, images)
+        assert torch.equal(made[name].input, images)
         assert not torch.equal(made[name].masked, images)
         tokens = method.encoder(images, keep)[0]
         assert torch.equal(tokens, method.encoder(made[name].masked, keep)[0])

@@ -11,7 +11,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import MiM
-from nnunetv2_hiendmae.pretraining.nested import cut_blocks, octant_tokens, resize
+from nnunetv2_hiendmae.pretraining.crops import cut_blocks, octant_tokens, resize
 
 SHAPE = (70, 80, 100)
 # neither the crop nor the patch is a cube: 4 × 2 × 6 tokens

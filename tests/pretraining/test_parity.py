@@ -8,8 +8,8 @@ from fixtures_util import Fixture
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify, put_tokens, take_tokens
 from nnunetv2_hiendmae.pretraining import MAE3D, HiEndMAE, MiM
+from nnunetv2_hiendmae.pretraining.crops import cut_blocks, resize
 from nnunetv2_hiendmae.pretraining.masked import patch_targets
-from nnunetv2_hiendmae.pretraining.nested import cut_blocks, resize
 
 MAE_DECODER_NAMES = {
     "mask_token": "decoder.queries.mask_token",

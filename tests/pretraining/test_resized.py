@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_hiendmae.pretraining import resized
-from nnunetv2_hiendmae.pretraining.resized import GlobalLocalCrops, ResizedCrop, axis_weights, read_resized
+from nnunetv2_hiendmae.pretraining import crops
+from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop, axis_weights, read_resized
 from nnunetv2_hiendmae.training.views import Augmentation
 
 
@@ -100,13 +100,13 @@ def test_slabs_do_not_change_the_view_and_bound_what_is_read_at_once(monkeypatch
     volume.values = rng().standard_normal(volume.values.shape).astype(np.float32)
     whole = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
     assert len(volume.reads) == 1
-    monkeypatch.setattr(resized, "SLAB_VOXELS", 4000)
+    monkeypatch.setattr(crops, "SLAB_VOXELS", 4000)
     slabs = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
     assert torch.equal(whole, slabs)
     read = volume.reads[1:]
     assert sum(size[0] for _, size in read) == 18 and all(np.prod(size) <= 4000 for _, size in read)
     # thinner than a slice is not possible
-    monkeypatch.setattr(resized, "SLAB_VOXELS", 10)
+    monkeypatch.setattr(crops, "SLAB_VOXELS", 10)
     assert torch.equal(whole, read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16)))
 
 
@@ -128,7 +128,7 @@ def test_scales_are_uniform_one_for_all_axes_and_boxes_lie_anywhere(monkeypatch)
     """800 boxes: shares reach both ends of their range within 1 %, their mean lies within 4 standard deviations
     (0.144 / sqrt(800) · 4 = 0.02), and boxes touch both ends of every axis."""
     volume, generator, drawn = RampVolume((200, 160, 240)), rng(5), []
-    monkeypatch.setattr(resized, "read_resized", lambda volume, lower, box, size: drawn.append((lower, box)))
+    monkeypatch.setattr(crops, "read_resized", lambda volume, lower, box, size: drawn.append((lower, box)))
     for _ in range(800):
         ResizedCrop((2, 2, 2), 1, (0.5, 1.0)).draw(volume, generator)
     lower, box = np.array(drawn).transpose(1, 0, 2)

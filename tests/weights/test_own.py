@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.training.run_folder import save_state
+from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import (
     ConvertOptions,

@@ -1,27 +1,111 @@
-"""The folder of a run: kept for one process, with its settings, its log, and checkpoints that a kill leaves whole."""
+"""How a run is carried out: device, processes and precision; and its folder, kept for one process, with its settings,
+its log, and checkpoints that a kill leaves whole."""
 
 import json
 import logging
 import os
+import shutil
 import sys
+import warnings
 from abc import ABC
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning_fabric import Fabric
+from torch import nn
 from tqdm import tqdm
 
+from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import locked, replacing, telling_disk_errors, write_text
-from nnunetv2_hiendmae.run_files import CHECKPOINT, DATA_KEY, ENCODER, LOCK, LOG, SETTINGS, read_settings
+from nnunetv2_hiendmae.options.commands import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
 # nnU-Net's own switch
 WANDB_VARIABLE = "nnUNet_wandb_enabled"
+
+
+def num_processes() -> int:
+    """Processes of this run, by torchrun's variables or those of srun."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def launch(device: str, precision: str, alone: str = "") -> Fabric:
+    """Fabric for this process, alone or as one of torchrun's or srun's.
+
+    Args:
+        alone: name of a command that needs no distributed training and uses one device.
+
+    Raises:
+        UserError: no such device, one that the precision does not go with, or several processes of such a command.
+    """
+    check_device(device)
+    if precision == "fp16" and device != "cuda":
+        raise UserError(f"--precision fp16 needs -device cuda, not {device}; use fp32 or bf16")
+    if alone:
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            raise UserError(f"{alone} uses one device, got several processes; run it without torchrun")
+        return Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
+    processes = num_processes()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // int(os.environ.get("SLURM_NNODES") or 1)))
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    devices = {"devices": local, "num_nodes": processes // local, "strategy": "ddp" if processes > 1 else "auto"}
+    fabric = Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
+    fabric.launch()
+    return fabric
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        UserError: torch sees no such device, "cuda", "cpu" or "mps", on this machine.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps, but torch sees no Apple GPU; run with -device cpu")
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """What "auto" means on a device: bf16 on GPUs that have it, fp16 on older ones, else fp32."""
+    if asked != "auto":
+        return asked
+    if device != "cuda" or not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
+    """Runs `work` on the first process; its UserError is raised in all of them, so that none waits for ever."""
+    told = None
+    if fabric.is_global_zero:
+        try:
+            work()
+        except UserError as e:
+            told = str(e)
+    told = fabric.broadcast(told)
+    if told:
+        raise UserError(told)
+
+
+def check_free_disk(run_dir: Path, network: nn.Module) -> None:
+    """A checkpoint is weights and two AdamW moments; while it is replaced there are two of them.
+
+    Raises:
+        UserError: less than that is free.
+    """
+    needed = 2 * 3 * 4 * sum(p.numel() for p in network.parameters())
+    existing = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB; free some, or "
+            "choose another disk with -o"
+        )
 
 
 class RunSettings(ABC):
@@ -65,24 +149,25 @@ def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[
             resume, or settings or data differ.
     """
     in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
-    with locked(run_dir / LOCK, in_use):
+    with files.locked(run_dir / files.LOCK, in_use):
         if settings.resume:
             _check_same(run_dir, settings, data_digest)
-        elif (run_dir / CHECKPOINT).exists() or (run_dir / ENCODER).exists():
+        elif (run_dir / files.CHECKPOINT).exists() or (run_dir / files.ENCODER).exists():
             raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
         else:
-            write_text(run_dir / SETTINGS, json.dumps({**settings.to_dict(), DATA_KEY: data_digest}, indent=2))
+            recorded = {**settings.to_dict(), files.DATA_KEY: data_digest}
+            files.write_text(run_dir / files.SETTINGS, json.dumps(recorded, indent=2))
         yield
 
 
 def _check_same(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
-    if not (run_dir / SETTINGS).is_file():
-        raise UserError(f"nothing to continue in {run_dir} (no {SETTINGS}); run the same command without --c")
-    before, now = read_settings(run_dir), settings.deciding()
+    if not (run_dir / files.SETTINGS).is_file():
+        raise UserError(f"nothing to continue in {run_dir} (no {files.SETTINGS}); run the same command without --c")
+    before, now = files.read_settings(run_dir), settings.deciding()
     told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k])
     if told:
         raise UserError(f"cannot continue {run_dir} with other settings: {told}; give the same ones, or another --name")
-    if before.get(DATA_KEY) != data_digest:
+    if before.get(files.DATA_KEY) != data_digest:
         raise UserError(
             f"cannot continue {run_dir}: its preprocessed cases are not those it was started with (some came or went, "
             "or their size or normalisation changed); start anew under another --name"
@@ -97,7 +182,7 @@ def save_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> None:
     """
     state = {**values, **{name: part.state_dict() for name, part in parts.items()}}
     # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
-    with replacing(run_dir / CHECKPOINT) as temporary, temporary.open("wb") as f:
+    with files.replacing(run_dir / files.CHECKPOINT) as temporary, temporary.open("wb") as f:
         try:
             torch.save(state, f)
         except RuntimeError as e:
@@ -122,7 +207,7 @@ def load_checkpoint(run_dir: Path, keys: Collection[str]) -> dict[str, Any] | No
     Raises:
         UserError: the file is damaged, or of another kind of run: it lacks some of the keys.
     """
-    path = run_dir / CHECKPOINT
+    path = run_dir / files.CHECKPOINT
     if not path.exists():
         return None
     try:
@@ -154,9 +239,9 @@ class RunLog:
         self.run_dir, self.first, self.total = run_dir, first, total
         kept = [line for line in read_log(run_dir) if line[unit] < first]
         self.last = kept[-1] if kept else None
-        write_text(run_dir / LOG, "".join(json.dumps(line) + "\n" for line in kept))
-        with telling_disk_errors(run_dir / LOG):
-            self._file = (run_dir / LOG).open("a", encoding="utf-8")
+        files.write_text(run_dir / files.LOG, "".join(json.dumps(line) + "\n" for line in kept))
+        with files.telling_disk_errors(run_dir / files.LOG):
+            self._file = (run_dir / files.LOG).open("a", encoding="utf-8")
         self._terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=first, unit=unit, disable=not self._terminal, dynamic_ncols=True)
         asked = wandb_config is not None and os.environ.get(WANDB_VARIABLE, "0") in ("1", "True", "true")
@@ -166,7 +251,7 @@ class RunLog:
         """Records a finished step or epoch; `told` is logged where there is no terminal, `shown` stands beside the
         bar."""
         self.last = line
-        with telling_disk_errors(self.run_dir / LOG):
+        with files.telling_disk_errors(self.run_dir / files.LOG):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         self._bar.set_postfix(shown, refresh=False)
@@ -184,14 +269,14 @@ class RunLog:
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """Lines of log.jsonl, none where there is no such file."""
-    text = (run_dir / LOG).read_text(encoding="utf-8") if (run_dir / LOG).exists() else ""
+    text = (run_dir / files.LOG).read_text(encoding="utf-8") if (run_dir / files.LOG).exists() else ""
     lines = []
     for line in text.splitlines():
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             # a kill may cut the last line; the step is done again
-            logger.warning(f"dropped an incomplete line of {run_dir / LOG}")
+            logger.warning(f"dropped an incomplete line of {run_dir / files.LOG}")
     return lines
 
 

@@ -1,0 +1,207 @@
+"""What workers draw for methods of several views: MiM's nested crops and GL-MAE's boxes of random scale, resized to a
+fixed size, with their masks (docs/methods.md, "MiM" and "GL-MAE")."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner
+
+OCTANTS = 8
+# voxels of one channel that are read at once: 16 MB, so that memory does not grow with the volume
+SLAB_VOXELS = 4_000_000
+
+
+def octant_tokens(grid: Sequence[int]) -> Tensor:
+    """Token numbers (8, N / 8) of the 2×2×2 octants of a grid; octants and tokens in raster order.
+
+    Raises:
+        UserError: an axis of the grid is odd.
+    """
+    if any(g % 2 for g in grid):
+        raise UserError(
+            f"the grid of {tuple(grid)} tokens has an odd axis, needed even ones to divide it into octants; choose "
+            "--crop-size as a multiple of twice the patch"
+        )
+    numbers = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
+    whole = torch.arange(OCTANTS)[None]
+    return cut_blocks(numbers, whole, [g // 2 for g in grid]).flatten(2)[0]
+
+
+def cut_blocks(images: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:
+    """Blocks `index` (B, K) of images (B, C, D, H, W) → (B, K, C, *size).
+
+    The image is divided into blocks of `size` voxels, numbered in raster order; only the chosen ones are copied.
+    """
+    b, c, *shape = images.shape
+    (pd, ph, pw), (gd, gh, gw) = size, (s // p for s, p in zip(shape, size, strict=True))
+    blocks = images.reshape(b, c, gd, pd, gh, ph, gw, pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    rows = torch.arange(b, device=index.device)[:, None]
+    return blocks[rows, index // (gh * gw), index // gw % gh, index % gw]
+
+
+def resize(images: Tensor, size: Sequence[int]) -> Tensor:
+    """(M, C, D, H, W) → (M, C, *size), trilinear (align_corners=False).
+
+    Halving averages 2×2×2 voxels and therefore mixes no two patches.
+    """
+    return F.interpolate(images, size=tuple(size), mode="trilinear", align_corners=False)
+
+
+@dataclass(frozen=True)
+class NestedCrops:
+    """A crop of twice the encoder's edge, its octants at full resolution, and masks for all three levels.
+
+    Gives
+        "level1" (C, *crop) float32: the whole crop, halved; "ids_shuffle1" (N,): visible octants first;
+        "level2" (V2, C, *crop): masked octants "octants" (V2,) of it; "ids_shuffle2" (V2, N);
+        "patches" (V2, V3): masked tokens of each level-2 crop, which are level 3; "ids_shuffle3" (V2, V3, N).
+    These are token permutations, visible tokens first. Level-3 patches are enlarged by the method: they are voxels of
+    level 2 already, and enlarged ones would be three quarters of what a worker sends.
+
+    Args:
+        crop_size: the encoder's, (D, H, W) voxels.
+        grid: tokens of that crop per axis, all even.
+        visible_octants: octants of level 1 that are not masked.
+        visible_level2: visible tokens of a level-2 crop.
+        crops_level2, crops_level3: V2 per crop, V3 per level-2 crop.
+        foreground_share: of crops that are centred on foreground. Ours is none: with MiM's window, lower bound
+            -1000 HU, almost every voxel of a body and of the noise around it would count.
+    """
+
+    crop_size: tuple[int, int, int]
+    grid: tuple[int, int, int]
+    visible_octants: int
+    visible_level2: int
+    crops_level2: int
+    crops_level3: int
+    foreground_share: float = 0.0
+
+    @property
+    def padded_below(self) -> tuple[int, int, int]:
+        """Edges (D, H, W) of the level-1 crop in voxels of the volume."""
+        return tuple(2 * s for s in self.crop_size)
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One sample of a volume."""
+        size = self.padded_below
+        lower = draw_corner(volume, size, self.foreground_share, rng)
+        whole = torch.from_numpy(volume.read(lower, size))[None]
+        tokens, shuffled = octant_tokens(self.grid), torch.from_numpy(rng.permutation(OCTANTS))
+        octants = shuffled[self.visible_octants :][: self.crops_level2]
+        ids_shuffle2 = self._shuffles(rng, self.crops_level2)
+        ids_shuffle3 = self._shuffles(rng, self.crops_level2 * self.crops_level3)
+        return {
+            "level1": resize(whole, self.crop_size)[0],
+            "ids_shuffle1": tokens[shuffled].flatten(),
+            "level2": cut_blocks(whole, octants[None], self.crop_size)[0],
+            "ids_shuffle2": ids_shuffle2,
+            "octants": octants,
+            # the first masked tokens of a random permutation: a random choice among them
+            "patches": ids_shuffle2[:, self.visible_level2 :][:, : self.crops_level3].contiguous(),
+            "ids_shuffle3": ids_shuffle3.unflatten(0, (self.crops_level2, self.crops_level3)),
+        }
+
+    def _shuffles(self, rng: np.random.Generator, count: int) -> Tensor:
+        tokens = math.prod(self.grid)
+        return torch.from_numpy(np.stack([rng.permutation(tokens) for _ in range(count)]))
+
+
+@dataclass(frozen=True)
+class ResizedCrop:
+    """A box whose edges are one random share of the volume's edges, resized to `size`, and a permutation of its tokens.
+
+    The share is the same for all three axes, as published ("edge scale"): a volume that is not a cube is squeezed into
+    one. The box lies anywhere in the volume, never outside, so that nothing is padded.
+
+    Args:
+        size: (D, H, W) voxels of the view.
+        num_tokens: of the view.
+        scale: smallest and largest share.
+        augmentation: None, as published, or that of the other methods, applied to the resized view.
+    """
+
+    size: tuple[int, int, int]
+    num_tokens: int
+    scale: tuple[float, float]
+    augmentation: Augmentation | None = None
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """View (C, *size) float32 and token permutation (N,) int64."""
+        share = rng.uniform(*self.scale)
+        box = [max(1, round(share * s)) for s in volume.shape]
+        image = read_resized(volume, draw_corner(volume, box, 0.0, rng), box, self.size)
+        if self.augmentation is not None:
+            spacing = [mm * b / s for mm, b, s in zip(volume.spacing_mm, box, self.size, strict=True)]
+            image = self.augmentation.apply(image[None], spacing, rng)[0]
+        return image, torch.from_numpy(rng.permutation(self.num_tokens))
+
+
+@dataclass(frozen=True)
+class GlobalLocalCrops:
+    """Several global and several local views of one volume.
+
+    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local".
+    """
+
+    global_crop: ResizedCrop
+    local_crop: ResizedCrop
+    global_views: int
+    local_views: int
+
+    # boxes shrink with the volume, none is too small for them
+    padded_below: ClassVar[tuple[int, int, int]] = (1, 1, 1)
+
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        """One sample of a volume."""
+        sample = {}
+        groups = {"global": (self.global_crop, self.global_views), "local": (self.local_crop, self.local_views)}
+        for name, (crop, count) in groups.items():
+            images, shuffles = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
+            sample |= {name: torch.stack(images), f"{name}_ids_shuffle": torch.stack(shuffles)}
+        return sample
+
+
+def read_resized(volume: Volume, lower: Sequence[int], box: Sequence[int], size: Sequence[int]) -> Tensor:
+    """The box (D, H, W) from corner `lower`, resized to (C, *size): trilinear, anti-aliased where it shrinks.
+
+    Voxel centres keep their places (align_corners=False). Anti-aliasing (ours) widens the interpolation's triangle by
+    the factor of shrinking: every voxel counts, where plain trilinear interpolation would pick two of them per axis and
+    turn fine structures and noise into patterns that depend on the box. The box is read slab by slab.
+
+    The result does not depend on the number of threads, so that it is the same in workers and without them.
+    """
+    depth = axis_weights(box[0], size[0])
+    resized = None
+    for start, stop in _slabs(box):
+        slab = volume.read([lower[0] + start, *lower[1:]], [stop - start, *box[1:]])
+        # slices as channels: resized in plane
+        slices = F.interpolate(torch.from_numpy(slab), tuple(size[1:]), mode="bilinear", antialias=True)
+        if resized is None:
+            resized = slices.new_zeros(len(slab), *size)
+        # few weights per row are not zero, and a matrix product may sum in an order that depends on the threads
+        for row, column in depth[:, start:stop].nonzero().tolist():
+            resized[:, row].add_(slices[:, column], alpha=depth[row, start + column].item())
+    return resized
+
+
+def axis_weights(source: int, target: int) -> Tensor:
+    """Weights (target, source) that resize one axis, rows sum to 1: the same rule that is applied in plane."""
+    columns = torch.eye(source)[None, None]
+    return F.interpolate(columns, (target, source), mode="bilinear", antialias=True)[0, 0]
+
+
+def _slabs(box: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """First and last slice of slabs of equal depth that hold at most `SLAB_VOXELS` each, one slice at least."""
+    thickest = max(1, SLAB_VOXELS // (box[1] * box[2]))
+    count = -(-box[0] // thickest)
+    cuts = [box[0] * i // count for i in range(count + 1)]
+    yield from pairwise(cuts)
