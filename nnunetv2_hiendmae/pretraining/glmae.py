@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.vit import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.vit import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import option
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries, MaskedCropMethod

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures import tokens as tk
-from nnunetv2_hiendmae.architectures.vit import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
 from nnunetv2_hiendmae.training.views import MaskedCrop
