@@ -49,15 +49,10 @@ def dataset_name(dataset: str | int) -> str:
     roots = [nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")]
     names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset*") if p.is_dir()})
     text = str(dataset)
-    if text.isdigit():
-        found = [n for n in names if n.startswith(f"Dataset{int(text):03d}_")]
-    else:
-        found = [n for n in names if n == text]
+    found = [n for n in names if (n.startswith(f"Dataset{int(text):03d}_") if text.isdigit() else n == text)]
     if len(found) == 1:
         return found[0]
-    listed = ", ".join(names) or "none"
     if not found:
-        raise UserError(
-            f"no dataset '{text}' in {roots[0]} or {roots[1]} (there: {listed}); check -d, or run: ls {roots[0]}"
-        )
+        where = f"in {roots[0]} or {roots[1]} (there: {', '.join(names) or 'none'})"
+        raise UserError(f"no dataset '{text}' {where}; check -d, or run: ls {roots[0]}")
     raise UserError(f"dataset id {text} is ambiguous ({', '.join(found)}); give the full name to -d")

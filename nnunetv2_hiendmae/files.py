@@ -45,10 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """
-    Raises:
-        UserError: a device (/dev/null for one), pipe or socket: a file would take its place for everyone.
-    """
+    """Raises UserError: a device (/dev/null for one), pipe or socket: a file would take its place for everyone."""
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{path} is a device, pipe or socket, which a file must not replace; give the name of a file")
 
@@ -71,8 +68,7 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file in one step."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_with(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_with(path: Path, write: Callable[[Path], None]) -> None:
@@ -83,10 +79,8 @@ def write_with(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def locked(lock: Path, in_use: str, timeout_s: float = 0) -> Iterator[None]:
-    """Keeps what a lock file stands for for this process.
-
-    Args:
-        in_use: what to tell where another process still has it after `timeout_s`.
+    """Keeps what a lock file stands for for this process. `in_use`: what to tell where another process still has it
+    after `timeout_s`.
 
     Raises:
         UserError: another process has it, or its folder is not writable.

@@ -57,10 +57,8 @@ class PlansSection:
     """What the trainers need beyond nnU-Net's own plans.
 
     Args:
-        method: pretraining method of the encoder file, None when training from scratch.
-        encoder_file: absolute path of the encoder file, None when training from scratch. Read only when
-            training starts at epoch 0.
-        encoder_sha256: of that file, checked before it is loaded.
+        method: pretraining method of the encoder file; this and what follows is None when training from scratch.
+        encoder_file: absolute path, read only when training starts at epoch 0; `encoder_sha256` is checked before.
         citations: BibTeX entries, printed once by the trainer.
     """
 

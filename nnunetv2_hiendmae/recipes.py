@@ -15,8 +15,7 @@ class MethodRecipe:
         citations: BibTeX entries, for encoder files, plans and `hiendmae methods`.
         volume: spacing (None: the dataset's own, by nnU-Net's rule) and CT window that becomes [0, 1]; channels other
             than CT keep nnU-Net's normalisation.
-        decoder_width: channels of the UNETR decoder at full resolution.
-        batch_size: crops per fine-tuning batch.
+        decoder_width: channels of the UNETR decoder at full resolution; `batch_size`: crops per fine-tuning batch.
         drop_path_rate: stochastic depth of the encoder in fine-tuning.
         frozen_lr: peak learning rate where the encoder is frozen; None: that of `finetune`.
         crop_limit: largest fine-tuning crop (D, H, W) in voxels, where the encoder saw larger ones; None: no limit.

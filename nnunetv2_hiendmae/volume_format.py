@@ -114,8 +114,7 @@ class VolumeFormat:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: see the class.
-            TypeError: unknown keys.
+            ValueError, TypeError: see the class; unknown keys.
         """
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in _DERIVED})
 

@@ -92,7 +92,8 @@ def read_labels(path: Path, cases: Sequence[str], classes: Sequence[str] | None 
     if without and classes is None:
         told = f"{len(without)} of {len(cases)} preprocessed cases have no label in {path} and are ignored"
         logger.warning(f"{told}: {some(without, LISTED)}")
-    names = tuple(classes or _ordered(found))
+    whole = all(re.fullmatch(r"-?\d+", label) for label in found)
+    names = tuple(classes or sorted(found, key=(lambda label: (int(label), label)) if whole else None))
     targets = {case: names.index(row.label) for case, row in sorted(rows.items())}
     return Labels(names, targets, {case: rows[case].place for case in targets} if column else None, column)
 
@@ -164,11 +165,6 @@ def _resolve(path: Path, listed: Sequence[_Row], cases: Sequence[str]) -> dict[s
             raise UserError(f"{path} names {case} twice (lines {rows[case].line} and {row.line}); keep one row")
         rows[case] = row
     return rows
-
-
-def _ordered(labels: set[str]) -> list[str]:
-    whole = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return sorted(labels, key=(lambda label: (int(label), label)) if whole else None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -133,17 +132,14 @@ def warn_of_differences(data: CaseSet, inputs: Inputs, seen: VolumeFormat, whose
         ("normalisation", sorted(set(seen.normalization_schemes)) or None, sorted(set(images.normalization_schemes))),
         ("reader", seen.image_reader_writer, images.image_reader_writer),
     ):
-        if before is not None and not _same(before, now):
+        numbers = now is not None and not isinstance(before, str | list)
+        same = before == now or (numbers and np.allclose(before, now, rtol=TOLERATED, atol=0))
+        if before is not None and not same:
             logger.warning(f"{what}: the images have {now}, {whose} saw {before}; preprocess them alike")
     if inputs.mode == RESIZE:
         shape = np.median([case.shape for case in data.cases], axis=0)
         spacing = " x ".join(f"{s:.1f}" for s in shape * images.spacing_mm / inputs.size)
         logger.info(f"whole volumes are resized to {inputs.size} voxels: in the median {spacing} mm each")
-
-
-def _same(before: Any, now: Any) -> bool:
-    numbers = now is not None and not isinstance(before, str | list)
-    return before == now or (numbers and np.allclose(before, now, rtol=TOLERATED, atol=0))
 
 
 class Classifier(nn.Module):

@@ -105,7 +105,11 @@ def draw_comparison(report: Report, path: Path) -> None:
     palette = colormaps[COLOURS]
     colours = {name: palette(i % palette.N) for i, name in enumerate(report.labels)}
     for (dots, bars), result in zip(axes, report.settings, strict=True):
-        labels = [_label(report.labels[run.run], run.folds, run.missing_folds) for run in result.runs.itertuples()]
+        labels = []
+        for run in result.runs.itertuples():
+            # a figure travels without the notes of the table
+            lacking = f"\n({len(run.folds)} of {len(run.folds) + len(run.missing_folds)} folds)"
+            labels.append(_shortened(report.labels[run.run]) + (lacking if run.missing_folds else ""))
         shades = [colours[run] for run in result.runs["run"]]
         _draw_cases(dots, report.dice.loc[result.setting][MEAN], labels, shades)
         _finish(dots, f"{result.setting}\ncases, mean of classes", labels)
@@ -246,12 +250,6 @@ def _finish(axis, title: str, names: Sequence[str]) -> None:
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _label(name: str, folds: Sequence[int], missing: Sequence[int]) -> str:
-    # a figure travels without the notes of the table
-    lacking = f"\n({len(folds)} of {len(folds) + len(missing)} folds)" if missing else ""
-    return f"{_shortened(name)}{lacking}"
 
 
 def _shortened(text: str) -> str:

@@ -254,8 +254,7 @@ def _by_head(layer: str, row: Tensor, heads: Sequence[int | str]) -> Iterator[tu
 
 
 def _sums(patches: np.ndarray, prefix: np.ndarray) -> dict[str, float]:
-    sums = {"sum_over_patches": float(patches.sum()), "on_cls": float(prefix.sum())}
-    return {**sums, "largest": float(patches.max())}
+    return {"sum_over_patches": float(patches.sum()), "on_cls": float(prefix.sum()), "largest": float(patches.max())}
 
 
 def _write(

@@ -159,10 +159,8 @@ class RawImage:
 
 
 def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
-    """Reads an image, one file per channel, with the reader that the encoder's images were read with.
-
-    Args:
-        volumes: with a name for every channel, see `known_format`.
+    """Reads an image, one file per channel, with the reader that the encoder's images were read with. `volumes`: with a
+    name for every channel, see `known_format`.
 
     Raises:
         UserError: a file is missing or cannot be read, or the number of channels is not the encoder's.

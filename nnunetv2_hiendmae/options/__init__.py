@@ -7,6 +7,7 @@ command line (`commands.arguments`), `--set key=value`, and what `hiendmae metho
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,8 +24,7 @@ class Option:
 
     Args:
         help: in a few words; with its unit where the name does not say it.
-        flag: on the command line; "": the name with dashes.
-        metavar: of its values on the command line.
+        flag, metavar: on the command line; "": the name with dashes.
         default_is: where a default of None comes from, "the method's" for one.
         ours: the default is ours, not the publication's.
         at_least, above, at_most, below: range of a number, or of each number of a tuple.
@@ -52,13 +52,8 @@ class Option:
         return all(self._in_range(n) for n in numbers if isinstance(n, int | float))
 
     def _in_range(self, number: float) -> bool:
-        return (
-            math.isfinite(number)
-            and (self.at_least is None or number >= self.at_least)
-            and (self.above is None or number > self.above)
-            and (self.at_most is None or number <= self.at_most)
-            and (self.below is None or number < self.below)
-        )
+        bounds = ((ge, self.at_least), (gt, self.above), (le, self.at_most), (lt, self.below))
+        return math.isfinite(number) and all(bound is None or fits(number, bound) for fits, bound in bounds)
 
     @property
     def note(self) -> str:
@@ -73,9 +68,8 @@ class Option:
         if self.at_least is not None and self.at_most is not None:
             return f"{self.at_least} to {self.at_most}"
         bounds = {"at least": self.at_least, "more than": self.above, "at most": self.at_most, "less than": self.below}
-        return (
-            ", ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None) or "a finite number"
-        )
+        told = (f"{words} {bound}" for words, bound in bounds.items() if bound is not None)
+        return ", ".join(told) or "a finite number"
 
 
 def option(default: Any = MISSING, help: str = "", **about: Any) -> Any:
@@ -117,10 +111,8 @@ def kinds_of(cls: type, name: str) -> tuple[type, ...]:
 
 
 def parse_assignments(cls: type, texts: Sequence[str], whose: str) -> dict[str, Any]:
-    """`key=value` texts of `--set` as options of a settings class, typed as their annotations say.
-
-    Args:
-        whose: name of what the options belong to, for messages.
+    """`key=value` texts of `--set` as options of a settings class, typed as their annotations say. `whose`: name of
+    what the options belong to, for messages.
 
     Raises:
         UserError: no '=', an unknown key, or a value of another type.

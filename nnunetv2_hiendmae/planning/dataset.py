@@ -100,14 +100,20 @@ def read_raw_dataset(name: str) -> RawDataset:
             f'an entry under "dataset" in {folder / "dataset.json"} has no {e}; nnU-Net needs "images" and "label", '
             f'where there is no label write "label": ""'
         ) from e
+    ending = dataset_json["file_ending"]
     if not found:
-        raise UserError(
-            f"{folder / 'imagesTr'} holds no '{dataset_json['file_ending']}' files; check file_ending in dataset.json"
-        )
+        raise UserError(f"{folder / 'imagesTr'} holds no '{ending}' files; check file_ending in dataset.json")
+
+    def images(case: str, files: list[str]) -> tuple[str, ...]:
+        if "dataset" in listing:
+            return tuple(files)
+        # found by pattern: with 0000 and 0002 there, 0002 would pass for the second channel
+        return tuple(str(folder / "imagesTr" / f"{case}_{i:04d}{ending}") for i in range(len(files)))
+
     return RawDataset(
         name,
         {"labels": {"background": 0}, "numTraining": len(found), **dataset_json},
-        {str(case): _images(folder, str(case), files["images"], listing) for case, files in found.items()},
+        {str(case): images(str(case), files["images"]) for case, files in found.items()},
         tuple(str(files["label"]) for files in found.values() if not Path(files["label"]).is_file()),
     )
 
@@ -116,8 +122,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e:
-        told = f"cannot read {path}, nnU-Net's description of the dataset"
-        raise UserError(f"{told}; write one, e.g. {EXAMPLE_JSON}") from e
+        raise UserError(f"cannot read {path}, which describes the dataset; write one, e.g. {EXAMPLE_JSON}") from e
     except ValueError as e:
         raise UserError(f"{path} is not valid JSON ({e}); mend it, see: python -m json.tool {path}") from e
     for keys in REQUIRED_KEYS:
@@ -126,24 +131,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _images(folder: Path, case: str, found: list[str], dataset_json: dict[str, Any]) -> tuple[str, ...]:
-    if "dataset" in dataset_json:
-        return tuple(found)
-    # found by pattern: with 0000 and 0002 there, 0002 would pass for the second channel
-    ending = dataset_json["file_ending"]
-    return tuple(str(folder / "imagesTr" / f"{case}_{i:04d}{ending}") for i in range(len(found)))
-
-
 def is_ct(channel: str) -> bool:
     """Whether nnU-Net normalises a channel of that name as CT, so that a window in HU makes sense."""
     return get_normalization_scheme(channel).__name__ == CT_SCHEME
 
 
 def check_labels(raw: RawDataset) -> None:
-    """
-    Raises:
-        UserError: the dataset names no foreground label, or training cases lack their label file.
-    """
+    """Raises UserError: the dataset names no foreground label, or training cases lack their label file."""
     if not set(raw.dataset_json["labels"]) - {"background", "ignore"}:
         raise UserError(f"{raw.folder / 'dataset.json'} names no label besides background, needed labels to fine-tune")
     if raw.missing_labels:
@@ -155,10 +149,8 @@ def check_labels(raw: RawDataset) -> None:
 
 
 def read_fingerprint(dataset_name: str, with_labels: bool = False) -> dict[str, Any] | None:
-    """The fingerprint on disk; None when there is none, or a cut-short one (nnU-Net writes it in place).
-
-    Args:
-        with_labels: one that was made without labels does not count.
+    """The fingerprint on disk; None when there is none, or a cut-short one (nnU-Net writes it in place). `with_labels`:
+    one that was made without labels does not count.
     """
     file = nnunet_folder("nnUNet_preprocessed") / dataset_name / FINGERPRINT
     try:

@@ -138,11 +138,7 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
 
 def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dict[str, Any]) -> EncoderSpec:
     """The encoder of the segmentation network: no CLS, trainable positions, the dataset's channels and crop; that of
-    the file within the recipe's limit, where none is given.
-
-    Raises:
-        ValueError: channels or crop do not fit.
-    """
+    the file within the recipe's limit, where none is given."""
     if source.in_channels not in (1, len(channels)):
         raise ValueError(
             f"the encoder has {source.in_channels} input channels, the dataset {len(channels)}: only 1 can be spread"
@@ -170,11 +166,7 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
 
 
 def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
-    """Several channels must be those of pretraining; one may be spread over others, with a warning.
-
-    Raises:
-        ValueError: several channels, and other ones.
-    """
+    """Several channels must be those of pretraining; one may be spread over others, with a warning."""
     seen = metadata.volume.channel_names
     if len(seen) > 1 and [n.casefold() for n in seen] != [n.casefold() for n in names]:
         raise ValueError(
@@ -182,11 +174,8 @@ def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
             "the same, in the same order"
         )
     if metadata.spec.in_channels == 1 and len(names) > 1:
-        logger.warning(
-            "the encoder saw one channel, the dataset has %d: its kernel is spread over them, each gets 1/%d of it",
-            len(names),
-            len(names),
-        )
+        told = f"the encoder saw one channel, the dataset has {len(names)}"
+        logger.warning(f"{told}: its kernel is spread over them, each gets 1/{len(names)} of it")
     schemes = metadata.volume.normalization_schemes
     others = [n for n in names if get_normalization_scheme(n).__name__ not in schemes]
     if others and schemes:
@@ -195,11 +184,7 @@ def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
 
 
 def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> VolumeFormat:
-    """How the dataset's volumes become arrays: as in pretraining where the dataset allows it.
-
-    Raises:
-        ValueError: a value is out of range, or the given reader cannot read the dataset.
-    """
+    """How the dataset's volumes become arrays: as in pretraining where the dataset allows it."""
     reader = _fit_reader(seen, raw.dataset_json, options.reader)
     volume = replace(seen.overridden(options.spacing_mm, options.window_hu), image_reader_writer=reader)
     if any(map(is_ct, raw.channels)):
@@ -220,23 +205,15 @@ def _fit_reader(seen: VolumeFormat, dataset_json: dict[str, Any], given: str | N
         return given
     own = dataset_json.get("overwrite_image_reader_writer", "None")
     if own not in ("None", wanted):
-        logger.warning(
-            "dataset.json asks for the reader %s, the encoder was trained with %s (orientation: %s): the dataset's is "
-            "used, check that it gives the same orientation, or give --reader %s",
-            own,
-            wanted,
-            seen.orientation,
-            wanted,
-        )
+        told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
+        mend = f"check that it gives the same orientation, or give --reader {wanted}"
+        logger.warning(f"{told} (orientation: {seen.orientation}): the dataset's is used, {mend}")
         return None
     for name in (wanted, *(REORIENTING_READERS if wanted in REORIENTING_READERS else ())):
         if _reads(name, ending):
             return name
-    logger.warning(
-        "%s cannot read %s: nnU-Net's own reader is used, check that the orientation is the same as in pretraining",
-        wanted,
-        ending,
-    )
+    mend = "check that the orientation is the same as in pretraining"
+    logger.warning(f"{wanted} cannot read {ending}: nnU-Net's own reader is used, {mend}")
     return None
 
 

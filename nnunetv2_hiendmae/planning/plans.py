@@ -50,20 +50,11 @@ def make_plans(
         UserError: no fingerprint, a 2D dataset, an unknown reader, or splits that contradict each other.
     """
     if read_fingerprint(raw.name) is None:
-        raise UserError(
-            f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}; "
-            f"run: nnUNetv2_extract_fingerprint -d {raw.name[7:10]}"
-        )
-    arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"}
-    fixed = {
-        "patch_size": list(spec.img_size),
-        "batch_size": batch_size,
-        "architecture": {
-            "network_class_name": ENCODERS[spec.kind].network,
-            "arch_kwargs": {**arch_kwargs, "decoder_width": decoder_width},
-            "_kw_requires_import": [],
-        },
-    }
+        told = f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}"
+        raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {raw.name[7:10]}")
+    arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
+    network = {"network_class_name": ENCODERS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
+    fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
     with prints_to_log():
         plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()
     if section is not None:
@@ -87,15 +78,9 @@ def save_plans(plans: dict[str, Any]) -> Path:
     # other statistics may mean other images
     before, now = ((array_settings(p), p[_INTENSITIES]) for p in (old, plans))
     if folder.is_dir() and before != now:
-        logger.warning(
-            "%s was preprocessed with other settings than %s now has; "
-            "run: nnUNetv2_preprocess -d %s -plans_name %s -c %s",
-            folder,
-            path.name,
-            plans["dataset_name"][7:10],
-            plans["plans_name"],
-            CONFIGURATION,
-        )
+        again = f"-d {plans['dataset_name'][7:10]} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
+        told = f"{folder} was preprocessed with other settings than {path.name} now has"
+        logger.warning(f"{told}; run: nnUNetv2_preprocess {again}")
     return path
 
 
@@ -126,10 +111,7 @@ def array_settings(plans: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_plans_name(dataset_name: str, plans_name: str, for_pretraining: bool = False) -> Path:
-    """Path that plans of this name have or would have.
-
-    Args:
-        for_pretraining: plans that fine-tune are refused too.
+    """Path that plans of this name have or would have. `for_pretraining`: plans that fine-tune are refused too.
 
     Raises:
         UserError: the name cannot be used, or a file that is not ours stands there.
@@ -156,10 +138,8 @@ def _is_ours(path: Path, for_pretraining: bool) -> bool:
 
 
 class _ViTPlanner(ExperimentPlanner):
-    """nnU-Net's planner; only what differs for a fixed network is overridden.
-
-    Args:
-        fixed: what the configuration must hold, whatever nnU-Net would choose.
+    """nnU-Net's planner; only what differs for a fixed network is overridden. `fixed`: what the configuration must
+    hold, whatever nnU-Net would choose.
     """
 
     def __init__(self, raw: RawDataset, plans_name: str, volume: VolumeFormat, fixed: dict[str, Any]):
@@ -177,20 +157,17 @@ class _ViTPlanner(ExperimentPlanner):
         # 0: never a 3d_lowres configuration
         self.lowres_creation_threshold = 0
         self.fixed = fixed
-        self._refuse_2d()
+        median_shape = np.median(self.dataset_fingerprint["shapes_after_crop"], axis=0)
+        if min(median_shape) <= 1:
+            raise UserError(
+                f"{raw.name} is 2D (median shape {[int(s) for s in median_shape]}), needed 3D volumes: the encoder is "
+                f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {raw.name} 2d 0"
+            )
         self.reader = raw.reader(volume.image_reader_writer)
         properties = self.dataset_fingerprint[_INTENSITIES]
         for i, channel in enumerate(raw.channels):
             if is_ct(channel):
                 properties[str(i)] = {**properties.get(str(i), {}), **volume.ct_statistics}
-
-    def _refuse_2d(self) -> None:
-        median_shape = np.median(self.dataset_fingerprint["shapes_after_crop"], axis=0)
-        if min(median_shape) <= 1:
-            raise UserError(
-                f"{self.dataset_name} is 2D (median shape {[int(s) for s in median_shape]}), needed 3D volumes: "
-                f"the encoder is a 3D ViT; use nnU-Net itself: nnUNetv2_train {self.dataset_name} 2d 0"
-            )
 
     def determine_reader_writer(self):
         return self.reader

@@ -44,10 +44,7 @@ class BrokenCaseError(Exception):
 
 
 def check_files(images: Sequence[str]) -> None:
-    """
-    Raises:
-        BrokenCaseError: a channel file is missing, or a NIfTI file ends early or holds NaN or infinite values.
-    """
+    """Raises BrokenCaseError: a channel file is missing, or a NIfTI file ends early or holds NaN or infinite values."""
     if not images:
         raise BrokenCaseError("no channel file such as CASE_0000")
     for image in images:
@@ -93,10 +90,7 @@ def check_volume(data: np.ndarray, spacing: Sequence[float], channels: Sequence[
 
 
 def check_finite(data: np.ndarray) -> None:
-    """
-    Raises:
-        BrokenCaseError: NaN or infinite voxels; one of them makes a whole pretraining run NaN.
-    """
+    """Raises BrokenCaseError: NaN or infinite voxels; one of them makes a whole pretraining run NaN."""
     wrong = data.size - int(np.isfinite(data).sum())
     if wrong:
         raise BrokenCaseError(f"{wrong} voxels are NaN or infinite")
@@ -198,10 +192,7 @@ def map_cases(
 
 
 def refuse_if_nothing_left(dataset: str, broken: Sequence[BrokenCase]) -> None:
-    """
-    Raises:
-        UserError: always; names the first broken cases of a dataset of which nothing could be used.
-    """
+    """Raises UserError: always; names the first broken cases of a dataset of which nothing could be used."""
     told = some((f"{case} ({reason})" for _, case, reason in broken), separator="; ")
     raise UserError(f"all {len(broken)} training images of {dataset} are broken: {told}; replace them")
 

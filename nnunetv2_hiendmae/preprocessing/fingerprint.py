@@ -59,7 +59,15 @@ def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, A
             return read_fingerprint(raw.name), []
         except UserError as e:
             logger.warning("the fingerprint of %s is made without labels, look for a broken one: %s", raw.name, e)
-    fingerprint = _label_free(list(analyses.values()))
+    shapes, spacings, intensities, sizes = zip(*analyses.values(), strict=True)
+    statistics = [_statistics(np.concatenate(values)) for values in zip(*intensities, strict=True)]
+    fingerprint = {
+        "spacings": spacings,
+        "shapes_after_crop": shapes,
+        "foreground_intensity_properties_per_channel": {str(i): values for i, values in enumerate(statistics)},
+        "median_relative_size_after_cropping": float(np.median(sizes)),
+        LABEL_FREE_KEY: True,
+    }
     file = nnunet_folder("nnUNet_preprocessed") / raw.name / dataset.FINGERPRINT
     write_text(file, json.dumps(fingerprint, indent=4) + "\n")
     return fingerprint, broken
@@ -88,19 +96,6 @@ def _analyse(
             )
             intensities.append(values)
         return list(data.shape[1:]), [float(s) for s in properties["spacing"]], intensities, data[0].size / whole
-
-
-def _label_free(analyses: Sequence[Analysis]) -> dict[str, Any]:
-    shapes, spacings, intensities, sizes = zip(*analyses, strict=True)
-    return {
-        "spacings": spacings,
-        "shapes_after_crop": shapes,
-        "foreground_intensity_properties_per_channel": {
-            str(i): _statistics(np.concatenate(values)) for i, values in enumerate(zip(*intensities, strict=True))
-        },
-        "median_relative_size_after_cropping": float(np.median(sizes)),
-        LABEL_FREE_KEY: True,
-    }
 
 
 def _statistics(values: np.ndarray) -> dict[str, float]:

@@ -47,8 +47,7 @@ class PreprocessSummary:
     """What came of it.
 
     Args:
-        done: cases preprocessed now.
-        skipped: cases that were finished before.
+        done, skipped: how many cases were preprocessed now, and how many were finished before.
         broken: (dataset, case, reason) of every case that was left out.
     """
 
@@ -104,7 +103,12 @@ def _preprocess(
     for raw in raws:
         fingerprint, found = ensure_fingerprint(raw, options.num_processes)
         broken += found
-        _refuse_statistics_of_labels(raw, fingerprint, recipe)
+        with_labels = not fingerprint.get(LABEL_FREE_KEY)
+        if recipe.volume.window_hu is None and with_labels and any(map(is_ct, raw.channels)):
+            raise UserError(
+                f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
+                f"pretraining must not see labels; give --window LO HI"
+            )
         plans = _ensure_plans(raw, options.plans_name, spec, recipe)
         folder = data_folder(plans)
         unfinished = _unfinished_folder(folder, stack)
@@ -153,20 +157,9 @@ def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[Enco
         raise UserError(f"{e}; check --spacing and --window") from e
     others = [name for name in channels if not is_ct(name)]
     if volume.window_hu is not None and others:
-        logger.warning(
-            "the window %g to %g HU is for CT channels; nnU-Net's normalisation stays for: %s",
-            *volume.window_hu,
-            ", ".join(others),
-        )
+        window = "the window {:g} to {:g} HU is for CT channels".format(*volume.window_hu)
+        logger.warning(f"{window}; nnU-Net's normalisation stays for: {', '.join(others)}")
     return spec.with_(in_channels=len(channels)), replace(recipe, volume=volume)
-
-
-def _refuse_statistics_of_labels(raw: RawDataset, fingerprint: dict[str, Any], recipe: MethodRecipe) -> None:
-    if recipe.volume.window_hu is None and not fingerprint.get(LABEL_FREE_KEY) and any(map(is_ct, raw.channels)):
-        raise UserError(
-            f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
-            f"pretraining must not see labels; give --window LO HI"
-        )
 
 
 def _ensure_plans(raw: RawDataset, plans_name: str, spec: EncoderSpec, recipe: MethodRecipe) -> Path:

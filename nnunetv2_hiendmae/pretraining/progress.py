@@ -115,10 +115,8 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
 def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
     """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
 
-    Black and white are the least and largest value of the input's whole crop. CT is shown in HU.
-
-    Args:
-        cases: 'Dataset/case' of every sample; datasets are only named where there are several.
+    Black and white are the least and largest value of the input's whole crop. CT is shown in HU. `cases`:
+    'Dataset/case' of every sample; datasets are only named where there are several.
     """
     several = len({case.partition("/")[0] for case in cases}) > 1
     rows = []

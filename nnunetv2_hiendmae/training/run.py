@@ -35,10 +35,8 @@ def num_processes() -> int:
 
 
 def launch(device: str, precision: str, alone: str = "") -> Fabric:
-    """Fabric for this process, alone or as one of torchrun's or srun's.
-
-    Args:
-        alone: name of a command that needs no distributed training and uses one device.
+    """Fabric for this process, alone or as one of torchrun's or srun's. `alone`: name of a command that needs no
+    distributed training and uses one device.
 
     Raises:
         UserError: no such device, one that the precision does not go with, or several processes of such a command.
@@ -60,10 +58,7 @@ def launch(device: str, precision: str, alone: str = "") -> Fabric:
 
 
 def check_device(device: str) -> None:
-    """
-    Raises:
-        UserError: torch sees no such device, "cuda", "cpu" or "mps", on this machine.
-    """
+    """Raises UserError: torch sees no such device, "cuda", "cpu" or "mps", on this machine."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
     if device == "mps" and not torch.backends.mps.is_available():
@@ -102,10 +97,8 @@ def check_free_disk(run_dir: Path, network: nn.Module) -> None:
     existing = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise UserError(
-            f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB; free some, or "
-            "choose another disk with -o"
-        )
+        told = f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB"
+        raise UserError(f"{told}; free some, or choose another disk with -o")
 
 
 class RunSettings(ABC):
@@ -226,8 +219,7 @@ class RunLog:
     """log.jsonl, one JSON object per step or epoch; a progress bar on a terminal, log lines elsewhere.
 
     Args:
-        unit: "step" or "epoch": the key of a line's number; lines from `first` on, of a run that was killed, are
-            dropped.
+        unit: "step" or "epoch", the key of a line's number; lines from `first` on are dropped: a run was killed.
         total: for the bar.
         wandb_config: of the run in Weights & Biases, `wandb` where nnU-Net's variable turns it on; None: not used.
 

@@ -57,10 +57,8 @@ class CaseSet:
 
 
 def find_cases(datasets: Iterable[str | int], plans_name: str, configuration: str) -> CaseSet:
-    """Cases that `hiendmae preprocess` or stock `nnUNetv2_preprocess` left on disk.
-
-    Args:
-        datasets: ids or names; one that is given twice, by id and by name, is one.
+    """Cases that `hiendmae preprocess` or stock `nnUNetv2_preprocess` left on disk. `datasets`: ids or names; one that
+    is given twice, by id and by name, is one.
 
     Raises:
         UserError: unknown dataset, plans or configuration, a 2D one, nothing preprocessed, an unreadable case, or
@@ -86,10 +84,9 @@ def warn_if_padded(cases: Sequence[Case], padded_below: Sequence[int]) -> None:
         return
     largest = tuple(max(c.shape[a] for c in cases) for a in range(3))
     whose = "every volume" if len(small) == len(cases) else f"{len(small)} of {len(cases)} volumes"
-    logger.warning(
-        f"a sample takes {tuple(padded_below)} voxels, larger than {whose} along some axis (largest extent {largest} "
-        "voxels); they are padded with zeros. A smaller --crop-size or a finer spacing avoids that"
-    )
+    told = f"{tuple(padded_below)} voxels, larger than {whose} along some axis (largest extent {largest} voxels)"
+    mend = "A smaller --crop-size or a finer spacing avoids that"
+    logger.warning(f"a sample takes {told}; they are padded with zeros. {mend}")
 
 
 class CaseVolume:

@@ -105,10 +105,8 @@ def permute_axes(
 
     A network of convolutions, patches and positions is equivariant to permuting axes, if the kernels' axes, the grids
     of its position tables and the windows of its relative positions are permuted with the data. Works for encoders and
-    for whole networks, whose encoder's names start with `encoder.`. Tensors that change are views.
-
-    Args:
-        order: new axis i is the old axis `order[i]`, as in `volume.permute`.
+    for whole networks, whose encoder's names start with `encoder.`. Tensors that change are views. `order`: new axis i
+    is the old axis `order[i]`, as in `volume.permute`.
 
     Raises:
         ValueError: `order` is no permutation, a table does not have the rows of the spec's grid, a kernel not five

@@ -45,10 +45,7 @@ TARGETS = {
 def export_encoder(
     path: Path, target: str, state: Mapping[str, Tensor], metadata: EncoderMetadata, report: LoadReport
 ) -> tuple[LoadReport, tuple[str, ...]]:
-    """Writes an encoder under the names of `target`.
-
-    Args:
-        report: what became of a source's tensors in `state`.
+    """Writes an encoder under the names of `target`. `report`: what became of a source's tensors in `state`.
 
     Returns:
         What became of them under the exported names, and what a program that reads those must know.

@@ -60,9 +60,6 @@ def _transformer(state: State, width: int, options: ConvertOptions, sizes: Sizes
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
 
 
-# ---- plain ViTs -----------------------------------------------------------------------------------------------------
-
-
 def same_name(name: str) -> str | None:
     """Names of timm, which are ours."""
     return name if axes_of(name, ViTEncoder.axes) else None
@@ -205,9 +202,6 @@ def mim_spec(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec
         stem_dims=tuple(k.shape[0] for k in kernels),
         stem_depths=tuple(_count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
     )
-
-
-# ---- positions ------------------------------------------------------------------------------------------------------
 
 
 def _choose_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:

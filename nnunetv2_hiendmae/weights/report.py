@@ -52,10 +52,7 @@ class TensorRecord:
 @dataclass(frozen=True)
 class LoadReport:
     """Account of every tensor of the source and of the target. A tensor that the target needs and does not get is an
-    error, never a line in here.
-
-    Args:
-        entries: what else the file held, which is no tensor: (name, what it is).
+    error, never a line in here. `entries`: what else the file held, which is no tensor: (name, what it is).
     """
 
     records: tuple[TensorRecord, ...]
