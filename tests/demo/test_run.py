@@ -35,9 +35,8 @@ SMALLEST = {
 
 
 # montages that a method draws
-VIEWS = {
-    "hiendmae": ["crop"], "mim": ["level1", "level2", "level3"], "glmae": ["global", "local"], "mae3d": ["crop"]
-}  # fmt: skip
+SEVERAL = {"mim": ["level1", "level2", "level3"], "glmae": ["global", "local"]}
+VIEWS = {method: SEVERAL.get(method, ["crop"]) for method in METHODS}
 
 
 def fork_commands(monkeypatch) -> None:
