@@ -60,7 +60,8 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
     pictures = {p.name for p in (tmp_path / "run" / "reconstructions").iterdir()}
-    assert pictures == {f"epoch_{epoch}_{view}.png" for epoch in ("0002", "0003") for view in PICTURES.get(method, ["crop"])}
+    views = PICTURES.get(method, ["crop"])
+    assert pictures == {f"epoch_{epoch}_{view}.png" for epoch in ("0002", "0003") for view in views}
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
     assert metadata.method == method and metadata.spec == tiny_settings().spec == encoder.spec
     assert metadata.volume.spacing_mm == (3.0, 3.0, 3.0) and metadata.volume.window_hu == (-175.0, 250.0)
