@@ -1,6 +1,7 @@
 """The README's way from DICOM to nnU-Net's raw format, run as it stands there."""
 
 import json
+import locale
 import re
 import time
 from pathlib import Path
@@ -42,7 +43,15 @@ def write_dicom_series(folder: Path, voxels: np.ndarray, spacing: tuple[float, f
         writer.Execute(image)
 
 
-def test_dicom_to_raw(tmp_path, monkeypatch):
+@pytest.fixture
+def same_locale():
+    """Reading DICOM sets this process's locale to C, in which later tests would read their files as ASCII."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
+
+
+def test_dicom_to_raw(tmp_path, monkeypatch, same_locale):
     rng = np.random.default_rng(0)
     voxels = rng.integers(-1000, 1000, (20, 24, 28)).astype(np.int16)
     write_dicom_series(tmp_path / "dicom" / "patient 1" / "ct", voxels, (0.8, 0.8, 2.5), "1.2.3.4")
