@@ -77,8 +77,8 @@ def run_programme(tree: Path, folder: Path, checkpoints: Path) -> float:
         # before an editable installation of another checkout
         "PYTHONPATH": str(tree),
     }
-    code = "import nnunetv2_hiendmae; print(nnunetv2_hiendmae.__file__)"
-    found = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=folder, text=True).strip()
+    where = "import nnunetv2_hiendmae; print(nnunetv2_hiendmae.__file__)"
+    found = subprocess.check_output([sys.executable, "-c", where], env=environment, cwd=folder, text=True).strip()
     if not Path(found).is_relative_to(tree):
         sys.exit(f"python imports {found} and not the package in {tree}")
     command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", "env"]
@@ -86,8 +86,8 @@ def run_programme(tree: Path, folder: Path, checkpoints: Path) -> float:
     variable, value = shlex.split(line)[1].split("=", 1)
     start = time.perf_counter()
     script = [sys.executable, str(HERE / "benchmarks" / "fixed_programme.py"), str(checkpoints)]
-    if subprocess.run(script, env={**environment, variable: value}, cwd=folder).returncode:
-        sys.exit(f"the programme failed with the package in {tree}, see above")
+    if code := subprocess.run(script, env={**environment, variable: value}, cwd=folder).returncode:
+        sys.exit(f"the programme ended with {code} by the package in {tree}, see above")
     return time.perf_counter() - start
 
 
