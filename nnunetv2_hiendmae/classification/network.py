@@ -132,9 +132,9 @@ def warn_of_differences(data: CaseSet, inputs: Inputs, seen: VolumeFormat, whose
         ("normalisation", sorted(set(seen.normalization_schemes)) or None, sorted(set(images.normalization_schemes))),
         ("reader", seen.image_reader_writer, images.image_reader_writer),
     ):
-        numbers = now is not None and not isinstance(before, str | list)
-        same = before == now or (numbers and np.allclose(before, now, rtol=TOLERATED, atol=0))
-        if before is not None and not same:
+        numbers = None not in (before, now) and not isinstance(before, str | list)
+        close = numbers and np.allclose(before, now, rtol=TOLERATED, atol=0)
+        if before is not None and before != now and not close:
             logger.warning(f"{what}: the images have {now}, {whose} saw {before}; preprocess them alike")
     if inputs.mode == RESIZE:
         shape = np.median([case.shape for case in data.cases], axis=0)
