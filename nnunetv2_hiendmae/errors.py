@@ -1,6 +1,10 @@
-"""Errors that the user can mend, and how they list things."""
+"""Errors that the user can mend, and how they quote and list things."""
 
 from collections.abc import Iterable
+
+_LONGEST = 120
+# for what Python says of a damaged file, which may quote all of it
+LONGEST_ERROR = 300
 
 
 class UserError(Exception):
@@ -16,3 +20,9 @@ def some(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
     listed = [str(item) for item in items]
     more = f" and {len(listed) - most} more" if len(listed) > most else ""
     return f"{separator.join(listed[:most])}{more}"
+
+
+def printable(text: object, longest: int | None = _LONGEST) -> str:
+    """Text of a file that nobody vouches for, safe for a terminal: control characters escaped, long text cut."""
+    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return safe if longest is None or len(safe) <= longest else f"{safe[:longest]}…"

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
+from nnunetv2_hiendmae.errors import printable
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm or MONAI"
@@ -24,7 +25,6 @@ def run(args: argparse.Namespace) -> None:
     from shlex import quote
 
     from nnunetv2_hiendmae.weights import convert_checkpoint
-    from nnunetv2_hiendmae.weights.report import printable
 
     options = from_arguments(ConvertOptions, args)
     done = convert_checkpoint(args.file, args.output, options, to=args.to, force=args.force)

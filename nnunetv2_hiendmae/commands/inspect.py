@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _text(value: Any) -> str:
-    from nnunetv2_hiendmae.weights.report import LoadReport, printable
+    from nnunetv2_hiendmae.weights.report import LoadReport
 
     if isinstance(value, LoadReport):
         return value.text()

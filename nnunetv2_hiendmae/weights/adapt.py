@@ -10,8 +10,8 @@ from torch import Tensor
 from nnunetv2_hiendmae.architectures import ENCODERS, Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
 from nnunetv2_hiendmae.architectures.tokens import resample_positions
-from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
+from nnunetv2_hiendmae.errors import UserError, printable, some
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 # what may differ between a file and the network that reads it: none of it changes the shape of a block
 ADAPTABLE = ("img_size", "in_channels", "taps", "pos_embed", "norm_eps", "drop_path_rate")

@@ -12,8 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.weights.report import printable
+from nnunetv2_hiendmae.errors import UserError, printable
 
 # the ways in which torch names what it refuses to unpickle
 _OFFENDER = re.compile(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
@@ -20,7 +20,7 @@ from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, rea
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
-from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, printable
+from nnunetv2_hiendmae.weights.report import LoadReport
 from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 
 ENCODER_FILE = "encoder"

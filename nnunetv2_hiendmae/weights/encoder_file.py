@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import replacing
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
 from nnunetv2_hiendmae.weights.checkpoint_io import read_safetensors
-from nnunetv2_hiendmae.weights.report import LONGEST_ERROR, LoadReport, TensorRecord, printable
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 METADATA_KEY = "hiendmae"
 # what the format calls a number type, in the order in which its own writer puts tensors into the file: wide ones first

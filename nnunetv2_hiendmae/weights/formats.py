@@ -10,13 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import layouts
 from nnunetv2_hiendmae.weights.checkpoint_io import is_weight, tensors_in
-from nnunetv2_hiendmae.weights.report import printable
 
 APACHE = "Apache-2.0"
 NONE_STATED = "none stated by the authors"

@@ -5,18 +5,11 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from nnunetv2_hiendmae.errors import printable
+
 STATUSES = ("loaded", "adapted", "dropped", "fresh")
-_LONGEST = 120
-# for what Python says of a damaged file, which may quote all of it
-LONGEST_ERROR = 300
 # more records than this with one reason become one line of `LoadReport.text`
 _MAX_LINES = 3
-
-
-def printable(text: object, longest: int | None = _LONGEST) -> str:
-    """Text of a file that nobody vouches for, safe for a terminal: control characters escaped, long text cut."""
-    safe = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-    return safe if longest is None or len(safe) <= longest else f"{safe[:longest]}…"
 
 
 @dataclass(frozen=True)

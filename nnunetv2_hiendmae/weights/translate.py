@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, check_plain, is_weight, tensors_in
 from nnunetv2_hiendmae.weights.formats import ForeignEncoder
 from nnunetv2_hiendmae.weights.layouts import is_sincos
-from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord, printable
+from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 
 @dataclass
