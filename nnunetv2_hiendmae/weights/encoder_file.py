@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import replacing
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
-from nnunetv2_hiendmae.weights.checkpoint_io import read_safetensors
+from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, read_safetensors
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 METADATA_KEY = "hiendmae"
@@ -146,11 +146,21 @@ def read_metadata(path: Path) -> EncoderMetadata:
     return _open(path)[0]
 
 
+def check_encoder_file(path: Path) -> EncoderMetadata:
+    """Metadata of a file whose tensors are those of the encoder that it describes: names, shapes, number types, finite
+    numbers. Builds no encoder; reads the file once.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    return _open_whole(path)[0]
+
+
 def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
     """Encoder of a file, with its weights, in eval mode on the CPU.
 
     Raises:
-        UserError: no such file, not an encoder file of ours, or tensors missing.
+        UserError: no such file, damaged, not an encoder file of ours, or not the tensors that its encoder needs.
     """
     metadata, state = _open_whole(path)
     encoder = build_encoder(metadata.spec)
@@ -175,9 +185,8 @@ def load_into(encoder: Encoder, path: Path) -> LoadReport:
     Raises:
         UserError: the file cannot be read or does not fit.
     """
-    metadata, state = _open(path)
+    metadata, state = _open_whole(path)
     state, report = adapt_state(state, metadata.spec, encoder)
-    _check(state, encoder.state_dict(), path)
     encoder.load_state_dict(state)
     return report
 
@@ -186,13 +195,14 @@ def _open_whole(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
     """As `_open`, of a file that holds the encoder that its header describes. No encoder is built before that is
     known: what a header says may be of any size."""
     metadata, state = _open(path)
-    _check(state, expected_tensors(metadata.spec), path)
-    return metadata, state
-
-
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    if wrong := mismatch(state, expected):
+    if wrong := mismatch(state, expected_tensors(metadata.spec)):
         raise UserError(f"{path} does not hold the encoder its header describes: {wrong}")
+    try:
+        for name, tensor in state.items():
+            check_finite(name, tensor)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return metadata, state
 
 
 def _open(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
