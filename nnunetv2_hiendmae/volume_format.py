@@ -125,8 +125,8 @@ class VolumeFormat:
 
 # of each field that is numbers, if there are any: what holds for them, and that in words
 _CHECKS = {
-    "spacing_mm": (lambda d, h, w: min(d, h, w) > 0, "three positive numbers (D H W)"),
-    "window_hu": (lambda lo, hi: lo < hi, "two numbers LO < HI"),
+    "spacing_mm": (lambda *size: len(size) == 3 and min(size) > 0, "three positive numbers (D H W)"),
+    "window_hu": (lambda *ends: len(ends) == 2 and ends[0] < ends[1], "two numbers LO < HI"),
     "intensity_offset": (lambda _: True, "a finite number"),
     "intensity_scale": (lambda scale: scale > 0, "a positive number"),
 }
