@@ -1,5 +1,6 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,6 +209,8 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
     xyz, guessed = options.axes == "xyz", options.img_size is None
     released = f"{entry.name} encoders of width {width} that were released have"
     heads, depth = entry.sizes.get(width, (spec.num_heads, spec.depth))
+    # what the format's program, data-parallel training and compilation put before names
+    own_prefix = re.sub(r"module\.|_orig_mod\.", "", found.prefix).removesuffix(entry.prefix)
     theirs = ", although those of its authors are (x, y, z)" if entry.axes == "xyz" else ""
     # sentence → whether it is true
     notes = {
@@ -229,6 +232,7 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
         f"what its {spec.in_channels} input channels were is not known: a dataset must have as many, in that order": (
             spec.in_channels > 1
         ),
+        f"the encoder's names had the prefix {printable(found.prefix)}": bool(own_prefix),
         entry.lookalikes: bool(entry.lookalikes) and options.format is None,
         _TEACHER_NOTE: found.path[-1:] == ("teacher",),
     }

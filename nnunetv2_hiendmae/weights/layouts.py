@@ -85,13 +85,12 @@ MONAI_PARTS = (
 
 
 def monai_name(name: str) -> str | None:
-    """MONAI's ViT, alone or as `vit.` of a UNETR."""
-    name = name.removeprefix("vit.")
+    """MONAI's ViT; the last of the blocks of its MaskedAutoEncoderViT is the final norm."""
     if re.search(r"\.mlp\.fc|\.attn\.proj\.|^pos_embed|^patch_embed\.", name):
         return None
     for theirs, ours in MONAI_PARTS:
         name = name.replace(theirs, ours)
-    return same_name(name)
+    return same_name(re.sub(r"^blocks\.\d+\.(weight|bias)$", r"norm.\1", name))
 
 
 def monai_value(name: str, tensor: Tensor, spec: EncoderSpec) -> tuple[Tensor, str]:
