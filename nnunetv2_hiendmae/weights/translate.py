@@ -129,7 +129,8 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
             shapes do not tell the spec and the options do not either.
     """
     entry, translation = found.format, _renamed(found)
-    spec = entry.spec(translation.state, options, entry.sizes)
+    needed: list[str] = []
+    spec = entry.spec(translation.state, options, entry.sizes, needed)
     if entry.value:
         for name, tensor in list(translation.state.items()):
             translation.put(name, *entry.value(name, tensor, spec))
@@ -137,6 +138,8 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
     if entry.library:
         _fill_qkv_bias(translation, spec)
     translation.check(spec, "download the file again, or say what it is with --format")
+    if needed:
+        raise UserError("; ".join(needed))
     formula = is_sincos(translation.state["pos_embed"], spec.grid)
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")

@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -611,7 +612,7 @@ def test_monais_masked_autoencoder_gives_the_same_tokens(tmp_path, qkv_bias):
 @pytest.mark.parametrize("size", [(16, 32, 64), (8, 8, 24), (24, 16, 16), (16, 16, 16)])
 def test_monais_sincos_positions_tell_their_grid(tmp_path, size):
     """Its channels go axis 1, 0, 2; the table stays as it is."""
-    vit = monai_vit(VIT.with_(img_size=size, patch_size=(8, 8, 8), embed_dim=26), pos_embed_type="sincos")
+    vit = monai_vit(VIT.with_(img_size=size, patch_size=(8, 8, 8), embed_dim=24), pos_embed_type="sincos")
     torch.save(vit.state_dict(), tmp_path / "c.pth")
     done = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
     assert (done.metadata.spec.img_size, done.metadata.spec.pos_embed) == (size, "sincos")
@@ -626,3 +627,56 @@ def test_what_older_versions_of_monai_never_used_is_dropped(tmp_path):
     reasons = {r.source: r.detail for r in done.report.with_status("dropped")}
     assert "never used" in reasons["vit.patch_embedding.cls_token"] and "head" in reasons["linear_1.weight"]
     assert "decoder" in reasons["encoder1.layer.conv1.conv.weight"]
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 4), (4, 4, 4)])
+def test_a_matrix_over_patches_says_all_that_it_hides(tmp_path, patch):
+    spec = VIT.with_(img_size=(16, 8, 8), patch_size=patch, in_channels=2, cls_token=False)
+    vit = monai_vit(spec, proj_type="perceptron")
+    torch.save(vit.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"--(patch|img)-size .*--(patch|img)-size .*--num-heads H"):
+        translate_checkpoint(tmp_path / "c.pth")
+    given = ConvertOptions(num_heads=2, img_size=spec.img_size)
+    if patch == (8, 8, 4):
+        with pytest.raises(UserError, match=r"--patch-size D H W$"):
+            translate_checkpoint(tmp_path / "c.pth", given)
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", replace(given, patch_size=patch))
+    assert done.metadata.spec.patch_size == patch
+    x = torch.rand(2, 2, *spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(load_encoder(done.path)[0](x)[0], vit(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_another_patch_than_the_kernels_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "c.pth", "timm")
+    with pytest.raises(UserError, match=r"--patch-size .*\(4, 4, 4\)"):
+        translate_checkpoint(source, ConvertOptions(num_heads=2, patch_size=(8, 8, 8)))
+
+
+@pytest.mark.parametrize("ratios", [(2, 3, 4, 4), (4, 4, 4, 2)])
+def test_mlp_ratios_that_differ_by_stage_are_told(tmp_path, ratios):
+    state = authors_state("mim", random_state(SPECS["mim"]))
+    for stage, (ratio, width) in enumerate(zip(ratios, (2, 4, 6, 12), strict=True), 1):
+        for leaf in ("fc1.weight", "fc1.bias"):
+            for block in range(2 if stage == 4 else 1):
+                name = f"blocks{stage}.{block}.mlp.{leaf}"
+                state[name] = state[name][: ratio * width]
+    torch.save({"model": state}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=rf"ratios of its stages differ \({', '.join(map(str, ratios))}\)"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_damage_is_told_first_then_all_that_is_needed(tmp_path, kind):
+    spec = SPECS[kind]
+    spec = spec.with_(img_size=tuple(p * g for p, g in zip(spec.patch_size, (4, 3, 2), strict=True)))
+    state = random_state(spec)
+    torch.save(container(kind, authors_state(kind, state)), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"--img-size D H W.*--num-heads H"):
+        translate_checkpoint(tmp_path / "c.pth")
+    name = "blocks.1.norm2.bias"
+    for damaged in (state[name][:5], torch.full((12,), float("nan"))):
+        torch.save(container(kind, authors_state(kind, {**state, name: damaged})), tmp_path / "c.pth")
+        with pytest.raises(UserError, match=r"norm2\.bias (has shape \(5,\)|holds NaN)") as caught:
+            translate_checkpoint(tmp_path / "c.pth")
+        assert "--num-heads" not in str(caught.value)
