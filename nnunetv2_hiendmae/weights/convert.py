@@ -23,11 +23,13 @@ from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, rea
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
+from nnunetv2_hiendmae.weights.nnunet import NETWORK, is_nnunet_checkpoint, nnunet_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport
 from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 
 ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
+NNUNET_CHECKPOINT = "nnunet"
 # whose recipe weights get that nobody says more of
 DEFAULT_METHOD = "mae3d"
 
@@ -48,7 +50,7 @@ class Conversion:
     """An encoder out of any file.
 
     Args:
-        format: name of the file's format, "encoder" or "run" for ours.
+        format: name of the file's format, "encoder" or "run" for ours, "nnunet" for a fine-tuned network's.
         state: its tensors by our names; unchanged ones are views of the file.
         report: of every tensor of the file, and of the encoder or the exported names.
         path: what was written, None for nothing.
@@ -111,6 +113,8 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
             return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
         if is_run_checkpoint(content):
             return _translate_run(content, source, options)
+        if is_nnunet_checkpoint(content):
+            return _translate_nnunet(content, source, options)
         return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source, content), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
@@ -144,6 +148,13 @@ def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOpt
         source_sha256=sha256(source),
     )
     return Conversion(RUN_CHECKPOINT, translation.state, metadata, translation.report(content, (STATE,)))
+
+
+def _translate_nnunet(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Conversion:
+    _refuse(options)
+    metadata = nnunet_metadata(content, source, DEFAULT_METHOD)
+    translation = translate_own(content[NETWORK], "encoder.", metadata.spec)
+    return Conversion(NNUNET_CHECKPOINT, translation.state, metadata, translation.report(content, (NETWORK,)))
 
 
 def _run_metadata(source: Path) -> EncoderMetadata:
