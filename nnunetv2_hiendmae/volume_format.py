@@ -132,7 +132,7 @@ class VolumeFormat:
         if not stats:
             return known
         if len(stats) > 1:
-            raise ValueError("the CT channels are normalised differently")
+            raise ValueError("CT channels were normalised differently")
         low, high, offset, std = stats.pop()
         # the floor is CTNormalization's
         return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))

@@ -213,7 +213,7 @@ def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManage
     try:
         return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
     except ValueError as e:
-        raise UserError(f"{plans.plans_name} of {root.name}: {e}; run: hiendmae preprocess -d {root.name}") from e
+        raise UserError(f"{e} in {root.name} by {plans.plans_name}; run: hiendmae preprocess -d {root.name}") from e
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:

@@ -239,7 +239,7 @@ def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
         assert message in said and "y" * 200 not in said and all(c.isprintable() or c in HARMLESS for c in said)
 
 
-# ---- numpy's scalars, and what pretends to be one ---------------------------------------------------------------------
+# ---- numpy's scalars, and what pretends to be one -----------------------------------------------------------------
 
 SCALARS = [np.float64(0.7), np.float32(0.5), np.int64(-3), np.uint8(7), np.bool_(True), np.str_("né"), np.complex64(1j)]
 
