@@ -115,7 +115,7 @@ class VolumeFormat:
         which only the names of the channels are used, if it has some.
 
         Raises:
-            ValueError: the CT channels are normalised differently.
+            ValueError: CT channels are normalised differently, or without statistics.
         """
         schemes, reader = tuple(configuration["normalization_schemes"]), plans["image_reader_writer"]
         names = (dataset.get("channel_names") or dataset.get("modality") or {}).values() or range(len(schemes))
@@ -128,7 +128,10 @@ class VolumeFormat:
         )
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
         properties = plans["foreground_intensity_properties_per_channel"]
-        stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in range(len(schemes)) if known.is_ct(i)}
+        channels = [properties.get(str(i), {}) for i in range(len(schemes)) if known.is_ct(i)]
+        if any(set(keys) - set(channel) for channel in channels):
+            raise ValueError(f"a CT channel has no {', '.join(keys)}")
+        stats = {tuple(float(channel[k]) for k in keys) for channel in channels}
         if not stats:
             return known
         if len(stats) > 1:

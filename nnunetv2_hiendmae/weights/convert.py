@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.schemas import read_json
+from nnunetv2_hiendmae.schemas import read_as
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
@@ -162,8 +162,8 @@ def _run_metadata(source: Path) -> EncoderMetadata:
     saw, or from its settings alone."""
     settings_file, exported = source.with_name(SETTINGS), source.with_name(ENCODER)
     mend = f"keep it beside {source}, a checkpoint of hiendmae pretrain, or use the run's {ENCODER}"
-    settings = read_json(settings_file, _RunSettings, mend)
-    method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
+    settings = read_as(settings_file, _RunSettings, mend)
+    method, spec = settings["method"], settings["spec"]
     metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
     seen = encoder_file.read_metadata(exported) if exported.is_file() else metadata
     return seen if (seen.method, seen.spec) == (method, spec) else metadata
