@@ -210,7 +210,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
-    data = read_dataset_json(root) if (root / "dataset.json").exists() else {}
+    data = read_dataset_json(root, for_images=False) if (root / "dataset.json").exists() else {}
     try:
         return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
     except ValueError as e:
