@@ -2,12 +2,13 @@
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
 from types import ModuleType
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import Stopped, UserError
 
 # in the order of the help: what is there, pretraining and fine-tuning, results
 NAMES = (
@@ -30,11 +31,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except UserError as e:
+        if _is_told_elsewhere():
+            return 2
         print(f"hiendmae {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except Stopped as e:
+        print(f"hiendmae {args.command}: {e}", file=sys.stderr)
+        return e.exit_code
     except KeyboardInterrupt:
         print(f"hiendmae {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_told_elsewhere() -> bool:
+    """Whether this is one of several processes that all found the same before they joined; the first one tells it."""
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    distributed = sys.modules.get("torch.distributed")
+    return rank > 0 and not (distributed and distributed.is_initialized())
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -15,6 +15,15 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal ended the work at a good place; the message says where, and how to go on. The command line prints it and
+    ends as a process that the signal ended."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
 def some(items: Iterable[object], most: int = 3, separator: str = ", ") -> str:
     """The first few, and how many more there are: 'a, b, c and 2 more'."""
     listed = [str(item) for item in items]

@@ -30,6 +30,10 @@ Statistics = dict[str, dict[str, FiniteFloat]]
 Kind = TypeVar("Kind")
 
 
+# of log.jsonl: measures, and measures of the validation
+LogLine = dict[str, FiniteFloat | dict[str, Any]]
+
+
 class _ListedCase(TypedDict):
     images: list[str]
     label: NotRequired[str]

@@ -8,7 +8,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.pretraining.loop import PretrainSettings
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 
 PLANS = "TinyPlans"
 TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)

@@ -17,8 +17,8 @@ from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
 from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.loop import PretrainSettings
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training.run import check_device, load_checkpoint
 from nnunetv2_hiendmae.training.views import Views
 from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases

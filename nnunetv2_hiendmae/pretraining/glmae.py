@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
+from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
 from nnunetv2_hiendmae.training.views import Augmentation
+from nnunetv2_hiendmae.weights import LoadReport
 
 # edges of a global view by those of a local one, as published: 160 and 96 voxels
 GLOBAL_TO_LOCAL = 160 / 96
@@ -260,6 +261,11 @@ class GLMAE(Method):
         """Student's tokens (B, [1+]K, E) and predicted masked patches (B, N − K, P) of a global or local view."""
         tokens, _ = self.encoder(image, ids_shuffle[:, : self.visible[kind]])
         return tokens, self.decoder(tokens, ids_shuffle, self.specs[kind].grid)
+
+    def start_encoder(self, load: Callable[[Encoder], LoadReport]) -> LoadReport:
+        report = super().start_encoder(load)
+        self.teacher_encoder.load_state_dict(self.encoder.state_dict())
+        return report
 
     def synchronize(self, mean_over_processes) -> None:
         self.centre.synchronize(mean_over_processes)

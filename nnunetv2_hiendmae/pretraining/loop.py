@@ -1,164 +1,37 @@
-"""Pretraining: what a run computes, the user's options over defaults of the method and the preset; and one readable
-loop on Lightning Fabric (devices, DDP, precision, accumulation)."""
+"""Pretraining: one readable loop on Lightning Fabric (devices, DDP, precision, accumulation)."""
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import signal
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import Stopped, UserError, some
 from nnunetv2_hiendmae.files import ENCODER, STATE, STEP
-from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
-from nnunetv2_hiendmae.options import parse_assignments
+from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.options.commands import PretrainOptions
-from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, draw_reconstruction
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, build_settings, extended, run_name
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.views import step_keys
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches, warn_if_padded
-from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches, warn_if_padded
+from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, save_encoder
 
 logger = logging.getLogger(__name__)
 
 # samples in a reconstruction picture; drawn as if they belonged to the step after the last
 PICTURE_SAMPLES = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainSettings(run.RunSettings, PretrainOptions):
-    """What a run computes, and how: its options, all decided.
-
-    Args:
-        options: of the method.
-        batch_size: crops per optimizer step over all processes and accumulated micro-batches.
-        betas: of AdamW.
-
-    Raises:
-        UserError: a value is out of range.
-    """
-
-    datasets: tuple[str, ...]
-    options: dict[str, Any]
-    spec: EncoderSpec
-    betas: tuple[float, float]
-
-    keys: ClassVar = (
-        *("datasets", "plans_name", "configuration", "method", "options", "spec", "epochs", "steps_per_epoch"),
-        *("warmup_epochs", "batch_size", "accumulate", "lr", "weight_decay", "betas", "precision", "seed"),
-        *("checkpoint_epochs", "picture_epochs"),
-    )
-    not_deciding: ClassVar = ("accumulate", "checkpoint_epochs", "picture_epochs")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.spec.drop_path_rate:
-            # its draws come from the global generator: neither stateless nor in the checkpoint
-            raise UserError(
-                f"drop_path_rate {self.spec.drop_path_rate} is for fine-tuning only, needed 0 in pretraining"
-            )
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.epochs * self.steps_per_epoch
-
-    @property
-    def warmup_steps(self) -> int:
-        """Steps until the peak learning rate."""
-        return self.warmup_epochs * self.steps_per_epoch
-
-    def build_method(self) -> Method:
-        """The method with freshly initialised weights; the same ones for the same seed."""
-        torch.manual_seed(self.seed)
-        try:
-            return METHODS[self.method](self.spec, **self.options)
-        except (ValueError, AssertionError, RuntimeError) as e:
-            # timm and torch check sizes with assertions and runtime errors
-            raise UserError(f"{self.method} cannot be built with {self.options}: {e}; change --set") from e
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "PretrainSettings":
-        """Inverse of `to_dict`; how a run is carried out is as by default.
-
-        Raises:
-            ValueError, TypeError: keys are missing or unknown, or a value is not of its kind.
-            UserError: a value is out of range.
-        """
-        if differing := set(data) ^ set(cls.keys):
-            raise ValueError(f"missing or unknown: {', '.join(sorted(differing))}")
-        as_tuples = {name: tuple(data[name]) for name in ("datasets", "betas")}
-        return cls(**{**data, **as_tuples, "spec": EncoderSpec.from_dict(data["spec"])})
-
-
-def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> tuple[PretrainSettings, CaseSet]:
-    """Settings and data of a run.
-
-    Raises:
-        UserError: unknown method, preset or option, a crop that the patch does not divide, or no such data.
-    """
-    if options.method not in METHODS:
-        raise UserError(f"unknown method '{options.method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
-    method = METHODS[options.method]
-    method_options = read_options(method, options.method_options or ())
-    data = find_cases(datasets, options.plans_name, options.configuration)
-    recipe = method.recipe
-    epochs, batch_size = options.epochs or recipe.epochs, options.batch_size or recipe.batch_size
-    values = {
-        **vars(recipe),
-        "warmup_epochs": min(recipe.warmup_epochs, epochs // 10),
-        # fewer micro-batches where the batch of a process cannot be split into as many
-        "accumulate": math.gcd(recipe.accumulate, batch_size // run.num_processes()),
-        **{name: value for name, value in vars(options).items() if value is not None},
-        "datasets": data.datasets,
-        "options": method_options,
-        "spec": _spec(options, options.encoder or recipe.encoder, len(data.format.channel_names)),
-        "precision": run.choose_precision(options.precision, options.device),
-    }
-    settings = PretrainSettings(**values)
-    with torch.device("meta"):
-        # what cannot be built is told before anything is written
-        settings.build_method()
-    return settings, data
-
-
-def run_name(settings: PretrainSettings) -> str:
-    """Default name of a run: method, preset and dataset ids."""
-    return "_".join([settings.method, settings.encoder, *(name[7:10] for name in settings.datasets)])
-
-
-def read_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a method from texts `key=value`, or as they are.
-
-    Raises:
-        UserError: no '=', an unknown key, or a value of another type.
-    """
-    if not isinstance(asked, Mapping):
-        return parse_assignments(method.Options, list(asked), method.name)
-    unknown = [name for name in asked if name not in method.defaults()]
-    if unknown:
-        raise UserError(f"{unknown[0]} is no option of {method.name}, needed some of: {', '.join(method.defaults())}")
-    return dict(asked)
-
-
-def _spec(options: PretrainOptions, preset: str, channels: int) -> EncoderSpec:
-    if preset not in PRESETS:
-        raise UserError(f"unknown encoder '{preset}', needed one of {', '.join(PRESETS)}; see: hiendmae presets")
-    sizes = {"patch_size": options.patch_size, "img_size": options.crop_size}
-    try:
-        return PRESETS[preset].with_(in_channels=channels, **{k: tuple(v) for k, v in sizes.items() if v})
-    except ValueError as e:
-        raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
 
 
 def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = None, **changes: Any) -> Path | None:
@@ -178,7 +51,8 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
     """
     options = replace(options or PretrainOptions(), **changes)
     settings, data = build_settings(datasets, options)
-    return run_pretraining(settings, data, run.choose_run_dir(settings, "pretraining", run_name(settings)))
+    run_dir = run.choose_run_dir(settings, "pretraining", run_name(settings))
+    return run_pretraining(extended(settings, options, run_dir), data, run_dir)
 
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
@@ -190,6 +64,9 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
             f"micro-batches, needed a multiple of {processes * accumulate}"
         )
     method = settings.build_method()
+    if settings.start and not settings.resume:
+        report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
+        logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")
     fabric = run.launch(settings.device, settings.precision)
     with ExitStack() as held:
 
@@ -217,14 +94,21 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
     first_step = run.restore_state(run_dir, parts, **{STEP: 0})[STEP] if settings.resume else 0
     if first_step == settings.total_steps:
         logger.info(f"{run_dir} was already finished")
+        if fabric.is_global_zero and not (run_dir / ENCODER).exists():
+            export_encoder(run_dir, method, settings, data, first_step)
         return
+    if settings.resume and fabric.is_global_zero:
+        logger.info(f"{run_dir} goes on at step {first_step} of {settings.total_steps}")
     steps = range(first_step, settings.total_steps)
     dataset = SampleDataset(data, method.views().draw, settings.seed)
     keys = step_keys(steps, settings.batch_size, settings.accumulate, fabric.global_rank, fabric.world_size)
     batches = load_batches(fabric, dataset, keys, settings.workers)
-    with closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log:
+    with (
+        closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log,
+        run.noting_stop_signals() as noted,
+    ):
         for step in steps:
-            lr = settings.lr * warmup_cosine(step, settings.warmup_steps, settings.total_steps)
+            lr = settings.lr * settings.lr_factor(step)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             losses = _backward(fabric, method, model, islice(batches, settings.accumulate), settings.accumulate, step)
@@ -237,6 +121,24 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
             if log and (step + 1) % settings.steps_per_epoch == 0:
                 _end_epoch(fabric, settings, run_dir, parts, dataset, step + 1)
                 log.end_epoch(last=step + 1 == settings.total_steps)
+            if number := _noted_anywhere(fabric, noted()):
+                if log:
+                    _save(settings, run_dir, parts, data, step + 1)
+                # nobody ends before the checkpoint is whole
+                fabric.barrier()
+                raise _stopped(number, step + 1, settings)
+
+
+def _noted_anywhere(fabric: Fabric, number: int) -> int:
+    """The signal that any process has noted: all stop at the same step."""
+    if fabric.world_size == 1:
+        return number
+    return int(fabric.all_reduce(torch.tensor(float(number), device=fabric.device), reduce_op="max").item())
+
+
+def _stopped(number: int, step: int, settings: PretrainSettings) -> Stopped:
+    told = f"stopped by {signal.Signals(number).name} after step {step} of {settings.total_steps}, which is saved"
+    return Stopped(number, f"{told}; continue with the same command and --c")
 
 
 def _backward(
@@ -288,26 +190,36 @@ def _end_epoch(
             path = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}_{view}.png"
             draw_reconstruction(path, pictures, batch["case"], dataset.data.format)
     if last or epoch % settings.checkpoint_epochs == 0:
-        wrong = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
-        if wrong:
-            raise UserError(
-                f"weights became infinite or NaN before step {step} ({some(wrong, 1)}), the last checkpoint is kept; "
-                "lower --lr or use --precision fp32, under another --name"
-            )
-        # the encoder first: a run counts as finished by its checkpoint, and then has its encoder
-        export_encoder(run_dir, method, settings, dataset.data, step)
-        run.save_state(run_dir, parts, **{STEP: step})
+        _save(settings, run_dir, parts, dataset.data, step)
+
+
+def _save(settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], data: CaseSet, step: int) -> None:
+    """Encoder file and checkpoint, after so many steps."""
+    method = parts[STATE]
+    wrong = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
+    if wrong:
+        raise UserError(
+            f"weights became infinite or NaN before step {step} ({some(wrong, 1)}), the last checkpoint is kept; "
+            "lower --lr or use --precision fp32, under another --name"
+        )
+    # the encoder first: a run counts as finished by its checkpoint, and then has its encoder
+    export_encoder(run_dir, method, settings, data, step)
+    run.save_state(run_dir, parts, **{STEP: step})
 
 
 def export_encoder(run_dir: Path, method: Method, settings: PretrainSettings, data: CaseSet, step: int) -> None:
     """Writes `encoder.safetensors` of a run. Its bytes depend on settings, data and weights only."""
     decided = {k: v for k, v in settings.deciding().items() if k != "spec"}
+    start = settings.start or Start()
+    licence = "that of the images it was trained on; the software is Apache-2.0"
     metadata = EncoderMetadata(
         settings.spec,
         settings.method,
         data.format,
-        citations=RECIPES[settings.method].citations,
-        licence="that of the images it was trained on; the software is Apache-2.0",
+        citations=tuple(dict.fromkeys((*start.citations, *RECIPES[settings.method].citations))),
+        licence=f"{licence}; of the weights that it started from: {start.licence}" if settings.start else licence,
+        source=start.source,
+        source_sha256=start.source_sha256,
         training={"step": step, "cases": len(data.cases), **decided},
     )
     save_encoder(run_dir / ENCODER, method.encoder.state_dict(), metadata)

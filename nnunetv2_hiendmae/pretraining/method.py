@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import num_visible
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared
 from nnunetv2_hiendmae.training.views import Views
+from nnunetv2_hiendmae.weights import LoadReport
 
 Batch = Mapping[str, Any]
 LossDict = dict[str, Tensor]
@@ -130,6 +131,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
         """The same batch as pictures: name of the view (letters, digits, '_') → what was made of it."""
+
+    def start_encoder(self, load: Callable[[Encoder], LoadReport]) -> LoadReport:
+        """Lets `load` put weights into the encoder; what follows the encoder starts as it does."""
+        return load(self.encoder)
 
     def synchronize(self, mean_over_processes: Callable[[Tensor], Tensor]) -> None:
         """Called before `after_step`, in every process: for what a method gathered in the step besides gradients.

@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.training.run import RunLog, read_log
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 if TYPE_CHECKING:
-    from nnunetv2_hiendmae.pretraining.loop import PretrainSettings
+    from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 
 PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
@@ -67,27 +67,31 @@ class StepLog(RunLog):
 
 def draw_progress(run_dir: Path) -> None:
     """Redraws progress.png from log.jsonl: every loss part, what else the method measures, learning rate, speed."""
+    import pandas as pd
     from matplotlib.figure import Figure
 
-    lines = read_log(run_dir)
+    lines = read_log(run_dir, "step")
     if not lines:
         return
-    panels = _panels([k for k in lines[0] if k not in RUN_KEYS])
+    # what a line lacks is a gap
+    values = pd.DataFrame(lines, columns=list(dict.fromkeys([*RUN_KEYS, *lines[-1]]))).apply(
+        pd.to_numeric, errors="coerce"
+    )
+    panels = _panels([k for k in values if k not in RUN_KEYS])
     shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
-    steps = [line["step"] for line in lines][shown]
+    steps = values["step"][shown].to_numpy()
     figure = Figure(figsize=(8, 3 * len(panels) + 6), layout="constrained")
     axes = figure.subplots(len(panels) + 2, 1, sharex=True)
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(keys):
-            values = [line[key] for line in lines]
-            axis.plot(steps, values[shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
-            axis.plot(steps, running_mean(values)[shown], label=key, color=f"C{number}")
+            axis.plot(steps, values[key][shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
+            axis.plot(steps, running_mean(values[key])[shown], label=key, color=f"C{number}")
         axis.set(ylabel=title)
         axis.legend()
     axes[0].set(title=f"{run_dir.name}: step {steps[-1] + 1}")
-    axes[-2].plot(steps, [line["lr"] for line in lines][shown])
+    axes[-2].plot(steps, values["lr"][shown])
     axes[-2].set(ylabel="learning rate")
-    axes[-1].plot(steps, running_mean([line["samples_per_second"] for line in lines])[shown])
+    axes[-1].plot(steps, running_mean(values["samples_per_second"])[shown])
     axes[-1].set(ylabel="samples / s", xlabel="step")
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:

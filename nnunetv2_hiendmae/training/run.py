@@ -5,8 +5,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
+import zipfile
+import zlib
 from abc import ABC
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,8 +24,10 @@ from tqdm import tqdm
 
 from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import nnunet_folder
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.options.commands import PRECISIONS
+from nnunetv2_hiendmae.schemas import LogLine, validated
+from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -74,8 +80,37 @@ def choose_precision(asked: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+@contextmanager
+def noting_stop_signals() -> Iterator[Callable[[], int]]:
+    """The first Ctrl-C or SIGTERM inside is only noted, so that work ends at a good place; a second acts at once.
+
+    Gives a function that tells the signal's number, 0 for none. Outside the main thread nothing changes.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: 0
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def note(number: int, _: Any) -> None:
+        noted.append(number)
+        restore()
+        logger.warning(f"{signal.Signals(number).name}: stopping at the end of this step; again stops at once")
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: noted[0] if noted else 0
+    finally:
+        restore()
+
+
 def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
-    """Runs `work` on the first process; its UserError is raised in all of them, so that none waits for ever."""
+    """Runs `work` on the first process; its UserError ends all of them, so that none waits, and is told once."""
     told = None
     if fabric.is_global_zero:
         try:
@@ -83,6 +118,8 @@ def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
         except UserError as e:
             told = str(e)
     told = fabric.broadcast(told)
+    if told and not fabric.is_global_zero:
+        raise SystemExit(2)
     if told:
         raise UserError(told)
 
@@ -123,6 +160,10 @@ class RunSettings(ABC):
         recorded = {**{key: getattr(self, key) for key in self.keys}, "spec": self.spec.to_dict()}
         return json.loads(json.dumps(recorded, default=vars))
 
+    def as_before(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """What must be as it is recorded."""
+        return self.deciding()
+
     def deciding(self) -> dict[str, Any]:
         """JSON-ready form of what decides the result; a resumed run must have the same."""
         return {k: v for k, v in self.to_dict().items() if k not in self.not_deciding}
@@ -143,20 +184,41 @@ def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[
     """
     in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
     with files.locked(run_dir / files.LOCK, in_use):
+        # the folder is ours, so whoever was writing these is dead
+        for leftover in run_dir.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        there = [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
+        if there and not (run_dir / files.SETTINGS).exists():
+            told = f"{run_dir} holds {there[0]} but has lost its {files.SETTINGS}"
+            raise UserError(f"{told}: put that back to continue, or choose another --name or -o")
         if settings.resume:
             _check_same(run_dir, settings, data_digest)
-        elif (run_dir / files.CHECKPOINT).exists() or (run_dir / files.ENCODER).exists():
+            _record(run_dir, settings, data_digest)
+        elif there:
             raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
         else:
-            recorded = {**settings.to_dict(), files.DATA_KEY: data_digest}
-            files.write_text(run_dir / files.SETTINGS, json.dumps(recorded, indent=2))
+            if (run_dir / files.LOG).exists():
+                logger.warning(f"{run_dir} was stopped before its first checkpoint: its log begins anew")
+            _record(run_dir, settings, data_digest)
         yield
+
+
+def _record(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
+    """Writes the settings; where they are recorded, only what decides the result and is new."""
+    recorded = {**settings.to_dict(), files.DATA_KEY: data_digest}
+    if (run_dir / files.SETTINGS).exists():
+        before = files.read_settings(run_dir)
+        recorded = {**before, **settings.deciding()}
+        if recorded == before:
+            return
+    files.write_text(run_dir / files.SETTINGS, json.dumps(recorded, indent=2))
 
 
 def _check_same(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
     if not (run_dir / files.SETTINGS).is_file():
         raise UserError(f"nothing to continue in {run_dir} (no {files.SETTINGS}); run the same command without --c")
-    before, now = files.read_settings(run_dir), settings.deciding()
+    before = files.read_settings(run_dir)
+    now = settings.as_before(before)
     told = ", ".join(f"{k} was {before.get(k)}, is {now[k]}" for k in now if before.get(k) != now[k])
     if told:
         raise UserError(f"cannot continue {run_dir} with other settings: {told}; give the same ones, or another --name")
@@ -203,11 +265,15 @@ def load_checkpoint(run_dir: Path, keys: Collection[str]) -> dict[str, Any] | No
     path = run_dir / files.CHECKPOINT
     if not path.exists():
         return None
+    mend = "start anew under another --name"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch raises many kinds for a damaged file
-        reason = str(e).partition("\n")[0]
-        raise UserError(f"{path} is damaged ({reason}); start anew under another --name") from e
+        # the format has a checksum of every record, which torch does not look at
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise UserError(f"{path} is damaged: {damaged} is not what was written; {mend}")
+        state, _ = read_checkpoint(path)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path} is damaged ({printable(e)}); {mend}") from e
     missing = sorted(set(keys) - set(state if isinstance(state, dict) else ()))
     if missing:
         # nnU-Net's own checkpoints have the same name
@@ -229,7 +295,7 @@ class RunLog:
 
     def __init__(self, run_dir: Path, unit: str, first: int, total: int, wandb_config: dict[str, Any] | None = None):
         self.run_dir, self.first, self.total = run_dir, first, total
-        kept = [line for line in read_log(run_dir) if line[unit] < first]
+        kept = [line for line in read_log(run_dir, unit) if line[unit] < first]
         self.last = kept[-1] if kept else None
         files.write_text(run_dir / files.LOG, "".join(json.dumps(line) + "\n" for line in kept))
         with files.telling_disk_errors(run_dir / files.LOG):
@@ -259,17 +325,18 @@ class RunLog:
             self._file.close()
 
 
-def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of log.jsonl, none where there is no such file."""
-    text = (run_dir / files.LOG).read_text(encoding="utf-8") if (run_dir / files.LOG).exists() else ""
-    lines = []
-    for line in text.splitlines():
+def read_log(run_dir: Path, unit: str) -> list[dict[str, Any]]:
+    """Lines of log.jsonl that are whole, by their number, the value of `unit`; none where there is no such file."""
+    path = run_dir / files.LOG
+    lines = {}
+    for text in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = validated(LogLine, text)
+            lines[int(line[unit])] = json.loads(text)
+        except (ValueError, KeyError):
             # a kill may cut the last line; the step is done again
-            logger.warning(f"dropped an incomplete line of {run_dir / files.LOG}")
-    return lines
+            logger.warning(f"dropped a damaged line of {path}")
+    return [lines[number] for number in sorted(lines)]
 
 
 def _wandb_logger(run_dir: Path, resume: bool, config: dict[str, Any]) -> Any:

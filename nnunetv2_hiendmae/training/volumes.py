@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +28,9 @@ from nnunetv2_hiendmae.schemas import Plans, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
+
+# how long a loader process serves on after it was asked to end
+WORKER_GRACE_S = 30
 
 Draw = Callable[["CaseVolume", np.random.Generator], dict[str, torch.Tensor]]
 
@@ -154,7 +158,7 @@ def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], wo
         batch_sampler=keys,
         num_workers=workers,
         pin_memory=fabric.device.type == "cuda",
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
     )
     try:
@@ -163,8 +167,11 @@ def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], wo
         raise UserError(str(e).strip().splitlines()[-1].rpartition("UserError: ")[2]) from e
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
+    # Ctrl-C and a scheduler's SIGTERM reach workers too: they go on serving until the step has ended
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
 
 
 def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:

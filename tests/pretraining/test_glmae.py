@@ -14,8 +14,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.pretraining import GLMAE
 from nnunetv2_hiendmae.pretraining.glmae import Centre, cosine_momentum
-from nnunetv2_hiendmae.pretraining.loop import read_options
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries
+from nnunetv2_hiendmae.pretraining.settings import read_options
 
 WIDE_SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=2, num_heads=2, in_channels=2)
 

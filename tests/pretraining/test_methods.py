@@ -12,8 +12,8 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import declared, kinds_of
 from nnunetv2_hiendmae.pretraining import METHODS, Method
-from nnunetv2_hiendmae.pretraining.loop import read_options
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
+from nnunetv2_hiendmae.pretraining.settings import read_options
 
 methods = pytest.mark.parametrize("name", list(METHODS))
 masked_crop_methods = pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.loop import PretrainSettings, build_settings, run_name
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, run_name
 
 ANY = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu"]
 BASE = [*ANY, "--encoder", "vit_nano_p8", "--method", "mim"]
