@@ -1,12 +1,14 @@
 """How an image becomes an array: the one description that plans, encoder files, runs and pictures share."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 
 # nnU-Net's name of the scheme that a window in HU belongs to
 CT_SCHEME = "CTNormalization"
@@ -41,9 +43,10 @@ class VolumeFormat:
         orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
 
     Raises:
-        ValueError: a field is not of its kind; the message names it.
+        ValueError: a number is impossible; the message names it.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     spacing_mm: tuple[float, float, float] | None = None
     window_hu: tuple[float, float] | None = None
     image_reader_writer: str | None = None
@@ -56,7 +59,8 @@ class VolumeFormat:
     def __post_init__(self):
         for name, (fits, needed) in _CHECKS.items():
             value = getattr(self, name)
-            if not fits(value):
+            numbers = np.ravel(() if value is None else value).tolist()
+            if numbers and not (all(map(math.isfinite, numbers)) and fits(*numbers)):
                 raise ValueError(f"{name} is {value!r}, needed {needed}")
             if name in ("spacing_mm", "window_hu") and value is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
@@ -114,29 +118,15 @@ class VolumeFormat:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError, TypeError: see the class; unknown keys.
+            ValueError: see the class; unknown keys, or a value of another type.
         """
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in _DERIVED})
+        return validated(cls, json.dumps({k: v for k, v in data.items() if k not in _DERIVED}))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return isinstance(values, tuple | list) and len(values) == count and all(map(_is_number, values))
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, tuple) and all(isinstance(v, str) for v in values)
-
-
-# of each field: what holds for it, and that in words
+# of each field that is numbers, if there are any: what holds for them, and that in words
 _CHECKS = {
-    "spacing_mm": (lambda v: v is None or (_are_numbers(v, 3) and min(v) > 0), "three positive numbers (D H W)"),
-    "window_hu": (lambda v: v is None or (_are_numbers(v, 2) and v[0] < v[1]), "two numbers LO < HI"),
-    **dict.fromkeys(("intensity_offset", "intensity_scale"), (lambda v: v is None or _is_number(v), "a finite number")),
-    **dict.fromkeys(("normalization_schemes", "channel_names"), (_are_texts, "a list of texts")),
-    "image_reader_writer": (lambda v: v is None or isinstance(v, str), "text or None"),
-    "orientation": (lambda v: isinstance(v, str), "text"),
+    "spacing_mm": (lambda d, h, w: min(d, h, w) > 0, "three positive numbers (D H W)"),
+    "window_hu": (lambda lo, hi: lo < hi, "two numbers LO < HI"),
+    "intensity_offset": (lambda _: True, "a finite number"),
+    "intensity_scale": (lambda scale: scale > 0, "a positive number"),
 }

@@ -1,6 +1,7 @@
 """Reading files that others made: nothing in them is ever executed, and no tensor is read before it is needed."""
 
 import argparse
+import hashlib
 import pickle
 import re
 import zipfile
@@ -19,6 +20,8 @@ _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
 SAFETENSORS = ".safetensors"
+# where the header of our files has the sha256 of the whole file, and what stands there while it is computed
+DIGEST_KEY, NO_DIGEST = "hiendmae_sha256", "0" * 64
 _PICKLE_START = b"\x80"
 _ZIP_START = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,14 +46,30 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return read_safetensors(path)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which are mapped, and text metadata; refuses what is damaged or of another kind (UserError)."""
+def read_safetensors(path: Path, *, check_digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, which are mapped, and text metadata; refuses what is damaged or of another kind (UserError).
+    `check_digest`: reads the whole file, where one of ours says what its digest is."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        if check_digest and DIGEST_KEY in header:
+            _check_digest(path, header[DIGEST_KEY])
     except (SafetensorError, ValueError, OSError) as e:
         told = f"{path} is not a readable safetensors file ({_one_line(e)}); download or write it again"
         raise UserError(told) from e
+    return tensors, header
+
+
+def _check_digest(path: Path, stored: str) -> None:
+    with path.open("rb") as f:
+        size = f.read(8)
+        header = f.read(int.from_bytes(size, "little"))
+        digest = hashlib.sha256(size + header.replace(stored.encode(), NO_DIGEST.encode(), 1))
+        while block := f.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != stored:
+        raise ValueError("its bytes are not those that were written: their digest differs")
 
 
 def check_source(path: Path) -> None:

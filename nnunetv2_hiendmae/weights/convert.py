@@ -1,19 +1,21 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from pydantic import ConfigDict
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.schemas import read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
@@ -27,6 +29,16 @@ ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
 # whose recipe weights get that nobody says more of
 DEFAULT_METHOD = "mae3d"
+
+
+class _RunSettings(TypedDict):
+    """What is needed of a run's settings."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    method: str
+    spec: EncoderSpec
+
+
 _TEACHER_NOTE = "weights of the momentum teacher"
 
 
@@ -75,11 +87,11 @@ def convert_checkpoint(
     _check_output(source, output, force)
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        report, notes = export_encoder(output, to, done.state, done.metadata, done.report)
+        report, notes = export_encoder(output, to, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
-    encoder_file.save_encoder(output, done.state, done.metadata)
+    encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 
 
@@ -92,13 +104,13 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        if stored := header_metadata(header, encoder_file.METADATA_KEY, source):
+        if stored := header_metadata(header, encoder_file.METADATA_KEY, source, content):
             _refuse(options)
             translation = translate_own(content, "", stored.spec)
             return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
         if is_run_checkpoint(content):
             return _translate_run(content, source, options)
-        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
+        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source, content), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
@@ -137,19 +149,10 @@ def _run_metadata(source: Path) -> EncoderMetadata:
     """What the run of a checkpoint knows about its encoder: from the encoder file beside it, which says what images it
     saw, or from its settings alone."""
     settings_file, exported = source.with_name(SETTINGS), source.with_name(ENCODER)
-    try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
-        metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
-    except OSError as e:
-        raise UserError(
-            f"{source} is a checkpoint of hiendmae pretrain, but there is no {settings_file} beside it; "
-            "keep the two in one folder"
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise UserError(
-            f"{settings_file} is damaged ({printable(e, LONGEST_ERROR)}); restore it or use the run's {ENCODER}"
-        ) from e
+    mend = f"keep it beside {source}, a checkpoint of hiendmae pretrain, or use the run's {ENCODER}"
+    settings = read_json(settings_file, _RunSettings, mend)
+    method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
+    metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
     seen = encoder_file.read_metadata(exported) if exported.is_file() else metadata
     return seen if (seen.method, seen.spec) == (method, spec) else metadata
 

@@ -54,7 +54,7 @@ class Translation:
         """Refuses all but the tensors of the spec's encoder, and numbers that are not finite (UserError, with what the
         user can do); notes which tensors change when they are written."""
         sources = {k: record.name for k, record in self.records.items()}
-        if wrong := mismatch(self.state, expected_tensors(spec), sources):
+        if wrong := mismatch(self.state, expected_tensors(spec, self.state), sources):
             raise UserError(f"{wrong}; {mend}")
         for name, tensor in self.state.items():
             check_finite(sources[name], tensor)
