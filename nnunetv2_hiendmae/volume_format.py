@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnunetv2_hiendmae.schemas import CLOSED, validated
+from nnunetv2_hiendmae.schemas import CLOSED, CT_SCHEME, validated
 
-# nnU-Net's name of the scheme that a window in HU belongs to
-CT_SCHEME = "CTNormalization"
 # keys of the JSON form, in the order in which files of 0.1 have them; the digest of a run's data depends on it
 _KEYS = (
     "channel_names",

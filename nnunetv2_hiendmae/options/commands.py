@@ -9,11 +9,17 @@ from typing import Any
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared, flag, option
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES
 
 # with Fabric's names
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 # what a checkpoint's arrays may have been; nnU-Net's are (z, y, x), called D, H, W
 AXES = ("xyz", "dhw")
+# names of `architectures.PRESETS`, known before torch is imported
+PRESETS = ("vit_nano_p8", "vit_tiny_p16", "vit_small_p16", "vit_base_p16", "vit_hiend_p12", "vit_hiend_p16")
+PRESETS += ("convvit_tiny", "convvit_base")
+# the first is the default, as in nnU-Net
+DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
 _DHW = ("D", "H", "W")
 _WINDOW, _FOLDER = {"flag": "--window", "metavar": ("LO", "HI")}, {"flag": "-o", "metavar": "DIR"}
@@ -38,7 +44,7 @@ def _precision() -> Any:
 
 
 def _device() -> Any:
-    return option("cuda", "device", flag="-device", choices=("cuda", "cpu", "mps"))
+    return option(DEVICES[0], "device", flag="-device", choices=DEVICES)
 
 
 def _workers(help: str = "loader processes; do not change results") -> Any:
@@ -89,8 +95,8 @@ class PretrainOptions(CommandOptions):
 
     plans_name: str = _plans()
     configuration: str = _configuration()
-    method: str = option("hiendmae", "see: hiendmae methods", metavar="M")
-    encoder: str | None = _from(_METHOD, "see: hiendmae presets", metavar="PRESET")
+    method: str = option(DEFAULT_METHOD, "see: hiendmae methods", metavar="M", choices=tuple(RECIPES))
+    encoder: str | None = _from(_METHOD, "see: hiendmae presets", metavar="PRESET", choices=PRESETS)
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)
     patch_size: tuple[int, int, int] | None = _from(_PRESET, "ViT patch in voxels", metavar=_DHW)
     epochs: int | None = _count(None, "epochs", default_is=_METHOD)

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
@@ -51,7 +52,7 @@ class _ViTTrainer(nnUNetTrainer):
     need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
 
     Raises:
-        RuntimeError: the plans are not for this trainer, or their encoder file is missing, changed or unfit.
+        RuntimeError: no such device, the plans are not for this trainer, or their encoder file is missing, changed or unfit.
     """
 
     # pretraining method that the plans must name, None: trained from scratch
@@ -66,6 +67,10 @@ class _ViTTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class compares signatures)
     ):
         # before the base class creates a results folder
+        try:
+            check_device(device.type)
+        except UserError as e:
+            raise RuntimeError(str(e)) from e
         self.section = self._read_section(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         recipe = self.section.recipe
@@ -84,8 +89,8 @@ class _ViTTrainer(nnUNetTrainer):
                 f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it; run: {PLAN_COMMAND}"
             )
         try:
-            section = PlansSection.from_dict(plans[PLANS_KEY])
-        except (ValueError, TypeError) as e:
+            section = PlansSection.of_plans(plans)
+        except ValueError as e:
             raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
         if section.method != cls.method:
             raise RuntimeError(

@@ -231,8 +231,7 @@ def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManage
             f"preprocess -d {root.name}"
         )
     low, high, offset, std = stats.pop()
-    # the floor is CTNormalization's
-    return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+    return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=std)
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:

@@ -3,6 +3,8 @@
 import argparse
 import json
 import logging
+import math
+import re
 
 import nibabel
 import numpy as np
@@ -39,7 +41,7 @@ def encoder_file(tmp_path):
 def read(planned):
     plans = json.loads(planned.path.read_text())
     configuration = plans["configurations"]["3d_fullres"]
-    return plans, configuration, PlansSection.from_dict(plans["hiendmae"])
+    return plans, configuration, PlansSection.of_plans(plans)
 
 
 def test_every_method_has_a_trainer_of_its_own():
@@ -80,7 +82,8 @@ def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
     assert len(json.loads(path.read_text())["spacings"]) == 3
 
 
-def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
+def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     planned = plan_finetuning("1", encoder_file, num_processes=2)
     plans, configuration, section = read(planned)
     assert (planned.plans_name, planned.dataset_id, planned.dataset_name) == ("nnUNetPlans_HiEndMAE", 1, toy)
@@ -95,11 +98,13 @@ def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
     assert (section.recipe.epochs, section.recipe.warmup_epochs, section.recipe.lr) == (300, 30, 1e-4)
     assert planned.next_commands == (
         "nnUNetv2_preprocess -d 1 -plans_name nnUNetPlans_HiEndMAE -c 3d_fullres -np 2",
-        "nnUNetv2_train 1 3d_fullres 0 -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE",
+        "nnUNetv2_train 1 3d_fullres 0 -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE -device cpu",
         "nnUNetv2_predict -d 1 -c 3d_fullres -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE -f 0 "
-        f"-i {nnunet.raw / toy / 'imagesTs'} -o OUTPUT_FOLDER",
+        f"-i {nnunet.raw / toy / 'imagesTs'} -o OUTPUT_FOLDER -device cpu",
     )
     assert any(str(encoder_file) in m for m in planned.messages)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "-device" not in " ".join(plan_finetuning("1", encoder_file).next_commands)
 
 
 def test_arguments_win(toy, encoder_file):
@@ -269,7 +274,8 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
         ({"patch_size": (8, 8, 8)}, r"patch size \(8, 8, 8\)"),
         ({"epochs": 0}, r"epochs, .* 1\b"),
         ({"epochs": 5, "warmup_epochs": 5}, r"warmup_epochs 5 .*\(4\)"),
-        ({"lr": -1.0}, r"\blr -1\.0"),
+        *(({"lr": lr}, rf"lr is {re.escape(str(lr))}\b") for lr in (-1.0, 0.0, 1e39, math.nan, math.inf)),
+        *(({"weight_decay": w}, rf"decay is {re.escape(str(w))}\b") for w in (-1.0, 1e39, math.nan, math.inf)),
         ({"layer_decay": 0.0}, r"layer_decay 0\.0 .*\(0, 1\]"),
         ({"layer_decay": 0.9, "freeze_encoder": True}, r"layer_decay 0\.9 .* 1\b"),
         ({"batch_size": 0}, r"--batch-size is 0, .* 1\b"),
