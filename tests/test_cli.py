@@ -46,7 +46,7 @@ def test_version_and_bare_command(capsys):
         cli.main(["--version"])
     assert end.value.code == 0 and capsys.readouterr().out == f"nnunetv2_hiendmae {nnunetv2_hiendmae.__version__}\n"
     code, out, err = run(capsys)
-    assert code == 0 and not err and all(f"  {command} " in out for command in cli.COMMANDS)
+    assert code == 0 and not err and all(f"\n    {command}" in out for command in cli.COMMANDS)
 
 
 def subparsers(parser=None):
