@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nnunetv2_hiendmae.schemas import CLOSED, Plans, validated
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 
 PLANS_KEY = "hiendmae"
 # name of the plans that `hiendmae preprocess` writes and `hiendmae pretrain` reads
@@ -80,11 +80,10 @@ class PlansSection:
             raise ValueError("method, encoder_file and encoder_sha256 are given together, or none of them")
 
     @classmethod
-    def of_plans(cls, plans: dict[str, Any]) -> "PlansSection":
-        """The section of plans that somebody may have edited; the rest of them is checked too.
+    def from_dict(cls, data: dict[str, Any]) -> "PlansSection":
+        """From what plans hold.
 
         Raises:
-            ValueError: a key is of another kind, unknown or missing, or a value out of range; the message names it.
+            ValueError: a field is unknown, missing, of another kind or out of range.
         """
-        validated(Plans, json.dumps(plans))
-        return validated(cls, json.dumps(plans[PLANS_KEY]))
+        return validated(cls, json.dumps(data))

@@ -100,7 +100,7 @@ def _divides_by_positive(plans: _Plans) -> _Plans:
     return plans
 
 
-# nnU-Net plans, stock or ours. What stands under our own key is read by `PlansSection.of_plans`.
+# nnU-Net plans, stock or ours. What stands under our own key is read by `PlansSection.from_dict`.
 Plans = Annotated[_Plans, AfterValidator(_divides_by_positive)]
 
 

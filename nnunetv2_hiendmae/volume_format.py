@@ -107,6 +107,37 @@ class VolumeFormat:
             return values
         return values * self.ct_statistics["std"] + self.ct_statistics["mean"]
 
+    @classmethod
+    def of_plans(cls, plans: dict[str, Any], configuration: dict[str, Any], dataset: dict[str, Any]) -> "VolumeFormat":
+        """What nnU-Net does with plans, one of their configurations (without `inherits_from`), and a dataset.json, of
+        which only the names of the channels are used, if it has some.
+
+        Raises:
+            ValueError: CT channels are normalised differently, or without statistics.
+        """
+        schemes, reader = tuple(configuration["normalization_schemes"]), plans["image_reader_writer"]
+        names = (dataset.get("channel_names") or dataset.get("modality") or {}).values() or range(len(schemes))
+        known = cls(
+            tuple(configuration["spacing"]),
+            image_reader_writer=reader,
+            normalization_schemes=schemes,
+            channel_names=tuple(map(str, names)),
+            orientation=f"as {reader} reads it",
+        )
+        keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+        properties = plans["foreground_intensity_properties_per_channel"]
+        channels = [properties.get(str(i), {}) for i in range(len(schemes)) if known.is_ct(i)]
+        if any(set(keys) - set(channel) for channel in channels):
+            raise ValueError(f"a CT channel has no {', '.join(keys)}")
+        stats = {tuple(float(channel[k]) for k in keys) for channel in channels}
+        if not stats:
+            return known
+        if len(stats) > 1:
+            raise ValueError("CT channels were normalised differently")
+        low, high, offset, std = stats.pop()
+        # the floor is CTNormalization's
+        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+
     def to_dict(self) -> dict[str, Any]:
         """What decides the arrays, for classifier files and the digest of a run's data; tuples stay tuples."""
         return {key: getattr(self, key) for key in _KEYS}
@@ -123,8 +154,8 @@ class VolumeFormat:
 
 # of each field that is numbers, if there are any: what holds for them, and that in words
 _CHECKS = {
-    "spacing_mm": (lambda d, h, w: min(d, h, w) > 0, "three positive numbers (D H W)"),
-    "window_hu": (lambda lo, hi: lo < hi, "two numbers LO < HI"),
+    "spacing_mm": (lambda *size: len(size) == 3 and min(size) > 0, "three positive numbers (D H W)"),
+    "window_hu": (lambda *ends: len(ends) == 2 and ends[0] < ends[1], "two numbers LO < HI"),
     "intensity_offset": (lambda _: True, "a finite number"),
     "intensity_scale": (lambda scale: scale > 0, "a positive number"),
 }

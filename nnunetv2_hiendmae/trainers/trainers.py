@@ -1,5 +1,6 @@
 """nnU-Net trainers that fine-tune our encoders. Settings come from the plans, weights from the encoder file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import TRAINERS
+from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.weights import load_into
 
 __all__ = sorted(TRAINERS.values())
@@ -89,7 +91,9 @@ class _ViTTrainer(nnUNetTrainer):
                 f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it; run: {PLAN_COMMAND}"
             )
         try:
-            section = PlansSection.of_plans(plans)
+            # somebody may have edited them
+            validated(Plans, json.dumps(plans))
+            section = PlansSection.from_dict(plans[PLANS_KEY])
         except ValueError as e:
             raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
         if section.method != cls.method:

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -210,6 +210,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
+<<<<<<< HEAD
     data = read_dataset_json(root) if (root / "dataset.json").exists() else {}
     schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
     names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
@@ -232,6 +233,13 @@ def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManage
         )
     low, high, offset, std = stats.pop()
     return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=std)
+=======
+    data = read_dataset_json(root, for_images=False) if (root / "dataset.json").exists() else {}
+    try:
+        return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
+    except ValueError as e:
+        raise UserError(f"{e} in {root.name} by {plans.plans_name}; run: hiendmae preprocess -d {root.name}") from e
+>>>>>>> wt-A
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:

@@ -41,7 +41,7 @@ def encoder_file(tmp_path):
 def read(planned):
     plans = json.loads(planned.path.read_text())
     configuration = plans["configurations"]["3d_fullres"]
-    return plans, configuration, PlansSection.of_plans(plans)
+    return plans, configuration, PlansSection.from_dict(plans["hiendmae"])
 
 
 def test_every_method_has_a_trainer_of_its_own():

@@ -53,7 +53,7 @@ def test_nnunet_reads_the_plans_and_builds_the_network(nnunet, toy, capsys):
         deep_supervision=False,
     )
     assert isinstance(network, ViTUNETR) and network.spec == TINY.with_(in_channels=2)
-    assert PlansSection.of_plans(manager.plans) == section
+    assert PlansSection.from_dict(manager.plans["hiendmae"]) == section
     assert (nnunet.preprocessed / toy / "dataset.json").is_file()
     assert capsys.readouterr().out == ""
 
