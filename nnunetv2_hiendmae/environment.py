@@ -1,4 +1,5 @@
-"""Where nnU-Net's folders and our trainers are, and which devices there are. Imports nothing heavy: `hiendmae env` answers at once."""
+"""Where nnU-Net's folders and our trainers are, and which devices there are. Imports nothing heavy before it is needed:
+`hiendmae env` answers at once."""
 
 import os
 from pathlib import Path

@@ -43,7 +43,9 @@ class FinetuneRecipe:
     def __post_init__(self):
         # AdamW's steps are as long as lr, its decay lr * weight_decay: larger ones leave nothing of the weights
         if not (0 < self.lr <= 1 and 0 <= self.weight_decay <= 10):
-            raise ValueError(f"lr is {self.lr}, needed 0 < lr <= 1; weight_decay is {self.weight_decay}, needed 0 to 10")
+            raise ValueError(
+                f"lr is {self.lr}, needed 0 < lr <= 1; weight_decay is {self.weight_decay}, needed 0 to 10"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}, needed two numbers of at least 0 and less than 1")
         if not 0 < self.grad_clip <= NNUNET_GRAD_CLIP:

@@ -8,7 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from typing_extensions import NotRequired, TypedDict
 
 from nnunetv2_hiendmae.errors import UserError, printable, some
@@ -96,7 +105,9 @@ def _divides_by_positive(plans: _Plans) -> _Plans:
     for name, configuration in plans["configurations"].items():
         for channel, scheme in enumerate(configuration.get("normalization_schemes", ())):
             if scheme == CT_SCHEME and not statistics.get(str(channel), {}).get("std", 0) > 0:
-                raise ValueError(f"std of CT channel {channel} ({name}) is missing, 0 or less, needed a positive number")
+                raise ValueError(
+                    f"std of CT channel {channel} ({name}) is missing, 0 or less, needed a positive number"
+                )
     return plans
 
 

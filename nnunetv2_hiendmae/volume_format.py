@@ -135,8 +135,7 @@ class VolumeFormat:
         if len(stats) > 1:
             raise ValueError("CT channels were normalised differently")
         low, high, offset, std = stats.pop()
-        # the floor is CTNormalization's
-        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=std)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the arrays, for classifier files and the digest of a run's data; tuples stay tuples."""

@@ -39,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
         from nnunetv2_hiendmae.classification.train import train
 
         metrics = train(args.datasets, args.labels_file, args.encoder_file, options)
-        print(f"metrics: {metrics}\nnext: hiendmae classify predict -d DATASET -m {quote(str(metrics.parent))}{device_words()}")
+        print(f"metrics: {metrics}")
+        print(f"next: hiendmae classify predict -d DATASET -m {quote(str(metrics.parent))}{device_words()}")
     else:
         from nnunetv2_hiendmae.classification.predict import predict
 

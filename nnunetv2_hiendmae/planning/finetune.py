@@ -127,7 +127,13 @@ def plan_finetuning(
 
 
 def _known_metadata(encoder_file: Path) -> EncoderMetadata:
-    metadata = check_encoder_file(encoder_file)
+    try:
+        metadata = check_encoder_file(encoder_file)
+    except UserError as e:
+        if encoder_file.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
+            raise
+        again = f"hiendmae convert {shlex.quote(str(encoder_file))} -o encoder.safetensors"
+        raise UserError(f"{encoder_file} is a checkpoint, needed an encoder file; run: {again}") from e
     if metadata.method not in RECIPES:
         raise UserError(
             f"{encoder_file} was trained with '{metadata.method}', known methods are {', '.join(RECIPES)}; "

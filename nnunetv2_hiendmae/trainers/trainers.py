@@ -54,7 +54,8 @@ class _ViTTrainer(nnUNetTrainer):
     need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
 
     Raises:
-        RuntimeError: no such device, the plans are not for this trainer, or their encoder file is missing, changed or unfit.
+        RuntimeError: no such device, plans that are not for this trainer, or whose encoder file is missing, changed or
+            unfit.
     """
 
     # pretraining method that the plans must name, None: trained from scratch

@@ -164,7 +164,7 @@ def test_a_damaged_case_is_named_in_one_line(data, workers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("whole", SIZE), "--input whole is unknown"),
+        (("whole", SIZE), "'whole' are unknown"),
         (("crops", SIZE, 0), "--crops is 0"),
         (("resize", SIZE, 2), "--crops 2 with --input resize.*add --input crops"),
     ],

@@ -117,7 +117,18 @@ def test_demo_on_data_of_the_user(tmp_path):
     before = sorted(mine.raw.rglob("*"))
 
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", "demo", "--data", mine.raw, "-o", output, "-device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "nnunetv2_hiendmae.cli",
+        "demo",
+        "--data",
+        mine.raw,
+        "-o",
+        output,
+        "-device",
+        "cpu",
+    ]
     budget = ["--pretrain-epochs", 1, "--steps-per-epoch", 2, "--epochs", 1, "--iterations-per-epoch", 2]
     done = subprocess.run(
         list(map(str, [*command, "--method", "mae3d", *budget, "-np", 1])), capture_output=True, encoding="utf-8"
