@@ -179,6 +179,8 @@ def test_doctor(capsys, monkeypatch, nnunet):
     code, out, _ = run(capsys, "doctor")
     assert code == 0, out
     assert "nnU-Net finds nnUNetTrainer_HiEndMAE" in out
+    monkeypatch.setenv(environment.EXT_TRAINER_VARIABLE, f"{environment.discovery_folder()}/")
+    assert run(capsys, "doctor")[0] == 0
     monkeypatch.delenv("nnUNet_raw")
     monkeypatch.delenv(environment.EXT_TRAINER_VARIABLE)
     code, out, _ = run(capsys, "doctor", "--json")

@@ -9,6 +9,7 @@ import re
 import nibabel
 import numpy as np
 import pytest
+import torch
 from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
@@ -22,7 +23,7 @@ from nnunetv2_hiendmae.planning import finetune
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
-from nnunetv2_hiendmae.weights import read_metadata
+from nnunetv2_hiendmae.weights import load_encoder, read_metadata, save_encoder
 
 
 @pytest.fixture
@@ -337,3 +338,16 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
         write_fingerprint(nnunet, name, extra={"hiendmae_label_free": True} if before == "label-free" else None)
     plan_finetuning(name, encoder_file)
     assert ran == ([] if before == "nnunet" else [True])
+
+
+def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
+    checkpoint = tmp_path / "my weights.pth"
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, checkpoint)
+    with pytest.raises(UserError, match=r"run: hiendmae convert '.*my weights\.pth'"):
+        plan_finetuning(toy, checkpoint)
+    file = save_tiny_encoder(tmp_path / "e.safetensors")
+    encoder, metadata = load_encoder(file)
+    broken = {**encoder.state_dict(), "norm.weight": torch.full((48,), torch.nan)}
+    save_encoder(file, broken, metadata)
+    with pytest.raises(UserError, match=r"norm\.weight"):
+        plan_finetuning(toy, file)
