@@ -31,7 +31,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
-	$(BIN)/hiendmae demo -o $(DEMO_OUTPUT)
+	$(BIN)/hiendmae demo -o $(DEMO_OUTPUT) -device cpu
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Masked-autoencoder pretraining of 3D vision transformers for nnU-Net v2."""
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any
 
 # public name → where it is; docs/python_api.md shows each in use
@@ -16,7 +17,7 @@ _PUBLIC = {
     "classify_predict": "classification.predict:predict",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,6 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         module, _, attribute = _PUBLIC[name].partition(":")
         return getattr(import_module(f"nnunetv2_hiendmae.{module}"), attribute)
+    if name == "__version__":
+        return version("nnunetv2_hiendmae")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

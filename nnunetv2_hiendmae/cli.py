@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 
 from nnunetv2_hiendmae.errors import Stopped, UserError
@@ -23,11 +24,15 @@ COMMANDS: dict[str, ModuleType] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 2 the user must change something; a bug keeps its traceback (1)."""
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.INFO)
-    # raised by libraries we import, on torch's account; nothing a user can act on
-    warnings.filterwarnings("ignore", message=".*torch.jit.*", category=FutureWarning)
+    # what libraries tell each other's authors; nothing a user can act on
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         return args.run(args) or 0
     except UserError as e:
@@ -55,7 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hiendmae", description="Masked-autoencoder pretraining of 3D vision transformers for nnU-Net v2."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"nnunetv2_hiendmae {version('nnunetv2_hiendmae')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(name, help=command.HELP, description=command.HELP, formatter_class=_HelpFormatter)
         command.add_arguments(sub)

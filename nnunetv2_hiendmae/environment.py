@@ -1,4 +1,5 @@
-"""Where nnU-Net's folders and our trainers are. Imports nothing heavy: `hiendmae env` answers at once."""
+"""Where nnU-Net's folders and our trainers are, and which devices there are. Imports nothing heavy before it is needed:
+`hiendmae env` answers at once."""
 
 import os
 from pathlib import Path
@@ -24,6 +25,24 @@ def with_discovery(current: str | None) -> str:
 def enable_discovery() -> None:
     """Lets nnU-Net commands started from this process find our trainers."""
     os.environ[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
+
+
+def check_device(device: str) -> None:
+    """Raises UserError: torch sees no such device, "cuda", "cpu" or "mps", on this machine."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("-device mps, but torch sees no Apple GPU; run with -device cpu")
+
+
+def device_words() -> str:
+    """What a command needs behind it to run on this machine: " -device cpu" without a GPU, as cuda is the default of
+    nnU-Net and of ours."""
+    import torch
+
+    return "" if torch.cuda.is_available() else " -device cpu"
 
 
 def nnunet_folder(variable: str) -> Path:

@@ -1,7 +1,10 @@
 """The one key that we add to nnU-Net's plans: written when planning, read by the trainers."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 
 PLANS_KEY = "hiendmae"
 # name of the plans that `hiendmae preprocess` writes and `hiendmae pretrain` reads
@@ -25,6 +28,7 @@ class FinetuneRecipe:
         ValueError: a value is out of range.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     lr: float = 1e-4
     weight_decay: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -37,9 +41,13 @@ class FinetuneRecipe:
     layer_decay: float = 1.0
 
     def __post_init__(self):
-        object.__setattr__(self, "betas", tuple(self.betas))
-        if self.lr <= 0 or self.weight_decay < 0:
-            raise ValueError(f"lr {self.lr} must be positive, weight_decay {self.weight_decay} not negative")
+        # AdamW's steps are as long as lr, its decay lr * weight_decay: larger ones leave nothing of the weights
+        if not (0 < self.lr <= 1 and 0 <= self.weight_decay <= 10):
+            raise ValueError(
+                f"lr is {self.lr}, needed 0 < lr <= 1; weight_decay is {self.weight_decay}, needed 0 to 10"
+            )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are {self.betas}, needed two numbers of at least 0 and less than 1")
         if not 0 < self.grad_clip <= NNUNET_GRAD_CLIP:
             raise ValueError(f"grad_clip {self.grad_clip} must be positive, and at most nnU-Net's {NNUNET_GRAD_CLIP:g}")
         if not 0 < self.layer_decay <= 1:
@@ -62,22 +70,22 @@ class PlansSection:
         citations: BibTeX entries, printed once by the trainer.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     method: str | None = None
     encoder_file: str | None = None
     encoder_sha256: str | None = None
     recipe: FinetuneRecipe = field(default_factory=FinetuneRecipe)
     citations: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        if len({value is None for value in (self.method, self.encoder_file, self.encoder_sha256)}) > 1:
+            raise ValueError("method, encoder_file and encoder_sha256 are given together, or none of them")
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "PlansSection":
         """From what plans hold.
 
         Raises:
-            ValueError: unknown fields or values out of range.
+            ValueError: a field is unknown, missing, of another kind or out of range.
         """
-        unknown = set(data) - {f.name for f in fields(cls)}
-        recipe = data.get("recipe", {})
-        unknown |= {f"recipe.{k}" for k in set(recipe) - {f.name for f in fields(FinetuneRecipe)}}
-        if unknown:
-            raise ValueError(f"unknown fields in the plans' '{PLANS_KEY}' section: {sorted(unknown)}")
-        return cls(**{**data, "recipe": FinetuneRecipe(**recipe), "citations": tuple(data.get("citations", ()))})
+        return validated(cls, json.dumps(data))

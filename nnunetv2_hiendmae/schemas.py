@@ -8,7 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field, FiniteFloat, PositiveFloat, PositiveInt, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from typing_extensions import NotRequired, TypedDict
 
 from nnunetv2_hiendmae.errors import UserError, printable, some
@@ -17,6 +26,8 @@ from nnunetv2_hiendmae.errors import UserError, printable, some
 _LARGEST_BYTES = 64 * 2**20
 EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}'
 _OPEN = ConfigDict(extra="allow")
+# nnU-Net's name of the scheme that a window in HU belongs to
+CT_SCHEME = "CTNormalization"
 # for dataclasses that are read from JSON: their `__pydantic_config__`
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -83,9 +94,7 @@ class Configuration(TypedDict):
     architecture: NotRequired[_Architecture]
 
 
-class Plans(TypedDict):
-    """nnU-Net plans, stock or ours. What stands under our own key is read by `PlansSection.from_dict`."""
-
+class _Plans(TypedDict):
     __pydantic_config__ = _OPEN
     dataset_name: str
     plans_name: str
@@ -93,6 +102,22 @@ class Plans(TypedDict):
     transpose_forward: list[int]
     foreground_intensity_properties_per_channel: Statistics
     configurations: dict[str, Configuration]
+
+
+def _divides_by_positive(plans: _Plans) -> _Plans:
+    # nnU-Net divides by 1e-8 instead of 0
+    statistics = plans["foreground_intensity_properties_per_channel"]
+    for name, configuration in plans["configurations"].items():
+        for channel, scheme in enumerate(configuration.get("normalization_schemes", ())):
+            if scheme == CT_SCHEME and not statistics.get(str(channel), {}).get("std", 0) > 0:
+                raise ValueError(
+                    f"std of CT channel {channel} ({name}) is missing, 0 or less, needed a positive number"
+                )
+    return plans
+
+
+# nnU-Net plans, stock or ours. What stands under our own key is read by `PlansSection.from_dict`.
+Plans = Annotated[_Plans, AfterValidator(_divides_by_positive)]
 
 
 class Fold(TypedDict):

@@ -8,10 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnunetv2_hiendmae.schemas import CLOSED, validated
+from nnunetv2_hiendmae.schemas import CLOSED, CT_SCHEME, validated
 
-# nnU-Net's name of the scheme that a window in HU belongs to
-CT_SCHEME = "CTNormalization"
 # keys of the JSON form, in the order in which files of 0.1 have them; the digest of a run's data depends on it
 _KEYS = (
     "channel_names",
@@ -137,8 +135,7 @@ class VolumeFormat:
         if len(stats) > 1:
             raise ValueError("CT channels were normalised differently")
         low, high, offset, std = stats.pop()
-        # the floor is CTNormalization's
-        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=std)
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the arrays, for classifier files and the digest of a run's data; tuples stay tuples."""

@@ -1,5 +1,6 @@
 """The commands that only tell: env, doctor, methods, presets, inspect; and what every command has in common."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,9 +10,11 @@ import pytest
 import torch
 from nnunet_data import save_tiny_encoder
 
+import nnunetv2_hiendmae
 from nnunetv2_hiendmae import cli, environment
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.commands import env
+from nnunetv2_hiendmae.options import commands as options
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.training.run import save_state
 
@@ -36,6 +39,58 @@ def test_env_imports_nothing_heavy():
     code = "import sys; from nnunetv2_hiendmae.cli import main; main(['env']); print('torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True).stdout
     assert out.splitlines()[-1] == "False"
+
+
+def test_version_and_bare_command(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out == f"nnunetv2_hiendmae {nnunetv2_hiendmae.__version__}\n"
+    code, out, err = run(capsys)
+    assert code == 0 and not err and all(f"\n    {command}" in out for command in cli.COMMANDS)
+
+
+def subparsers(parser=None):
+    """(name, parser) of every command and action."""
+    for action in (parser or cli.build_parser())._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield name, sub
+                yield from subparsers(sub)
+
+
+def test_devices_are_the_same_everywhere():
+    found = {name: a for name, sub in subparsers() for a in sub._actions if "-device" in a.option_strings}
+    assert set(found) == {"pretrain", "train", "predict", "reconstruct", "demo"}
+    assert {(a.default, a.choices) for a in found.values()} == {("cuda", options.DEVICES)}
+
+
+def test_defaults_are_told_once():
+    for name, sub in subparsers():
+        helps = [(a, sub._get_formatter()._expand_help(a)) for a in sub._actions if a.help]
+        assert [(name, a.dest) for a, told in helps if told.count("default") > 1] == []
+
+
+@pytest.mark.parametrize(
+    "command", [["reconstruct", "RUN", "-o", "x"], ["demo", "-o", "x"], ["demo", "-o", "x", "-device", "mps"]]
+)
+def test_a_device_that_is_missing_is_told_in_one_line(capsys, monkeypatch, tmp_path, command):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(environment.EXT_TRAINER_VARIABLE, "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    code, _, err = run(capsys, *command)
+    assert code == 2 and "-device cpu" in err and len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--encoder", "--method"])
+def test_a_wrong_name_is_told_before_torch_is_imported(option):
+    code = f"import sys; from nnunetv2_hiendmae.cli import main; print(main(['pretrain', '-d', '1', '{option}', 'x']))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; print('torch' in sys.modules)"], capture_output=True, encoding="utf-8"
+    )
+    assert done.stdout.split() == ["2", "False"]
+    assert len(done.stderr.splitlines()) == 1 and f"{option} is x, needed one of" in done.stderr
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -83,7 +138,7 @@ def test_defaults_that_nobody_published_are_called_ours(method, unpublished):
 def test_presets(capsys):
     _, out, _ = run(capsys, "presets", "--json")
     listed = json.loads(out)
-    assert set(listed) == set(PRESETS)
+    assert set(listed) == set(PRESETS) == set(options.PRESETS)
     # docs/methods.md, "Hi-End-MAE": the released encoder, its position table counted
     assert listed["vit_hiend_p12"]["parameters"] == 342_638_592 + 512 * 1536
     _, text, _ = run(capsys, "presets")
@@ -124,6 +179,8 @@ def test_doctor(capsys, monkeypatch, nnunet):
     code, out, _ = run(capsys, "doctor")
     assert code == 0, out
     assert "nnU-Net finds nnUNetTrainer_HiEndMAE" in out
+    monkeypatch.setenv(environment.EXT_TRAINER_VARIABLE, f"{environment.discovery_folder()}/")
+    assert run(capsys, "doctor")[0] == 0
     monkeypatch.delenv("nnUNet_raw")
     monkeypatch.delenv(environment.EXT_TRAINER_VARIABLE)
     code, out, _ = run(capsys, "doctor", "--json")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from nnunetv2_hiendmae import cli, load_encoder, load_report
 from nnunetv2_hiendmae.architectures import PRESETS
+from nnunetv2_hiendmae.options import commands as options
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "v0_1" / "files.tar.xz"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
@@ -49,8 +50,8 @@ class Old:
         """The rows of a table of predictions."""
         with (self.root / name).open(encoding="utf-8", newline="") as f:
             header, *rows = csv.reader(f)
-        assert header == ["case", "label", "p_healthy", "p_ill"]
-        return {case: [float(p) for p in probabilities] for case, _, *probabilities in rows}
+        assert header[:4] == ["case", "label", "p_healthy", "p_ill"]
+        return {case: [float(p) for p in probabilities[:2]] for case, _, *probabilities in rows}
 
     def encoder_file(self, method: str) -> Path:
         """Of the interrupted run, after its first epoch."""
@@ -65,6 +66,7 @@ def old(tmp_path, monkeypatch) -> Old:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (old.root / variable).mkdir(exist_ok=True)
         monkeypatch.setenv(variable, str(old.root / variable))
+    monkeypatch.setattr(options.PretrainOptions, "__post_init__", lambda self: None)
     for preset, method in (("tiny", "hiendmae"), ("tiny_hybrid", "mim")):
         spec = load_encoder(old.encoder_file(method))[1].spec
         monkeypatch.setitem(PRESETS, preset, spec)

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 CASE, LABEL, FOLD, SPLIT = "case", "label", "fold", "split"
 PLACES = TRAIN, VALIDATION, TEST = "train", "val", "test"
 FOLDS, ALL = 5, "all"
+# what tables hold where there is no value
+NO_LABEL = ("nan", "n/a", "#n/a", "<na>", "null")
 SPLITS = "splits.json"
 # names that a message lists before it only counts
 LISTED = 5
@@ -140,6 +142,10 @@ def _row(path: Path, header: list[str], column: str | None, line: int, fields: l
     for name in filter(None, (CASE, LABEL, column)):
         if not values[name]:
             raise UserError(f"line {line} of {path} has no {name}; fill it in, or leave the row out")
+        if name == LABEL and values[name].casefold() in NO_LABEL:
+            raise UserError(
+                f"line {line} of {path} has the label '{values[name]}', which is no class; leave the row out"
+            )
         if not values[name].isprintable():
             # two classes that look alike, for instance
             raise UserError(f"line {line} of {path} has an invisible character in {name} {values[name]!a}; remove it")

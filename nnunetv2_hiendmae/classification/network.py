@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
-from nnunetv2_hiendmae.options.commands import CROPS, RESIZE
+from nnunetv2_hiendmae.options.commands import ANTIALIASED, CROPS, RESIZE
 from nnunetv2_hiendmae.schemas import CLOSED, validated
-from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner
+from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, read_resized
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.adapt import check_size
@@ -44,8 +44,8 @@ class Inputs:
     """How a volume becomes images (n, C, *size) of the encoder's size.
 
     Args:
-        mode: "resize": the whole volume, trilinear, n = 1; "crops": random ones in training, a regular grid in
-            prediction.
+        mode: "antialiased": the whole volume, n = 1, every voxel counts; "resize": the same without anti-aliasing, as
+            0.1 did; "crops": random ones in training, a regular grid in prediction.
         size: (D, H, W) in voxels.
         crops: random crops per case and epoch in training, and the most that the grid may have.
 
@@ -59,16 +59,21 @@ class Inputs:
 
     def __post_init__(self):
         object.__setattr__(self, "size", tuple(self.size))
-        if self.mode not in (RESIZE, CROPS):
-            raise UserError(f"--input {self.mode} is unknown, needed {RESIZE} or {CROPS}")
+        if self.mode not in (ANTIALIASED, RESIZE, CROPS):
+            raise UserError(f"inputs '{self.mode}' are unknown, needed {ANTIALIASED}, {RESIZE} or {CROPS}")
         if self.crops < 1:
             raise UserError(f"--crops is {self.crops}, needed at least 1")
-        if self.mode == RESIZE and self.crops > 1:
+        if self.whole and self.crops > 1:
             raise UserError(f"--crops {self.crops} with --input {RESIZE}, which has one input; add --input {CROPS}")
+
+    @property
+    def whole(self) -> bool:
+        """Whether the input is the whole volume, resized."""
+        return self.mode != CROPS
 
     def draw(self, volume: Volume, rng: np.random.Generator, augment: bool) -> dict[str, Tensor]:
         """Inputs for training, "image" (n, C, *size); everything random comes from `rng`."""
-        if self.mode == RESIZE:
+        if self.whole:
             images = self._resized(volume)[None]
             spacing = [s * n / m for s, n, m in zip(volume.spacing_mm, volume.shape, self.size, strict=True)]
         else:
@@ -80,11 +85,13 @@ class Inputs:
 
     def regular(self, volume: Volume, rng: np.random.Generator | None = None) -> dict[str, Tensor]:
         """Inputs for prediction, "image" (n, C, *size); nothing random."""
-        if self.mode == RESIZE:
+        if self.whole:
             return {"image": self._resized(volume)[None]}
         return {"image": self._cut(volume, grid_corners(volume.shape, self.size, self.crops))}
 
     def _resized(self, volume: Volume) -> Tensor:
+        if self.mode == ANTIALIASED:
+            return read_resized(volume, (0, 0, 0), volume.shape, self.size)
         whole = torch.from_numpy(volume.read((0, 0, 0), volume.shape))
         return F.interpolate(whole[None], size=self.size, mode="trilinear", align_corners=False)[0]
 
@@ -140,7 +147,7 @@ def warn_of_differences(data: CaseSet, inputs: Inputs, seen: VolumeFormat, whose
         close = numbers and np.allclose(before, now, rtol=TOLERATED, atol=0)
         if before is not None and before != now and not close:
             logger.warning(f"{what}: the images have {now}, {whose} saw {before}; preprocess them alike")
-    if inputs.mode == RESIZE:
+    if inputs.whole:
         shape = np.median([case.shape for case in data.cases], axis=0)
         spacing = " x ".join(f"{s:.1f}" for s in shape * images.spacing_mm / inputs.size)
         logger.info(f"whole volumes are resized to {inputs.size} voxels: in the median {spacing} mm each")

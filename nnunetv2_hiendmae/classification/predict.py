@@ -127,10 +127,11 @@ def evaluate(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
 def write_predictions(
     path: Path, classes: Sequence[str], names: Sequence[str], probabilities: np.ndarray, labels: Labels | None
 ) -> None:
-    """CSV with the columns case, label (empty where unknown) and p_CLASS for every class."""
+    """CSV with the columns case, label (empty where unknown), p_CLASS for every class, and predicted, the most
+    probable class."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as f:
         table = csv.writer(f, lineterminator="\n")
-        table.writerow(["case", "label", *(f"p_{name}" for name in classes)])
+        table.writerow(["case", "label", *(f"p_{name}" for name in classes), "predicted"])
         for name, row in zip(names, probabilities, strict=True):
             label = classes[labels.targets[name]] if labels and name in labels.targets else ""
-            table.writerow([name, label, *(f"{p:.9g}" for p in row)])
+            table.writerow([name, label, *(f"{p:.9g}" for p in row), classes[row.argmax()]])

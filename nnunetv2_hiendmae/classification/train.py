@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +17,9 @@ from nnunetv2_hiendmae.classification import network as net
 from nnunetv2_hiendmae.classification.labels import SPLIT, Labels, Split, choose_split, read_labels
 from nnunetv2_hiendmae.classification.predict import COMMAND, compute_probabilities, measure, write_predictions
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import sha256, write_text
+from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
-from nnunetv2_hiendmae.options.commands import ClassifyOptions
+from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
@@ -65,6 +65,11 @@ class ClassifySettings(run.RunSettings, ClassifyOptions):
         if self.pool == "cls" and not self.spec.cls_token:
             raise UserError("--pool cls, but the encoder has no CLS token; use --pool mean")
 
+    def resized_as(self, before: Mapping[str, Any]) -> "ClassifySettings":
+        """With whole volumes resized as in the run that is continued: runs of 0.1 had no anti-aliasing."""
+        old = self.input == RESIZE and (before.get("inputs") or {}).get("mode") == RESIZE
+        return replace(self, inputs=replace(self.inputs, mode=RESIZE)) if old else self
+
 
 @dataclass(frozen=True)
 class Task:
@@ -106,7 +111,7 @@ def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: P
         "encoder_sha256": sha256(encoder_file),
         "labels_sha256": labels.digest(),
         "fold": None if labels.column == SPLIT else options.fold or "0",
-        "inputs": net.Inputs(options.input, spec.img_size, options.crops),
+        "inputs": net.Inputs(ANTIALIASED if options.input == RESIZE else options.input, spec.img_size, options.crops),
         "precision": run.choose_precision(options.precision, options.device),
     }
     settings = ClassifySettings(**values)
@@ -120,7 +125,7 @@ def run_name(labels_file: Path, settings: ClassifySettings) -> str:
     trained = "probe" if settings.freeze_encoder else "finetune"
     share = f"{100 * settings.fraction:g}pct"
     fold = SPLIT if settings.fold is None else f"fold{settings.fold}"
-    return "_".join([Path(labels_file).stem, method, trained, settings.inputs.mode, share, fold])
+    return "_".join([Path(labels_file).stem, method, trained, settings.input, share, fold])
 
 
 def _spec(metadata: EncoderMetadata, channels: int, crop_size: Sequence[int] | None) -> EncoderSpec:
@@ -165,7 +170,10 @@ def train(
     """
     options = replace(options or ClassifyOptions(), **changes)
     task = build_task(datasets, labels_file, encoder_file, options)
-    return run_training(task, run.choose_run_dir(task.settings, "classification", run_name(labels_file, task.settings)))
+    run_dir = run.choose_run_dir(task.settings, "classification", run_name(labels_file, task.settings))
+    if options.resume and (run_dir / SETTINGS).is_file():
+        task = replace(task, settings=task.settings.resized_as(read_settings(run_dir)))
+    return run_training(task, run_dir)
 
 
 def run_training(task: Task, run_dir: Path) -> Path:

@@ -6,6 +6,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, get_args, get_origin
 
 from nnunetv2_hiendmae.options import Option, declared, flag, kinds_of
+from nnunetv2_hiendmae.options.commands import DEVICES
 
 Settings = TypeVar("Settings")
 
@@ -31,7 +32,8 @@ def _argument(name: str, declaration: Field, about: Option, kinds: Sequence[type
             return {**common, "type": inner, "nargs": 1 + len(rest)}
         # several at once or one by one; what is given replaces a default
         return {**common, "type": inner, "nargs": "+", "action": "store" if default else "extend"}
-    return {**common, "type": kind, "choices": about.choices or None}
+    # long lists have a metavar: what is not in them is told in one line, by the settings class
+    return {**common, "type": kind, "choices": None if about.metavar else about.choices or None}
 
 
 def from_arguments(cls: type[Settings], args: argparse.Namespace) -> Settings:
@@ -52,6 +54,11 @@ def keywords(args: argparse.Namespace, *leave_out: str) -> dict[str, Any]:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json`, where a program may read the answer."""
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`-device`, of commands whose options are no settings class."""
+    parser.add_argument("-device", default=DEVICES[0], choices=DEVICES, help="device")
 
 
 def add_datasets(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,10 @@
 
 import argparse
 from pathlib import Path
+from shlex import quote
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
+from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.options.commands import ClassifyOptions, PredictOptions
 
 HELP = "classify preprocessed volumes with a pretrained encoder"
@@ -37,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
         from nnunetv2_hiendmae.classification.train import train
 
         metrics = train(args.datasets, args.labels_file, args.encoder_file, options)
-        print(f"metrics: {metrics}\nnext: hiendmae classify predict -d DATASET -m {metrics.parent}")
+        print(f"metrics: {metrics}")
+        print(f"next: hiendmae classify predict -d DATASET -m {quote(str(metrics.parent))}{device_words()}")
     else:
         from nnunetv2_hiendmae.classification.predict import predict
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import keywords
+from nnunetv2_hiendmae.commands.arguments import add_device, keywords
 from nnunetv2_hiendmae.environment import enable_discovery
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(option, dest=name, type=int, default=argparse.SUPPRESS, metavar="N", help=what)
     add("--seed", type=int, default=0)
     add("-np", dest="num_processes", type=int, default=2, metavar="N", help="processes")
-    add("-device", default="cpu", choices=["cuda", "cpu"], help="device")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:

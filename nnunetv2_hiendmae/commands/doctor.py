@@ -68,7 +68,8 @@ def _folder(variable: str) -> Check:
 def _discovery() -> Check:
     value = os.environ.get(EXT_TRAINER_VARIABLE, "")
     mend = 'run: eval "$(hiendmae env)"'
-    if str(discovery_folder()) not in value.split(os.pathsep):
+    # any spelling of the folder will do, nnU-Net looks into it
+    if discovery_folder() not in map(Path, value.split(os.pathsep)):
         return Check("trainers", False, f"{EXT_TRAINER_VARIABLE} is {value or 'not set'}", mend)
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 

@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    options = from_arguments(PlanOptions, args)
     from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 
-    planned = plan_finetuning(args.dataset, args.encoder_file, from_arguments(PlanOptions, args))
+    planned = plan_finetuning(args.dataset, args.encoder_file, options)
     print("\n".join([f"plans: {planned.path}", *planned.messages, "next:"]))
     print("\n".join(f"  {line}" for line in ('eval "$(hiendmae env)"', *planned.next_commands)))

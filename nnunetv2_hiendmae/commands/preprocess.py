@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
+from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 
 HELP = "fingerprint, plan and preprocess images; labels are not needed"
@@ -26,5 +27,5 @@ def run(args: argparse.Namespace) -> int:
         print(f"broken: {dataset}/{case}: {reason}", file=sys.stderr)
     if summary.broken:
         return 2
-    print(f"next: hiendmae pretrain -d {' '.join(args.datasets)} -p {options.plans_name}")
+    print(f"next: hiendmae pretrain -d {' '.join(args.datasets)} -p {options.plans_name}{device_words()}")
     return 0

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    options = from_arguments(PretrainOptions, args)
     from nnunetv2_hiendmae.pretraining.loop import pretrain
 
-    encoder = pretrain(args.datasets, from_arguments(PretrainOptions, args))
+    encoder = pretrain(args.datasets, options)
     if encoder:
         print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {encoder}")

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import keywords
+from nnunetv2_hiendmae.commands.arguments import add_device, keywords
 
 HELP = "pictures of a pretraining run: input, masked input, reconstruction"
 
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which("--cases", type=int, default=4, metavar="N", help="so many cases, drawn by the seed")
     add("--view", metavar="NAME", help="one of the method's views (default: all)")
     add("--seed", type=int, default=0, help="decides cases, crops and masks")
-    add("-device", default="cuda", choices=["cuda", "cpu", "mps"], help="device")
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import json
 from typing import TYPE_CHECKING
 
 from nnunetv2_hiendmae.commands.arguments import add_json
+from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     for fold in folds:
         print("  fold {fold}: {meaning}, {train} to train, {val} to validate".format(**fold))
     if new:
-        print(f"next:\n  nnUNetv2_train {splits.folder.name} 3d_fullres {new[0]} -p PLANS -tr TRAINER")
+        print(f"next:\n  nnUNetv2_train {splits.folder.name} 3d_fullres {new[0]} -p PLANS -tr TRAINER{device_words()}")
 
 
 def _describe(splits: "Splits", number: int) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_hiendmae.demo import report
 from nnunetv2_hiendmae.demo.datasets import DemoData, find_data, install, isotropic_spacing
 from nnunetv2_hiendmae.demo.process import Runner
-from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, with_discovery
+from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, check_device, with_discovery
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import ENCODER, write_text
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
@@ -92,7 +92,7 @@ def run_demo(
     methods: Sequence[str] = (DEFAULT_METHOD,),
     seed: int = 0,
     num_processes: int = 2,
-    device: str = "cpu",
+    device: str = "cuda",
     say: Callable[[str], None] = logger.info,
     **budget: Any,
 ) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def run_demo(
             those of Hi-End-MAE.
         seed: of all pretrainings and fine-tunings.
         num_processes: for reading, preprocessing and the pretraining loader.
-        device: "cpu" or "cuda", as in nnU-Net.
+        device: "cuda", "cpu" or "mps", as in nnU-Net.
         say: gets a line when a phase starts and one when it ends.
         budget: fields of `Budget`.
 
@@ -124,6 +124,7 @@ def run_demo(
     methods = tuple(dict.fromkeys(methods))
     samples = _samples(methods, settings.views_per_step)
     output = Path(output).resolve()
+    check_device(device)
     found = find_data(data)
     if settings.spacing_mm is None:
         settings = replace(settings, spacing_mm=(isotropic_spacing(found),) * 3)

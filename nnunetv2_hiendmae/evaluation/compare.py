@@ -241,7 +241,7 @@ def _notes(
 def _notes_on_folds(run: Run, folds: Sequence[int]) -> Iterator[str]:
     if missing := [fold for fold in folds if fold not in run.folds]:
         started = listed(fold for fold in missing if fold in run.unfinished)
-        note = f" (started, without validation/summary.json: {started})" if started else ""
+        note = f" (started, without validation/summary.json: {started}; run nnUNetv2_train … --val)" if started else ""
         yield f"no result of fold {listed(missing)}{note}"
 
 

@@ -274,6 +274,9 @@ def _nnunet_folds(raw: Path, preprocessed: Path) -> list[Fold]:
     lists = {}
     if (file := raw / "dataset.json").is_file():
         about = read_dataset_json(raw, for_images=False)
+        if not (raw / "labelsTr").is_dir() and about.get("labels", {}).keys() == {"background"}:
+            told = f"{raw.name} has no labels ({raw / 'labelsTr'} is missing), folds are of labelled cases"
+            raise UserError(f"{told}; choose another -d")
         with telling_damage(raw, f"imagesTr, and its file_ending or the cases in {file.name}; mend one of them"):
             lists[raw] = sorted(map(str, about.get("dataset") or cases_in(str(raw / "imagesTr"), about["file_ending"])))
     # each of nnU-Net's storage formats has one such file for every case

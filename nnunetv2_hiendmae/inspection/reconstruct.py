@@ -12,6 +12,7 @@ from nibabel.orientations import apply_orientation
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
@@ -19,7 +20,7 @@ from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
-from nnunetv2_hiendmae.training.run import check_device, load_checkpoint
+from nnunetv2_hiendmae.training.run import load_checkpoint
 from nnunetv2_hiendmae.training.views import Views
 from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat

@@ -9,12 +9,20 @@ from typing import Any
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared, flag, option
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES
 
 # with Fabric's names
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 # what a checkpoint's arrays may have been; nnU-Net's are (z, y, x), called D, H, W
 AXES = ("xyz", "dhw")
+# names of `architectures.PRESETS`, known before torch is imported
+PRESETS = ["vit_nano_p8", "vit_tiny_p16", "vit_small_p16", "vit_base_p16", "vit_hiend_p12", "vit_hiend_p16"]
+PRESETS += ["convvit_tiny", "convvit_base"]
+# the first is the default, as in nnU-Net
+DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
+# how whole volumes are resized; runs and files of 0.1 say only RESIZE, and had no anti-aliasing
+ANTIALIASED = "antialiased"
 _DHW = ("D", "H", "W")
 _WINDOW, _FOLDER = {"flag": "--window", "metavar": ("LO", "HI")}, {"flag": "-o", "metavar": "DIR"}
 _RECIPE, _FILE, _METHOD, _PRESET = "the method's recipe", "that of the file", "the method's", "the preset's"
@@ -38,7 +46,7 @@ def _precision() -> Any:
 
 
 def _device() -> Any:
-    return option("cuda", "device", flag="-device", choices=("cuda", "cpu", "mps"))
+    return option(DEVICES[0], "device", flag="-device", choices=DEVICES)
 
 
 def _workers(help: str = "loader processes; do not change results") -> Any:
@@ -89,8 +97,10 @@ class PretrainOptions(CommandOptions):
 
     plans_name: str = _plans()
     configuration: str = _configuration()
-    method: str = option("hiendmae", "see: hiendmae methods", metavar="M")
-    encoder: str | None = _from(f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET")
+    method: str = option(DEFAULT_METHOD, "see: hiendmae methods", metavar="M", choices=tuple(RECIPES))
+    encoder: str | None = _from(
+        f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=PRESETS
+    )
     encoder_file: Path | None = option(None, "encoder file to start from", flag="-w", metavar="FILE")
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)
     patch_size: tuple[int, int, int] | None = _from(_PRESET, "ViT patch in voxels", metavar=_DHW)

@@ -11,7 +11,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_name
+from nnunetv2_hiendmae.environment import dataset_name, device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
@@ -27,7 +27,7 @@ from nnunetv2_hiendmae.planning.plans import CONFIGURATION, check_plans_name, ma
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights import EncoderMetadata, read_metadata
+from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 
 WARMUP_FRACTION = 0.1
 # nnU-Net's readers that turn every image to RAS; the second reads what the first does not
@@ -127,7 +127,13 @@ def plan_finetuning(
 
 
 def _known_metadata(encoder_file: Path) -> EncoderMetadata:
-    metadata = read_metadata(encoder_file)
+    try:
+        metadata = check_encoder_file(encoder_file)
+    except UserError as e:
+        if encoder_file.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
+            raise
+        again = f"hiendmae convert {shlex.quote(str(encoder_file))} -o encoder.safetensors"
+        raise UserError(f"{encoder_file} is a checkpoint, needed an encoder file; run: {again}") from e
     if metadata.method not in RECIPES:
         raise UserError(
             f"{encoder_file} was trained with '{metadata.method}', known methods are {', '.join(RECIPES)}; "
@@ -258,10 +264,10 @@ def _messages(
 
 def _next_commands(raw: RawDataset, number: int, plans_name: str, trainer: str, num_processes: int) -> tuple[str, ...]:
     images = raw.folder / "imagesTs"
-    source = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER"
+    source, device = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER", device_words()
     return (
         f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION} -np {num_processes}",
-        f"nnUNetv2_train {number} {CONFIGURATION} 0 -p {plans_name} -tr {trainer}",
+        f"nnUNetv2_train {number} {CONFIGURATION} 0 -p {plans_name} -tr {trainer}{device}",
         f"nnUNetv2_predict -d {number} -c {CONFIGURATION} -p {plans_name} -tr {trainer} -f 0 "
-        f"-i {source} -o OUTPUT_FOLDER",
+        f"-i {source} -o OUTPUT_FOLDER{device}",
     )

@@ -2,9 +2,8 @@
 fixed size, with their masks (docs/methods.md, "MiM" and "GL-MAE")."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
@@ -13,11 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner
+from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, read_resized
 
 OCTANTS = 8
-# voxels of one channel that are read at once: 16 MB, so that memory does not grow with the volume
-SLAB_VOXELS = 4_000_000
 
 
 def octant_tokens(grid: Sequence[int]) -> Tensor:
@@ -168,40 +165,3 @@ class GlobalLocalCrops:
             images, shuffles = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
             sample |= {name: torch.stack(images), f"{name}_ids_shuffle": torch.stack(shuffles)}
         return sample
-
-
-def read_resized(volume: Volume, lower: Sequence[int], box: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The box (D, H, W) from corner `lower`, resized to (C, *size): trilinear, anti-aliased where it shrinks.
-
-    Voxel centres keep their places (align_corners=False). Anti-aliasing (ours) widens the interpolation's triangle by
-    the factor of shrinking: every voxel counts, where plain trilinear interpolation would pick two of them per axis and
-    turn fine structures and noise into patterns that depend on the box. The box is read slab by slab.
-
-    The result does not depend on the number of threads, so that it is the same in workers and without them.
-    """
-    depth = axis_weights(box[0], size[0])
-    resized = None
-    for start, stop in _slabs(box):
-        slab = volume.read([lower[0] + start, *lower[1:]], [stop - start, *box[1:]])
-        # slices as channels: resized in plane
-        slices = F.interpolate(torch.from_numpy(slab), tuple(size[1:]), mode="bilinear", antialias=True)
-        if resized is None:
-            resized = slices.new_zeros(len(slab), *size)
-        # few weights per row are not zero, and a matrix product may sum in an order that depends on the threads
-        for row, column in depth[:, start:stop].nonzero().tolist():
-            resized[:, row].add_(slices[:, column], alpha=depth[row, start + column].item())
-    return resized
-
-
-def axis_weights(source: int, target: int) -> Tensor:
-    """Weights (target, source) that resize one axis, rows sum to 1: the same rule that is applied in plane."""
-    columns = torch.eye(source)[None, None]
-    return F.interpolate(columns, (target, source), mode="bilinear", antialias=True)[0, 0]
-
-
-def _slabs(box: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """First and last slice of slabs of equal depth that hold at most `SLAB_VOXELS` each, one slice at least."""
-    thickest = max(1, SLAB_VOXELS // (box[1] * box[2]))
-    count = -(-box[0] // thickest)
-    cuts = [box[0] * i // count for i in range(count + 1)]
-    yield from pairwise(cuts)

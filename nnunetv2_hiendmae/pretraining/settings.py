@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import SETTINGS, STEP, read_settings, sha256
 from nnunetv2_hiendmae.optim import warmup_cosine
-from nnunetv2_hiendmae.options import parse_assignments
+from nnunetv2_hiendmae.options import option, parse_assignments
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method
@@ -64,6 +64,7 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
     options: dict[str, Any]
     spec: EncoderSpec
     betas: tuple[float, float]
+    encoder: str = option("", "preset, or the method whose weights it starts from")
     start: Start | None = None
     extensions: tuple[tuple[int, str], ...] = ()
 
@@ -149,8 +150,6 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
     Raises:
         UserError: unknown method, preset or option, a crop that the patch does not divide, or no such data.
     """
-    if options.method not in METHODS:
-        raise UserError(f"unknown method '{options.method}', needed one of {', '.join(METHODS)}; see: hiendmae methods")
     method = METHODS[options.method]
     method_options = read_options(method, options.method_options or ())
     data = find_cases(datasets, options.plans_name, options.configuration)
@@ -203,8 +202,6 @@ def read_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any])
 
 
 def _spec(options: PretrainOptions, preset: str, channels: int) -> EncoderSpec:
-    if preset not in PRESETS:
-        raise UserError(f"unknown encoder '{preset}', needed one of {', '.join(PRESETS)}; see: hiendmae presets")
     return _sized(PRESETS[preset], options, channels)
 
 

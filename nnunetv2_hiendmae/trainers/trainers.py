@@ -1,5 +1,6 @@
 """nnU-Net trainers that fine-tune our encoders. Settings come from the plans, weights from the encoder file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import TRAINERS
+from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.weights import load_into
 
 __all__ = sorted(TRAINERS.values())
@@ -51,7 +54,8 @@ class _ViTTrainer(nnUNetTrainer):
     need only nnU-Net's checkpoint. `-pretrained_weights` is refused where the plans name an encoder file.
 
     Raises:
-        RuntimeError: the plans are not for this trainer, or their encoder file is missing, changed or unfit.
+        RuntimeError: no such device, plans that are not for this trainer, or whose encoder file is missing, changed or
+            unfit.
     """
 
     # pretraining method that the plans must name, None: trained from scratch
@@ -66,6 +70,10 @@ class _ViTTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008 (the base class compares signatures)
     ):
         # before the base class creates a results folder
+        try:
+            check_device(device.type)
+        except UserError as e:
+            raise RuntimeError(str(e)) from e
         self.section = self._read_section(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         recipe = self.section.recipe
@@ -84,8 +92,10 @@ class _ViTTrainer(nnUNetTrainer):
                 f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it; run: {PLAN_COMMAND}"
             )
         try:
+            # somebody may have edited them
+            validated(Plans, json.dumps(plans))
             section = PlansSection.from_dict(plans[PLANS_KEY])
-        except (ValueError, TypeError) as e:
+        except ValueError as e:
             raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
         if section.method != cls.method:
             raise RuntimeError(

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from nnunetv2_hiendmae import files
-from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.environment import check_device, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.options.commands import PRECISIONS
 from nnunetv2_hiendmae.schemas import LogLine, validated
@@ -61,14 +61,6 @@ def launch(device: str, precision: str, alone: str = "") -> Fabric:
     fabric = Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
     fabric.launch()
     return fabric
-
-
-def check_device(device: str) -> None:
-    """Raises UserError: torch sees no such device, "cuda", "cpu" or "mps", on this machine."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda, but torch sees no CUDA device; run with -device cpu, or see: hiendmae doctor")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("-device mps, but torch sees no Apple GPU; run with -device cpu")
 
 
 def choose_precision(asked: str, device: str) -> str:

@@ -34,7 +34,37 @@ def data(nnunet):
     return find_cases(["1"], PLANS, "3d_fullres")
 
 
-def test_resizing_is_trilinear_over_the_whole_volume(data):
+class ArrayVolume:
+    """A volume of one channel in memory."""
+
+    spacing_mm = (1.0, 1.0, 1.0)
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def read(self, lower, size):
+        return self.values[None][(slice(None), *(slice(a, a + s) for a, s in zip(lower, size, strict=True)))].copy()
+
+
+@pytest.mark.parametrize("mode", ["resize", "antialiased"])
+def test_every_voxel_of_a_resized_volume_counts(mode):
+    """White noise that shrinks sixfold along each axis gets calm, by the triangle's weights: its standard deviation is
+    (2 / 3 / 6) ** 1.5 = .037. As 0.1 resized, two voxels per axis were picked, .5 ** 1.5 = .354."""
+    noise = np.random.default_rng(0).standard_normal((96, 96, 96), np.float32)
+    made = Inputs(mode, SIZE).regular(ArrayVolume(noise))["image"]
+    assert made.shape == (1, 1, *SIZE)
+    assert made.std().item() == pytest.approx({"antialiased": 0.037, "resize": 0.354}[mode], rel=0.06)
+
+
+def test_no_small_structure_vanishes_wherever_it_lies():
+    for corner in range(40, 52):
+        block = np.zeros((96, 96, 96), np.float32)
+        block[(slice(corner, corner + 3),) * 3] = 1
+        made = Inputs("antialiased", SIZE).regular(ArrayVolume(block))["image"]
+        assert made.max() > 0.02 and made.sum().item() == pytest.approx(27 / 216, rel=0.01)
+
+
+def test_resizing_as_0_1_did_is_trilinear_over_the_whole_volume(data):
     volume = CaseVolume(data.cases[0], data.format)
     whole = torch.from_numpy(volume.read((0, 0, 0), volume.shape))[None]
     made = Inputs("resize", SIZE).regular(volume)["image"]
@@ -102,7 +132,7 @@ def training_samples(data, inputs) -> SampleDataset:
     return SampleDataset(data, partial(inputs.draw, augment=True), seed=3, case_in_key=True)
 
 
-@pytest.mark.parametrize("inputs", [Inputs("resize", SIZE), Inputs("crops", SIZE, 2)], ids=["resize", "crops"])
+@pytest.mark.parametrize("inputs", [Inputs("antialiased", SIZE), Inputs("crops", SIZE, 2)], ids=["resize", "crops"])
 def test_samples_do_not_depend_on_workers(data, inputs):
     def batches(workers):
         samples = training_samples(data, inputs)
@@ -134,7 +164,7 @@ def test_a_damaged_case_is_named_in_one_line(data, workers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("whole", SIZE), "--input whole is unknown"),
+        (("whole", SIZE), "'whole' are unknown"),
         (("crops", SIZE, 0), "--crops is 0"),
         (("resize", SIZE, 2), "--crops 2 with --input resize.*add --input crops"),
     ],

@@ -24,6 +24,7 @@ from nnunetv2_hiendmae.recipes import RECIPES
 
 METHODS = tuple(RECIPES)
 SMALLEST = {
+    "device": "cpu",
     "pretrain_epochs": 2,
     "steps_per_epoch": 2,
     "views_per_step": 4,
@@ -91,7 +92,7 @@ def test_demo_of_all_methods_from_end_to_end(tmp_path, monkeypatch):
         assert f"\n| {name} |" in report
 
     with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
-        run_demo(output)
+        run_demo(output, device="cpu")
 
     # nnU-Net's evaluation says the same in a process of its own
     predictions, labels = output / "predictions" / "scratch", find_data(None).finetuning / "labelsTs"
@@ -116,7 +117,18 @@ def test_demo_on_data_of_the_user(tmp_path):
     before = sorted(mine.raw.rglob("*"))
 
     output = tmp_path / "demo"
-    command = [sys.executable, "-m", "nnunetv2_hiendmae.cli", "demo", "--data", mine.raw, "-o", output]
+    command = [
+        sys.executable,
+        "-m",
+        "nnunetv2_hiendmae.cli",
+        "demo",
+        "--data",
+        mine.raw,
+        "-o",
+        output,
+        "-device",
+        "cpu",
+    ]
     budget = ["--pretrain-epochs", 1, "--steps-per-epoch", 2, "--epochs", 1, "--iterations-per-epoch", 2]
     done = subprocess.run(
         list(map(str, [*command, "--method", "mae3d", *budget, "-np", 1])), capture_output=True, encoding="utf-8"
@@ -151,14 +163,14 @@ def test_demo_on_data_of_the_user(tmp_path):
 def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="not a demo's"):
-        run_demo(tmp_path)
+        run_demo(tmp_path, device="cpu")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_file_as_output_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        run_demo(tmp_path / "file")
+        run_demo(tmp_path / "file", device="cpu")
 
 
 def test_interrupted_demo_starts_anew(tmp_path):

@@ -375,3 +375,12 @@ def test_command(folder, capsys):
     assert "fold 0: 5-fold cross-validation" in out and len(out.splitlines()) == 9
     _, out, _ = run(capsys, "--remove", 7)
     assert "fold 7" not in out and "fold 6: 3-shot" in out
+
+
+def test_an_unlabelled_dataset_has_no_folds(nnunet):
+    folder = nnunet.raw / NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps({"file_ending": ".nii.gz", "labels": {"background": 0}}))
+    (nnunet.preprocessed / NAME).mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match=rf"{NAME} has no labels .*labelsTr"):
+        append_folds(NAME, [Subset("shots", 1, 0, 0)])

@@ -3,10 +3,13 @@
 import argparse
 import json
 import logging
+import math
+import re
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
@@ -20,7 +23,7 @@ from nnunetv2_hiendmae.planning import finetune
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
-from nnunetv2_hiendmae.weights import read_metadata
+from nnunetv2_hiendmae.weights import load_encoder, read_metadata, save_encoder
 
 
 @pytest.fixture
@@ -80,7 +83,8 @@ def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
     assert len(json.loads(path.read_text())["spacings"]) == 3
 
 
-def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
+def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     planned = plan_finetuning("1", encoder_file, num_processes=2)
     plans, configuration, section = read(planned)
     assert (planned.plans_name, planned.dataset_id, planned.dataset_name) == ("nnUNetPlans_HiEndMAE", 1, toy)
@@ -95,11 +99,13 @@ def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file):
     assert (section.recipe.epochs, section.recipe.warmup_epochs, section.recipe.lr) == (300, 30, 1e-4)
     assert planned.next_commands == (
         "nnUNetv2_preprocess -d 1 -plans_name nnUNetPlans_HiEndMAE -c 3d_fullres -np 2",
-        "nnUNetv2_train 1 3d_fullres 0 -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE",
+        "nnUNetv2_train 1 3d_fullres 0 -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE -device cpu",
         "nnUNetv2_predict -d 1 -c 3d_fullres -p nnUNetPlans_HiEndMAE -tr nnUNetTrainer_HiEndMAE -f 0 "
-        f"-i {nnunet.raw / toy / 'imagesTs'} -o OUTPUT_FOLDER",
+        f"-i {nnunet.raw / toy / 'imagesTs'} -o OUTPUT_FOLDER -device cpu",
     )
     assert any(str(encoder_file) in m for m in planned.messages)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert "-device" not in " ".join(plan_finetuning("1", encoder_file).next_commands)
 
 
 def test_arguments_win(toy, encoder_file):
@@ -269,7 +275,8 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
         ({"patch_size": (8, 8, 8)}, r"patch size \(8, 8, 8\)"),
         ({"epochs": 0}, r"epochs, .* 1\b"),
         ({"epochs": 5, "warmup_epochs": 5}, r"warmup_epochs 5 .*\(4\)"),
-        ({"lr": -1.0}, r"\blr -1\.0"),
+        *(({"lr": lr}, rf"lr is {re.escape(str(lr))}\b") for lr in (-1.0, 0.0, 1e39, math.nan, math.inf)),
+        *(({"weight_decay": w}, rf"decay is {re.escape(str(w))}\b") for w in (-1.0, 1e39, math.nan, math.inf)),
         ({"layer_decay": 0.0}, r"layer_decay 0\.0 .*\(0, 1\]"),
         ({"layer_decay": 0.9, "freeze_encoder": True}, r"layer_decay 0\.9 .* 1\b"),
         ({"batch_size": 0}, r"--batch-size is 0, .* 1\b"),
@@ -331,3 +338,16 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
         write_fingerprint(nnunet, name, extra={"hiendmae_label_free": True} if before == "label-free" else None)
     plan_finetuning(name, encoder_file)
     assert ran == ([] if before == "nnunet" else [True])
+
+
+def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
+    checkpoint = tmp_path / "my weights.pth"
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, checkpoint)
+    with pytest.raises(UserError, match=r"run: hiendmae convert '.*my weights\.pth'"):
+        plan_finetuning(toy, checkpoint)
+    file = save_tiny_encoder(tmp_path / "e.safetensors")
+    encoder, metadata = load_encoder(file)
+    broken = {**encoder.state_dict(), "norm.weight": torch.full((48,), torch.nan)}
+    save_encoder(file, broken, metadata)
+    with pytest.raises(UserError, match=r"norm\.weight"):
+        plan_finetuning(toy, file)

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.pretraining import crops
-from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop, axis_weights, read_resized
-from nnunetv2_hiendmae.training.views import Augmentation
+from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.training.views import Augmentation, axis_weights, read_resized
 
 
 class RampVolume:
@@ -100,13 +100,13 @@ def test_slabs_do_not_change_the_view_and_bound_what_is_read_at_once(monkeypatch
     volume.values = rng().standard_normal(volume.values.shape).astype(np.float32)
     whole = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
     assert len(volume.reads) == 1
-    monkeypatch.setattr(crops, "SLAB_VOXELS", 4000)
+    monkeypatch.setattr("nnunetv2_hiendmae.training.views.SLAB_VOXELS", 4000)
     slabs = read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16))
     assert torch.equal(whole, slabs)
     read = volume.reads[1:]
     assert sum(size[0] for _, size in read) == 18 and all(np.prod(size) <= 4000 for _, size in read)
     # thinner than a slice is not possible
-    monkeypatch.setattr(crops, "SLAB_VOXELS", 10)
+    monkeypatch.setattr("nnunetv2_hiendmae.training.views.SLAB_VOXELS", 10)
     assert torch.equal(whole, read_resized(volume, (1, 2, 3), (18, 25, 40), (16, 24, 16)))
 
 

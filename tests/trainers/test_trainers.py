@@ -2,7 +2,9 @@
 
 import inspect
 import json
+import math
 import os
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -273,14 +275,39 @@ def test_wrong_plans_are_refused_before_a_folder_is_made(make, nnunet):
     with pytest.raises(RuntimeError, match=r"weights of 'hiendmae'.*use -tr nnUNetTrainer_HiEndMAE"):
         make(nnUNetTrainer_MAE3D)
     with pytest.raises(RuntimeError, match=r"training from scratch.*use -tr nnUNetTrainer_ViTUNETR"):
-        make(nnUNetTrainer_HiEndMAE, section={"method": None, "encoder_file": None})
-    with pytest.raises(RuntimeError, match=r"'hiendmae'.*'surprise'.*run: hiendmae plan"):
+        make(nnUNetTrainer_HiEndMAE, section={"method": None, "encoder_file": None, "encoder_sha256": None})
+    with pytest.raises(RuntimeError, match=r"surprise.*run: hiendmae plan"):
         make(section={"surprise": 1})
     plans = json.loads(next(nnunet.preprocessed.rglob("nnUNetPlans_*.json")).read_text())
     del plans["hiendmae"]
     with pytest.raises(RuntimeError, match=r"have no 'hiendmae' section.*run: hiendmae plan"):
         make.from_plans(nnUNetTrainer_HiEndMAE, plans)
     assert not list(nnunet.results.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "told"),
+    [
+        ("hiendmae.encoder_file", None, "encoder_file"),
+        ("hiendmae.method", 5, "method.*5"),
+        ("hiendmae.citations", "@a{b}", "citations.*@a"),
+        ("hiendmae.recipe.freeze_encoder", "false", "freeze_encoder.*'false'"),
+        ("hiendmae.recipe.epochs", 3.5, r"epochs.*3\.5"),
+        *((f"hiendmae.recipe.{rate}", value, rate) for rate in ("lr", "weight_decay") for value in (1e39, math.inf)),
+        ("hiendmae.recipe.lr", math.nan, "lr.*nan"),
+        ("hiendmae.recipe.betas", [0.9, 1.0], r"betas.*1\.0"),
+        ("configurations.3d_fullres.normalization_schemes", "CTNormalization", "normalization_schemes.*CTNorm"),
+        ("foreground_intensity_properties_per_channel.0.std", 0.0, r"std of CT channel 0"),
+    ],
+)
+def test_plans_that_were_edited_wrongly_are_refused(make, nnunet, where, value, told):
+    make()
+    plans = json.loads(next(nnunet.preprocessed.rglob("nnUNetPlans_*.json")).read_text())
+    *path, key = where.split(".")
+    reduce(dict.__getitem__, path, plans)[key] = value
+    with pytest.raises(RuntimeError, match=rf"{told}.*run: hiendmae plan") as e:
+        make.from_plans(nnUNetTrainer_HiEndMAE, plans)
+    assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("trainer", [nnUNetTrainer_HiEndMAE, nnUNetTrainer_ViTUNETR])
