@@ -40,6 +40,11 @@ def nnunet_folder(variable: str) -> Path:
     return Path(value)
 
 
+def dataset_id(name: str) -> int:
+    """The number in a full dataset name: 1001 of 'Dataset1001_X'; nnU-Net writes at least three digits."""
+    return int(name.removeprefix("Dataset").partition("_")[0])
+
+
 def dataset_name(dataset: str | int) -> str:
     """Full nnU-Net dataset name ('Dataset001_X') for an id or a name that exists in raw or preprocessed.
 
@@ -47,7 +52,7 @@ def dataset_name(dataset: str | int) -> str:
         UserError: no such dataset, or the id is ambiguous.
     """
     roots = [nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")]
-    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset*") if p.is_dir()})
+    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset[0-9]*_*") if p.is_dir()})
     text = str(dataset)
     found = [n for n in names if (n.startswith(f"Dataset{int(text):03d}_") if text.isdigit() else n == text)]
     if len(found) == 1:

@@ -20,7 +20,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
@@ -176,7 +176,7 @@ def extract_fingerprint(dataset_name: str, num_processes: int) -> None:
         reason = (str(e).splitlines() or [type(e).__name__])[-1]
         raise UserError(
             f"nnU-Net cannot read {dataset_name} ({reason}); "
-            f"run: nnUNetv2_extract_fingerprint -d {int(dataset_name[7:10])} --verify_dataset_integrity"
+            f"run: nnUNetv2_extract_fingerprint -d {dataset_id(dataset_name)} --verify_dataset_integrity"
         ) from e
 
 

@@ -11,7 +11,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_name
+from nnunetv2_hiendmae.environment import dataset_id, dataset_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
@@ -121,7 +121,7 @@ def plan_finetuning(
     width, batch = values["decoder_width"], values["batch_size"]
     path = save_plans(make_plans(raw, plans_name, spec, volume, decoder_width=width, batch_size=batch, section=section))
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
-    number = int(raw.name[7:10])
+    number = dataset_id(raw.name)
     commands = _next_commands(raw, number, plans_name, trainer, options.num_processes)
     return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, commands)
 

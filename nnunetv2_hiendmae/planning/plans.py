@@ -12,7 +12,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
-from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
@@ -51,7 +51,7 @@ def make_plans(
     """
     if read_fingerprint(raw.name) is None:
         told = f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}"
-        raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {raw.name[7:10]}")
+        raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)}")
     arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
     network = {"network_class_name": ENCODERS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
@@ -78,7 +78,7 @@ def save_plans(plans: dict[str, Any]) -> Path:
     # other statistics may mean other images
     before, now = ((array_settings(p), p[_INTENSITIES]) for p in (old, plans))
     if folder.is_dir() and before != now:
-        again = f"-d {plans['dataset_name'][7:10]} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
+        again = f"-d {dataset_id(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
         told = f"{folder} was preprocessed with other settings than {path.name} now has"
         logger.warning(f"{told}; run: nnUNetv2_preprocess {again}")
     return path

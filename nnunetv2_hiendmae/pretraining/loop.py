@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
+from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import ENCODER, STATE, STEP
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
@@ -134,7 +135,7 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
 
 def run_name(settings: PretrainSettings) -> str:
     """Default name of a run: method, preset and dataset ids."""
-    return "_".join([settings.method, settings.encoder, *(name[7:10] for name in settings.datasets)])
+    return "_".join([settings.method, settings.encoder, *(f"{dataset_id(name):03d}" for name in settings.datasets)])
 
 
 def read_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
