@@ -15,6 +15,7 @@ from nnunetv2_hiendmae.errors import UserError, printable, some
 
 # no file of nnU-Net comes near it, and what is read takes about ten times as much memory
 _LARGEST_BYTES = 64 * 2**20
+EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}'
 _OPEN = ConfigDict(extra="allow")
 # for dataclasses that are read from JSON: their `__pydantic_config__`
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -23,6 +24,8 @@ Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
 Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]
 Shape = Annotated[list[PositiveInt], Field(min_length=2, max_length=3)]
 Names = Annotated[dict[str, str], Field(min_length=1)]
+# nnU-Net takes digits for a number as well
+Label = int | Annotated[str, Field(pattern=r"^\d+$")]
 Statistics = dict[str, dict[str, FiniteFloat]]
 Kind = TypeVar("Kind")
 
@@ -33,13 +36,13 @@ class _ListedCase(TypedDict):
 
 
 class DatasetJson(TypedDict):
-    """dataset.json of a raw dataset; "modality" is what old ones call the channels."""
+    """dataset.json; what is needed of it depends on the reader. "modality" is what old ones call the channels."""
 
     __pydantic_config__ = _OPEN
-    file_ending: Annotated[str, Field(min_length=1)]
+    file_ending: NotRequired[Annotated[str, Field(min_length=1)]]
     channel_names: NotRequired[Names]
     modality: NotRequired[Names]
-    labels: NotRequired[dict[str, int | list[int]]]
+    labels: NotRequired[dict[str, Label | list[Label]]]
     regions_class_order: NotRequired[list[int]]
     dataset: NotRequired[dict[str, _ListedCase]]
 
@@ -58,7 +61,7 @@ class Fingerprint(TypedDict):
 class _Architecture(TypedDict):
     __pydantic_config__ = _OPEN
     network_class_name: str
-    arch_kwargs: dict[str, Any]
+    arch_kwargs: NotRequired[dict[str, Any]]
 
 
 class Configuration(TypedDict):
@@ -118,7 +121,13 @@ class Summary(TypedDict):
 
 
 def read_json(path: Path, kind: Any, mend: str) -> Any:
-    """Content of a JSON file, as it stands there, once it is known to be of a kind.
+    """Content of a JSON file, as it stands there, once it is known to be of a kind; see `read_as`."""
+    read_as(path, kind, mend)
+    return json.loads(path.read_bytes())
+
+
+def read_as(path: Path, kind: type[Kind], mend: str) -> Kind:
+    """Content of a JSON file as an instance of a kind.
 
     Args:
         kind: one of this module's types, or any that pydantic knows.
@@ -132,14 +141,26 @@ def read_json(path: Path, kind: Any, mend: str) -> Any:
             raise UserError(f"{path} is {'missing' if not path.exists() else 'no file'}; {mend}")
         if path.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{path} has more than {_LARGEST_BYTES >> 20} MB, which no such file has; {mend}")
-        text = path.read_bytes()
+        return validated(kind, path.read_bytes())
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}); {mend}") from e
-    try:
-        validated(kind, text)
     except ValueError as e:
         raise UserError(f"{path} is damaged: {e}; {mend}") from e
-    return json.loads(text)
+
+
+def read_dataset_json(folder: Path, for_images: bool = True) -> dict[str, Any]:
+    """dataset.json in a folder. `for_images`: with what nnU-Net needs to read images, their ending and channels.
+
+    Raises:
+        UserError: see `read_as`; or it lacks what is needed.
+    """
+    path = folder / "dataset.json"
+    content = read_json(path, DatasetJson, f"needed an object such as {EXAMPLE_JSON}; see: python -m json.tool {path}")
+    missing = [] if "file_ending" in content else ['"file_ending"']
+    missing += [] if {"channel_names", "modality"} & content.keys() else ['"channel_names"']
+    if for_images and missing:
+        raise UserError(f"{path} has no {' and no '.join(missing)}, which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}")
+    return content
 
 
 def validated(kind: type[Kind], text: str | bytes) -> Kind:

@@ -11,13 +11,14 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from math import floor
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from sklearn.model_selection import StratifiedKFold
 
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import telling_damage, write_text
+from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.schemas import CLOSED, read_as
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ def _resolve(path: Path, listed: Sequence[_Row], cases: Sequence[str]) -> dict[s
 class Split:
     """Case names. `val` is empty where all cases train; `test` cases neither train nor choose the model."""
 
+    __pydantic_config__: ClassVar = CLOSED
     train: tuple[str, ...]
     val: tuple[str, ...] = ()
     test: tuple[str, ...] = ()
@@ -186,9 +188,7 @@ class Split:
         Raises:
             UserError: the file is missing or damaged.
         """
-        with telling_damage(run_dir / SPLITS, "the run's split; start anew under another --name"):
-            data = json.loads((run_dir / SPLITS).read_text(encoding="utf-8"))
-            return cls(**{key: tuple(cases) for key, cases in data.items()})
+        return read_as(run_dir / SPLITS, cls, "start anew under another --name")
 
 
 def choose_split(labels: Labels, fold: str | None, fraction: float, split_seed: int) -> Split:

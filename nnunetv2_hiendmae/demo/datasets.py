@@ -1,6 +1,5 @@
 """The two datasets of a demo: one to pretrain on, one to fine-tune on."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import numpy as np
 
 from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import telling_damage
+from nnunetv2_hiendmae.schemas import EXAMPLE_JSON, read_dataset_json
 
 EMBEDDED_DATA = Path(__file__).parent / "data"
 # a volume of the fine-tuning data should have about this many voxels along its longest axis: fast on a CPU
@@ -18,9 +17,6 @@ LONGEST_AXIS_VOXELS = 128
 NNUNET_FOLDS = 5
 # nnU-Net finds datasets by three digits
 DATASET_PATTERN = "Dataset[0-9][0-9][0-9]_*/dataset.json"
-# what nnU-Net needs of a dataset.json; old datasets have the second name
-REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
-EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "labels": {"background": 0, "organ": 1}, "file_ending": ".nii.gz"}'
 NO_CLASSES = ("background", "ignore")
 
 
@@ -56,7 +52,7 @@ class DemoData:
     def first_channel_is_ct(self) -> bool:
         """Whether nnU-Net takes the first channel of the fine-tuning data for CT."""
         names = self.dataset_json.get("channel_names") or self.dataset_json.get("modality")
-        return isinstance(names, dict) and str(names.get("0")).casefold() == "ct"
+        return str(names.get("0")).casefold() == "ct"
 
     @property
     def foreground(self) -> dict[str, int | tuple[int, ...]]:
@@ -82,9 +78,9 @@ def find_data(folder: Path | None) -> DemoData:
             "each: DatasetXXX_A/imagesTr for pretraining, DatasetYYY_B/imagesTr + labelsTr for fine-tuning"
         )
     dataset = labelled[0]
-    description, cases = _description(dataset), len(_files(dataset, "labelsTr"))
-    labels = description.get("labels")
-    if not isinstance(labels, dict) or "background" not in labels or not set(labels) - set(NO_CLASSES):
+    description, cases = read_dataset_json(dataset), len(_files(dataset, "labelsTr"))
+    labels = description.get("labels", {})
+    if "background" not in labels or not set(labels) - set(NO_CLASSES):
         raise UserError(
             f'"labels" of {dataset / "dataset.json"} is {labels}, needed name -> value with the background and at '
             f"least one more; change it, e.g. {EXAMPLE_JSON}"
@@ -129,14 +125,4 @@ def isotropic_spacing(data: DemoData) -> float:
 
 
 def _files(dataset: Path, part: str) -> list[Path]:
-    return sorted((dataset / part).glob(f"*{_description(dataset)['file_ending']}"))
-
-
-def _description(dataset: Path) -> dict[str, Any]:
-    path = dataset / "dataset.json"
-    with telling_damage(path, f"an object such as {EXAMPLE_JSON}; mend it, see: python -m json.tool {path}"):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        for keys in REQUIRED_KEYS:
-            if not any(content.get(key) for key in keys):
-                raise ValueError(f'no "{keys[0]}"')
-    return content
+    return sorted((dataset / part).glob(f"*{read_dataset_json(dataset)['file_ending']}"))

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from itertools import combinations
 from math import floor
@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import locked, telling_damage, write_text
+from nnunetv2_hiendmae.schemas import Folds, read_as, read_dataset_json, read_json
 
 SPLITS_FILE, RECORD_FILE = "splits_final.json", "splits_hiendmae.json"
 SHOTS, FRACTION = "shots", "fraction"
@@ -71,6 +73,11 @@ class Subset:
 
     def __str__(self) -> str:
         return f"{self.amount} of fold {self.of_fold} (seed {self.seed})"
+
+
+class _Record(TypedDict):
+    appended: dict[int, Subset]
+    sha256: dict[int, str]
 
 
 @dataclass(frozen=True)
@@ -194,18 +201,13 @@ def read_splits(folder: Path) -> Splits:
         UserError: a file is damaged, or a fold is no longer what the record describes.
     """
     folds, path = _read_folds(folder / SPLITS_FILE), folder / RECORD_FILE
-    if not path.is_file():
+    if not path.exists():
         return Splits(folder, folds)
-    appendix = f"the folds that were appended to {SPLITS_FILE}"
-    with telling_damage(path, f"what `hiendmae splits` wrote; put it back, or remove it together with {appendix}"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        digests = {int(number): digest for number, digest in record["sha256"].items()}
-        appended = {
-            int(number): Subset(*(entry[known.name] for known in fields(Subset)))
-            for number, entry in record["appended"].items()
-        }
-        if strange := appended.keys() - digests.keys():
-            raise ValueError(f"fold {min(strange)} without its sha256")
+    mend = f"put it back, or remove it together with the folds that were appended to {SPLITS_FILE}"
+    record = read_as(path, _Record, mend)
+    digests, appended = record["sha256"], record["appended"]
+    if strange := appended.keys() - digests.keys():
+        raise UserError(f"{path} is damaged: fold {min(strange)} without its sha256; {mend}")
     lost = {number: digest for number, digest in digests.items() if number >= len(folds)}
     if changed := [n for n, digest in digests.items() if n not in lost and digest != digest_of(folds[n])]:
         raise UserError(
@@ -271,8 +273,8 @@ def _nnunet_folds(raw: Path, preprocessed: Path) -> list[Fold]:
 
     lists = {}
     if (file := raw / "dataset.json").is_file():
+        about = read_dataset_json(raw, for_images=False)
         with telling_damage(raw, f"imagesTr, and its file_ending or the cases in {file.name}; mend one of them"):
-            about = json.loads(file.read_text(encoding="utf-8"))
             lists[raw] = sorted(map(str, about.get("dataset") or cases_in(str(raw / "imagesTr"), about["file_ending"])))
     # each of nnU-Net's storage formats has one such file for every case
     for path in sorted(preprocessed.glob("*/*.pkl")):
@@ -313,18 +315,10 @@ def _changing(dataset: str | int) -> Iterator[Splits]:
 
 def _read_folds(path: Path) -> list[dict[str, Any]]:
     """[] when there is no file."""
-    if not path.is_file():
-        return []
-    needed = 'a list of folds with "train" and "val"'
-    with telling_damage(path, f"{needed}; put it back, or remove it: nnU-Net makes its own 5 folds anew"):
-        folds = json.loads(path.read_text(encoding="utf-8"))
-        if not folds:
-            raise ValueError("no folds")
-        for cases in (fold[part] for fold in folds for part in ("train", "val")):
-            # a text is no list of cases, though its letters are text too
-            if not (isinstance(cases, list) and all(isinstance(case, str) for case in cases)):
-                raise ValueError("cases that are no list of names")
-    return folds
+    mend = (
+        'needed a list of folds with "train" and "val"; put it back, or remove it: nnU-Net makes its own 5 folds anew'
+    )
+    return read_json(path, Folds, mend) if path.exists() else []
 
 
 def _write(splits: Splits, *, shrinking: bool = False) -> None:

@@ -1,6 +1,5 @@
 """Dice of trained folds, from the `summary.json` that nnU-Net writes into every fold's `validation` folder."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import pandas as pd
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
+from nnunetv2_hiendmae.schemas import Summary, read_dataset_json, read_json
 
 SUMMARY = Path("validation") / "summary.json"
 BACKGROUND = "0"
@@ -104,11 +104,11 @@ def matching(wanted: str, names: Sequence[str], option: str = "--runs") -> list[
 
 def _read_run(folder: Path) -> Run:
     try:
-        about = dict(json.loads((folder / "dataset.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        about = read_dataset_json(folder, for_images=False)
+    except UserError:
         about = {}  # only names are lost
     numbered = {int(p.name[5:]): p for p in folder.glob("fold_*") if re.fullmatch(r"fold_\d+", p.name)}
-    finished = {n: path / SUMMARY for n, path in sorted(numbered.items()) if (path / SUMMARY).is_file()}
+    finished = {n: path / SUMMARY for n, path in sorted(numbered.items()) if (path / SUMMARY).exists()}
     return Run(
         folder.name,
         {n: _read_summary(path, about.get("file_ending", "")) for n, path in finished.items()},
@@ -122,7 +122,7 @@ def _read_summary(path: Path, file_ending: str) -> pd.DataFrame:
     fold = path.parents[1]
     again = f"validate {fold.parent.name} fold {fold.name.removeprefix('fold_')} again: nnUNetv2_train … --val"
     with telling_damage(path, f"nnU-Net's Dice per case; {again}"):
-        rows = json.loads(path.read_text(encoding="utf-8"))["metric_per_case"]
+        rows = read_json(path, Summary, again)["metric_per_case"]
         # by label, not as text: 2 before 10
         keys = sorted(rows[0]["metrics"], key=lambda key: [*map(int, re.findall(r"\d+", key))])
         keys = [key for key in keys if key != BACKGROUND]

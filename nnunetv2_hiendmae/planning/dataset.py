@@ -22,14 +22,12 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.schemas import Fingerprint, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
 FINGERPRINT = "dataset_fingerprint.json"
 # in that file: written by `hiendmae preprocess` from images alone
 LABEL_FREE_KEY = "hiendmae_label_free"
-# what neither planning nor pretraining can do without; the second name is that of old datasets
-REQUIRED_KEYS = (("file_ending",), ("channel_names", "modality"))
-EXAMPLE_JSON = '{"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}'
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +86,7 @@ def read_raw_dataset(name: str) -> RawDataset:
         UserError: dataset.json is missing or incomplete, or there are no training images.
     """
     folder = nnunet_folder("nnUNet_raw") / name
-    dataset_json = _read_json(folder / "dataset.json")
+    dataset_json = read_dataset_json(folder)
     # nnU-Net changes what it is given
     listing = deepcopy(dataset_json)
     try:
@@ -118,19 +116,6 @@ def read_raw_dataset(name: str) -> RawDataset:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise UserError(f"cannot read {path}, which describes the dataset; write one, e.g. {EXAMPLE_JSON}") from e
-    except ValueError as e:
-        raise UserError(f"{path} is not valid JSON ({e}); mend it, see: python -m json.tool {path}") from e
-    for keys in REQUIRED_KEYS:
-        if not any(content.get(k) for k in keys):
-            raise UserError(f'{path} has no "{keys[0]}", which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}')
-    return content
-
-
 def is_ct(channel: str) -> bool:
     """Whether nnU-Net normalises a channel of that name as CT, so that a window in HU makes sense."""
     return get_normalization_scheme(channel).__name__ == CT_SCHEME
@@ -151,13 +136,23 @@ def check_labels(raw: RawDataset) -> None:
 def read_fingerprint(dataset_name: str, with_labels: bool = False) -> dict[str, Any] | None:
     """The fingerprint on disk; None when there is none, or a cut-short one (nnU-Net writes it in place). `with_labels`:
     one that was made without labels does not count.
+
+    Raises:
+        UserError: it is no fingerprint.
     """
     file = nnunet_folder("nnUNet_preprocessed") / dataset_name / FINGERPRINT
-    try:
-        fingerprint = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    if not file.exists() or (file.is_file() and _is_cut_short(file)):
         return None
+    fingerprint = read_json(file, Fingerprint, "delete it, it is made anew")
     return None if with_labels and fingerprint.get(LABEL_FREE_KEY) else fingerprint
+
+
+def _is_cut_short(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def extract_fingerprint(dataset_name: str, num_processes: int) -> None:

@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.schemas import Plans, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat
 
 CONFIGURATION = "3d_fullres"
@@ -85,8 +86,8 @@ def save_plans(plans: dict[str, Any]) -> Path:
 
 
 def read_plans(path: Path) -> dict[str, Any] | None:
-    """What a plans file holds; None where there is no file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """What a plans file holds; None where there is no file. Refuses what is no plans file (UserError)."""
+    return read_json(path, Plans, "restore it, or plan again under another name") if path.exists() else None
 
 
 def data_folder(path: Path) -> Path:
@@ -132,7 +133,7 @@ def _is_ours(path: Path, for_pretraining: bool) -> bool:
     try:
         plans = read_plans(path)
         network = plans["configurations"][CONFIGURATION]["architecture"]["network_class_name"]
-    except (ValueError, KeyError, TypeError):
+    except (UserError, KeyError):
         return False
     return not for_pretraining if PLANS_KEY in plans else network.startswith("nnunetv2_hiendmae.")
 

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
+from nnunetv2_hiendmae.schemas import Plans, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)
@@ -170,11 +171,12 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
     root = nnunet_folder("nnUNet_preprocessed") / name
     mend = f"run: hiendmae preprocess -d {name}"
     file = root / f"{plans_name}.json"
-    if not file.is_file():
-        plans = sorted(p.stem for p in root.glob("*.json") if "configurations" in p.read_text(encoding="utf-8"))
+    if not file.exists():
+        files = filter(Path.is_file, root.glob("*.json"))
+        plans = sorted(p.stem for p in files if b"configurations" in p.read_bytes())
         there = ", ".join(plans) or "none"
         raise UserError(f"no plans '{plans_name}' in {root} (there: {there}); {mend} -p {plans_name}")
-    plans = PlansManager(json.loads(file.read_text(encoding="utf-8")))
+    plans = PlansManager(read_json(file, Plans, f"delete it and {mend} -p {plans_name}"))
     if configuration not in plans.available_configurations:
         raise UserError(
             f"{plans_name} of {name} has no configuration '{configuration}' (there: "
@@ -208,8 +210,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
-    description = root / "dataset.json"
-    data = json.loads(description.read_text(encoding="utf-8")) if description.is_file() else {}
+    data = read_dataset_json(root) if (root / "dataset.json").exists() else {}
     schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
     names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
     known = VolumeFormat(

@@ -155,5 +155,5 @@ def test_a_written_split_is_read_again(tmp_path):
     split.write(tmp_path)
     assert Split.read(tmp_path) == split
     (tmp_path / "splits.json").write_text("[1]")
-    with pytest.raises(UserError, match=r"splits\.json.*list.*--name"):
+    with pytest.raises(UserError, match=r"splits\.json.*object.*--name"):
         Split.read(tmp_path)

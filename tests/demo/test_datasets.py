@@ -83,19 +83,20 @@ def test_unreadable_label(own_data):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"{", r"JSONDecodeError.* python -m json\.tool"),
-        (b"\xff\xfe", r"UnicodeDecodeError.* python -m json\.tool"),
-        (b"[]", "'list' object .* needed an object such as"),
+        (b"{", r"JSON.* python -m json\.tool"),
+        (b"\xff\xfe", r"JSON.* python -m json\.tool"),
+        (b"[]", r"object, got \[\].* needed an object such as"),
         (b'{"channel_names": {"0": "CT"}}', 'no "file_ending"'),
         (b'{"file_ending": ".nii.gz"}', 'no "channel_names"'),
-        (b'{"file_ending": ".nii.gz", "channel_names": {"0": "CT"}}', '"labels" of .* is None'),
+        (b'{"file_ending": ".nii.gz", "channel_names": {"0": "CT"}}', '"labels" of .* is {}'),
+        (b'{"file_ending": ".nii.gz", "channel_names": ["CT"]}', "channel_names: .*object, got "),
         # nnU-Net v1 had it the other way round
         (
             b'{"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"0": "background", "1": "a"}}',
-            "name -> value",
+            "labels.0.*integer, got 'background'",
         ),
         (b'{"file_ending": ".nii.gz", "modality": {"0": "CT"}, "labels": {"background": 0}}', "at least one more"),
-        (None, "IsADirectoryError.* needed an object such as"),
+        (None, "is no file; needed an object such as"),
     ],
 )
 def test_unusable_dataset_json(own_data, content, told):
@@ -118,7 +119,6 @@ def test_unusable_dataset_json(own_data, content, told):
         ({"modality": {"0": "Ct"}}, True),
         ({"modality": {"0": "MRI"}}, False),
         ({"channel_names": {"1": "CT"}}, False),
-        ({"channel_names": ["CT"]}, False),
     ],
 )
 def test_first_channel_is_ct(own_data, channels, ct):

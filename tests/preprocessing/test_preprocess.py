@@ -561,7 +561,7 @@ def test_unreadable_datasets(nnunet):
     with pytest.raises(UserError, match=r"dataset\.json .*json\.tool"):
         run(1)
     (nnunet.raw / name / "dataset.json").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*dataset\.json"):
+    with pytest.raises(UserError, match=r"dataset\.json is missing"):
         run(1)
     with pytest.raises(UserError, match=f"'7'.*{name}"):
         run(7)
