@@ -1,6 +1,9 @@
-"""Where nnU-Net's folders and our trainers are. Imports nothing heavy: `hiendmae env` answers at once."""
+"""Where nnU-Net's folders and our trainers are, and how workers end. Imports nothing heavy: `hiendmae env`
+answers at once."""
 
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 from nnunetv2_hiendmae.errors import UserError
@@ -24,6 +27,18 @@ def with_discovery(current: str | None) -> str:
 def enable_discovery() -> None:
     """Lets nnU-Net commands started from this process find our trainers."""
     os.environ[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
+
+
+def end_with_parent() -> None:
+    """Lets this process, a worker, end at once when the one that started it is killed, also in the midst of work."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def nnunet_folder(variable: str) -> Path:

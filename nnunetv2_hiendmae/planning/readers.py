@@ -1,10 +1,11 @@
-"""Which of nnU-Net's readers turns the images of a dataset into arrays: one choice, which fingerprint, plans, checks and
-preprocessing share. It decides the orientation of the arrays."""
+"""Which of nnU-Net's readers turns the images of a dataset into arrays: one choice, which fingerprint, plans, checks
+and preprocessing share. It decides the orientation of the arrays."""
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -14,8 +15,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning.dataset import RawDataset
 
 NNUNETS_CHOICE = "auto"
-# of nnU-Net's readers, each the same arrays: the first of two also reads oblique and sheared files, the second more file
-# endings and (X, Y, Z, 1)
+# whose arrays are the same: the first of two also reads sheared files, the second more file endings and (X, Y, Z, 1)
 _REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 _AS_STORED = ("NibabelIO", "SimpleITKIO")
 READER_KEY = "overwrite_image_reader_writer"
@@ -23,6 +23,10 @@ READER_KEY = "overwrite_image_reader_writer"
 Reader = type[BaseReaderWriter]
 
 logger = logging.getLogger(__name__)
+
+
+class BrokenCaseError(Exception):
+    """One case cannot be used; the message is the reason, in one line. The others go on."""
 
 
 def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None = None) -> Reader:
@@ -74,7 +78,28 @@ def find_reader(name: str) -> Reader:
         raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json") from e
 
 
-def told_who_reads(reader: Reader, images: Sequence[str]) -> str:
+@contextmanager
+def naming_reason(reader: Reader, images: Sequence[str]) -> Iterator[io.StringIO]:
+    """Whatever goes wrong inside, where `reader` reads `images`, becomes a BrokenCaseError with a one-line reason;
+    nothing is printed. Hands out what would have been."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+            # of every case, not only of the first
+            warnings.simplefilter("always")
+            yield printed
+    except BrokenCaseError:
+        raise
+    except MemoryError as e:
+        raise BrokenCaseError("not enough memory; run again with fewer processes: -np 1") from e
+    except Exception as e:
+        # nnU-Net's readers print what is wrong and raise without a message; SimpleITK's last line is the telling one
+        said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
+        reason = said[-1].strip() if said else type(e).__name__
+        raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images)}") from e
+
+
+def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
     """What to add to the reason why `reader` cannot read a case: the reader that can, if there is one."""
     others = (*map(find_reader, _twins(reader.__name__)), *LIST_OF_IO_CLASSES)
     for other in others:

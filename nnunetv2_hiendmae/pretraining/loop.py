@@ -27,7 +27,14 @@ from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, dra
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.views import step_keys
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches, warn_if_padded
+from nnunetv2_hiendmae.training.volumes import (
+    CaseSet,
+    SampleDataset,
+    check_crop_size,
+    find_cases,
+    load_batches,
+    warn_if_padded,
+)
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -127,6 +134,7 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
         "precision": run.choose_precision(options.precision, options.device),
     }
     settings = PretrainSettings(**values)
+    check_crop_size(data.cases, settings.spec.img_size)
     with torch.device("meta"):
         # what cannot be built is told before anything is written
         settings.build_method()
