@@ -134,7 +134,8 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
         "precision": run.choose_precision(options.precision, options.device),
     }
     settings = PretrainSettings(**values)
-    check_crop_size(data.cases, settings.spec.img_size)
+    if options.crop_size:
+        check_crop_size(data.cases, options.crop_size)
     with torch.device("meta"):
         # what cannot be built is told before anything is written
         settings.build_method()

@@ -251,7 +251,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
-    data = read_dataset_json(root) if (root / "dataset.json").exists() else {}
+    data = read_dataset_json(root, for_images=False) if (root / "dataset.json").exists() else {}
     schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
     names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
     known = VolumeFormat(
