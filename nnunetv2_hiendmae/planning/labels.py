@@ -62,11 +62,10 @@ def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> 
             faults = pool.map(check, raw.labels.values())
     else:
         faults = list(map(check, raw.labels.values()))
+    verify = f"nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)} --verify_dataset_integrity"
     if faults := [fault for fault in faults if fault]:
-        told = some(faults, separator="; ")
-        raise UserError(
-            f"labels of {raw.name} do not fit its dataset.json: {told}; relabel them or name the values there"
-        )
+        told = f"labels of {raw.name} do not fit its dataset.json: {some(faults, separator='; ')}"
+        raise UserError(f"{told}; relabel or mend them, or name the values there, then run: {verify}")
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
     try:
         with prints_to_log():
@@ -81,11 +80,8 @@ def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> 
                 raise
         reason = (str(e).splitlines() or [type(e).__name__])[-1]
         faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
-        told = some(faults, separator="; ") or reason
-        raise UserError(
-            f"nnU-Net cannot read {raw.name} with {reader.__name__}: {told}; mend them, or run: "
-            f"nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)} --verify_dataset_integrity"
-        ) from e
+        told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
+        raise UserError(f"{told}; mend them, or run: {verify}") from e
 
 
 def _label_fault(reader: Reader, known: frozenset[int], file: str) -> str:

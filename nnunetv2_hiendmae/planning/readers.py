@@ -79,9 +79,9 @@ def find_reader(name: str) -> Reader:
 
 
 @contextmanager
-def naming_reason(reader: Reader, images: Sequence[str]) -> Iterator[io.StringIO]:
-    """Whatever goes wrong inside, where `reader` reads `images`, becomes a BrokenCaseError with a one-line reason;
-    nothing is printed. Hands out what would have been."""
+def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> Iterator[io.StringIO]:
+    """Whatever goes wrong inside becomes a BrokenCaseError with a one-line reason, and with the reader that reads
+    `images` where `reader` cannot; nothing is printed. Hands out what would have been."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
@@ -96,7 +96,7 @@ def naming_reason(reader: Reader, images: Sequence[str]) -> Iterator[io.StringIO
         # nnU-Net's readers print what is wrong and raise without a message; SimpleITK's last line is the telling one
         said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
         reason = said[-1].strip() if said else type(e).__name__
-        raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images)}") from e
+        raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images) if reader else ''}") from e
 
 
 def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:

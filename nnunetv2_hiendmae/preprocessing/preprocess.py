@@ -182,7 +182,9 @@ def _told_settings(raw: RawDataset, volume: VolumeFormat, options: PreprocessOpt
     whose = f"{like}'s recipe" if like in RECIPES else f"as {like} says"
     spacing, window = volume.spacing_mm, volume.window_hu
     # what it is, whether it was given, whether it comes from `like`
-    facts = [(f"spacing {_shown(spacing) if spacing else 'the median'} mm (D H W)", options.spacing_mm, spacing)]
+    facts = [
+        (f"spacing {_shown(spacing)} mm (D H W)" if spacing else "the median spacing", options.spacing_mm, spacing)
+    ]
     if any(map(is_ct, raw.channels)):
         told = "window {:g} to {:g} HU".format(*window) if window else "window of the dataset"
         facts.append((told, options.window_hu, window))

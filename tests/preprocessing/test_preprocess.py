@@ -721,7 +721,7 @@ def test_volumes_smaller_than_half_a_target_voxel(nnunet, mm):
     [
         ({}, ["spacing 1.5 1.5 1.5 mm (D H W) (hiendmae's recipe)", "window -175 to 250 HU (hiendmae's recipe)"]),
         ({"spacing_mm": (3, 3, 3), "window_hu": (0, 9)}, ["3 3 3 mm (D H W) (given)", "window 0 to 9 HU (given)"]),
-        ({"like": "mim"}, ["spacing the median mm (D H W) (nnU-Net's rule)", "-1000 to 1000 HU (mim's recipe)"]),
+        ({"like": "mim"}, ["the median spacing (nnU-Net's rule)", "-1000 to 1000 HU (mim's recipe)"]),
     ],
 )
 def test_settings_are_told_before_work(nnunet, caplog, monkeypatch, settings, told):
