@@ -21,8 +21,8 @@ _OPEN = ConfigDict(extra="allow")
 CLOSED = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Positive = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
-Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]
-Shape = Annotated[list[PositiveInt], Field(min_length=2, max_length=3)]
+Spacing = Annotated[list[Positive], Field(min_length=3, max_length=3)]
+Shape = Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
 Names = Annotated[dict[str, str], Field(min_length=1)]
 # nnU-Net takes digits for a number as well
 Label = int | Annotated[str, Field(pattern=r"^\d+$")]
@@ -71,8 +71,9 @@ class Configuration(TypedDict):
     inherits_from: NotRequired[str]
     data_identifier: NotRequired[Annotated[str, Field(pattern=r"^[^/\\]+$")]]
     batch_size: NotRequired[PositiveInt]
-    patch_size: NotRequired[Shape]
-    spacing: NotRequired[Spacing]
+    # two numbers where it is 2D
+    patch_size: NotRequired[Annotated[list[PositiveInt], Field(min_length=2, max_length=3)]]
+    spacing: NotRequired[Annotated[list[Positive], Field(min_length=2, max_length=3)]]
     normalization_schemes: NotRequired[list[str]]
     use_mask_for_norm: NotRequired[list[bool]]
     architecture: NotRequired[_Architecture]

@@ -145,11 +145,12 @@ def quicken_nnunet() -> None:
     Fingerprints are made of 10^4 voxels instead of 10^8, files are listed without forking twelve processes, and a pool
     that this process needs for a fingerprint is forked from the server.
     """
-    _work_little()
+    work_little()
     fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: SERVER)
 
 
-def _work_little() -> None:
+def work_little() -> None:
+    """Fingerprints of few voxels, and files listed without processes, from here on."""
     extractor = fingerprint_extractor.DatasetFingerprintExtractor
     original = extractor.__init__
 
@@ -199,7 +200,7 @@ def _fork_instead_of_spawning() -> None:
     torch.set_num_threads = lambda _: None
     # a thread that would redraw idle bars
     tqdm.tqdm.monitor_interval = 0
-    _work_little()
+    work_little()
     fork = multiprocessing.get_context("fork")
     multiprocessing.set_start_method("fork", force=True)
     multiprocessing.get_context = lambda _=None: fork

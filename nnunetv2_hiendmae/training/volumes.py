@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nnunetv2_hiendmae.environment import dataset_name, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
 from nnunetv2_hiendmae.schemas import Plans, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -223,6 +224,12 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
             f"{plans_name} of {name} has no configuration '{configuration}' (there: "
             f"{', '.join(plans.available_configurations)}); choose with -c"
         )
+    with telling_damage(file, f"all keys of nnU-Net's plans; delete it and {mend} -p {plans_name}"):
+        return _cases_of(root, plans, configuration)
+
+
+def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
+    name, plans_name, mend = root.name, plans.plans_name, f"run: hiendmae preprocess -d {root.name}"
     manager = plans.get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise UserError(
