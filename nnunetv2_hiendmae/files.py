@@ -2,6 +2,7 @@
 run holds. Imports nothing heavy."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -24,24 +25,66 @@ DATA_KEY = "data_sha256"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Hands out a temporary path beside `path`; on success it takes `path`'s place, on failure it is removed.
+def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
+    """Hands out a temporary path beside `path`; on success it takes `path`'s place, on failure it is removed. What
+    processes that were killed left beside `path` is removed too. `new`: never replaces a file, not even one that
+    another process made in the meantime.
 
     Raises:
-        UserError: the disk is full, the folder is not writable, or `path` is a device, pipe or socket; what stood at
-            `path` is untouched.
+        UserError: the disk is full, the folder is not writable, `path` is a device, pipe or socket, or `new` and
+            there; what stood at `path` is untouched.
     """
     path = Path(path)
     check_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with telling_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         try:
             yield temporary
             _flush(temporary)
-            temporary.replace(path)
+            if new:
+                _put_new(temporary, path)
+            else:
+                temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporaries of a file whose process is dead."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = temporary.name.split(".")[-2]
+        # one of a process on another machine goes too: then that one's write fails, and says so
+        if process.isdigit() and not _is_alive(int(process)):
+            temporary.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        # signal 0 only asks; elsewhere it would end the process
+        if os.name == "posix":
+            os.kill(process, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def _put_new(temporary: Path, path: Path) -> None:
+    """Gives a file its name, unless there is one of that name: in one step, which only a second name is."""
+    try:
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            raise
+        except OSError:
+            # a disk without second names: an empty file keeps the place for a moment
+            path.touch(exist_ok=False)
+            temporary.replace(path)
+    except FileExistsError as e:
+        raise UserError(f"{path} was made by another process in the meantime; give another name") from e
 
 
 def check_replaceable(path: Path) -> None:

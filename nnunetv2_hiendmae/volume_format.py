@@ -1,12 +1,14 @@
 """How an image becomes an array: the one description that plans, encoder files, runs and pictures share."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 
 # nnU-Net's name of the scheme that a window in HU belongs to
 CT_SCHEME = "CTNormalization"
@@ -41,9 +43,10 @@ class VolumeFormat:
         orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
 
     Raises:
-        ValueError: a field is not of its kind; the message names it.
+        ValueError: a number is impossible; the message names it.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     spacing_mm: tuple[float, float, float] | None = None
     window_hu: tuple[float, float] | None = None
     image_reader_writer: str | None = None
@@ -56,7 +59,8 @@ class VolumeFormat:
     def __post_init__(self):
         for name, (fits, needed) in _CHECKS.items():
             value = getattr(self, name)
-            if not fits(value):
+            numbers = np.ravel(() if value is None else value).tolist()
+            if numbers and not (all(map(math.isfinite, numbers)) and fits(*numbers)):
                 raise ValueError(f"{name} is {value!r}, needed {needed}")
             if name in ("spacing_mm", "window_hu") and value is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
@@ -105,6 +109,37 @@ class VolumeFormat:
             return values
         return values * self.ct_statistics["std"] + self.ct_statistics["mean"]
 
+    @classmethod
+    def of_plans(cls, plans: dict[str, Any], configuration: dict[str, Any], dataset: dict[str, Any]) -> "VolumeFormat":
+        """What nnU-Net does with plans, one of their configurations (without `inherits_from`), and a dataset.json, of
+        which only the names of the channels are used, if it has some.
+
+        Raises:
+            ValueError: CT channels are normalised differently, or without statistics.
+        """
+        schemes, reader = tuple(configuration["normalization_schemes"]), plans["image_reader_writer"]
+        names = (dataset.get("channel_names") or dataset.get("modality") or {}).values() or range(len(schemes))
+        known = cls(
+            tuple(configuration["spacing"]),
+            image_reader_writer=reader,
+            normalization_schemes=schemes,
+            channel_names=tuple(map(str, names)),
+            orientation=f"as {reader} reads it",
+        )
+        keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
+        properties = plans["foreground_intensity_properties_per_channel"]
+        channels = [properties.get(str(i), {}) for i in range(len(schemes)) if known.is_ct(i)]
+        if any(set(keys) - set(channel) for channel in channels):
+            raise ValueError(f"a CT channel has no {', '.join(keys)}")
+        stats = {tuple(float(channel[k]) for k in keys) for channel in channels}
+        if not stats:
+            return known
+        if len(stats) > 1:
+            raise ValueError("CT channels were normalised differently")
+        low, high, offset, std = stats.pop()
+        # the floor is CTNormalization's
+        return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+
     def to_dict(self) -> dict[str, Any]:
         """What decides the arrays, for classifier files and the digest of a run's data; tuples stay tuples."""
         return {key: getattr(self, key) for key in _KEYS}
@@ -114,29 +149,15 @@ class VolumeFormat:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError, TypeError: see the class; unknown keys.
+            ValueError: see the class; unknown keys, or a value of another type.
         """
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k not in _DERIVED})
+        return validated(cls, json.dumps({k: v for k, v in data.items() if k not in _DERIVED}))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _are_numbers(values: Any, count: int) -> bool:
-    return isinstance(values, tuple | list) and len(values) == count and all(map(_is_number, values))
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, tuple) and all(isinstance(v, str) for v in values)
-
-
-# of each field: what holds for it, and that in words
+# of each field that is numbers, if there are any: what holds for them, and that in words
 _CHECKS = {
-    "spacing_mm": (lambda v: v is None or (_are_numbers(v, 3) and min(v) > 0), "three positive numbers (D H W)"),
-    "window_hu": (lambda v: v is None or (_are_numbers(v, 2) and v[0] < v[1]), "two numbers LO < HI"),
-    **dict.fromkeys(("intensity_offset", "intensity_scale"), (lambda v: v is None or _is_number(v), "a finite number")),
-    **dict.fromkeys(("normalization_schemes", "channel_names"), (_are_texts, "a list of texts")),
-    "image_reader_writer": (lambda v: v is None or isinstance(v, str), "text or None"),
-    "orientation": (lambda v: isinstance(v, str), "text"),
+    "spacing_mm": (lambda *size: len(size) == 3 and min(size) > 0, "three positive numbers (D H W)"),
+    "window_hu": (lambda *ends: len(ends) == 2 and ends[0] < ends[1], "two numbers LO < HI"),
+    "intensity_offset": (lambda _: True, "a finite number"),
+    "intensity_scale": (lambda scale: scale > 0, "a positive number"),
 }

@@ -1,10 +1,15 @@
 """What an encoder is: one frozen, self-validating description, stored in weights and in plans."""
 
+import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 
 POSITION_KINDS = ("sincos", "learned")
+# no number of an encoder comes near it, and products of a few such numbers are still numbers
+_LARGEST = 2**31
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
@@ -50,6 +55,7 @@ class EncoderSpec:
         ValueError: a field contradicts another; the message names both.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     img_size: tuple[int, int, int]
     patch_size: tuple[int, int, int]
     embed_dim: int
@@ -93,6 +99,7 @@ class EncoderSpec:
         require(whole, f"img_size {self.img_size} is not divisible by patch_size {self.patch_size}")
         counts = (self.in_channels, self.depth, self.embed_dim, self.num_heads)
         require(min(counts) >= 1, "in_channels, depth, embed_dim and num_heads must be at least 1")
+        require(max(*counts, *self.img_size) <= _LARGEST, f"a size is more than {_LARGEST}, which no encoder has")
         whole = self.embed_dim % self.num_heads == 0
         require(whole, f"embed_dim {self.embed_dim} is not divisible by num_heads {self.num_heads}")
         inside = all(0 <= t < self.depth for t in self.taps)
@@ -132,12 +139,6 @@ class EncoderSpec:
         """Inverse of `to_dict`.
 
         Raises:
-            ValueError: unknown or missing fields.
+            ValueError: unknown or missing fields, or a value of another type.
         """
-        known = {f.name for f in fields(cls)}
-        if unknown := set(data) - known:
-            raise ValueError(f"unknown encoder fields {sorted(unknown)}, known are {sorted(known)}")
-        try:
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
-        except TypeError as e:
-            raise ValueError(f"incomplete encoder description: {e}") from e
+        return validated(cls, json.dumps(data))

@@ -9,9 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -21,9 +23,11 @@ from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.options.commands import CROPS, RESIZE
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.weights.adapt import check_size
 
 logger = logging.getLogger(__name__)
 
@@ -225,6 +229,7 @@ class ClassifierMetadata:
     citations: tuple[str, ...]
     epoch: int = 0
     version: str = ""
+    __pydantic_config__: ClassVar = CLOSED
 
     def to_json(self) -> str:
         """As stored in the file's header."""
@@ -235,13 +240,12 @@ class ClassifierMetadata:
         """Inverse of `to_json`.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: not the JSON of a classifier.
+            ValueError: not the JSON of a classifier.
         """
-        data = json.loads(text)
-        inputs, volumes = Inputs(**data["inputs"]), VolumeFormat.from_dict(data["volumes"])
-        as_tuples = {name: tuple(data[name]) for name in ("classes", "citations")}
-        spec = EncoderSpec.from_dict(data["spec"])
-        return cls(**{**data, **as_tuples, "spec": spec, "inputs": inputs, "volumes": volumes})
+        data = from_json(text)
+        if not isinstance(data, dict) or not isinstance(data.get("volumes"), dict):
+            raise ValueError("no description of a classifier")
+        return validated(cls, json.dumps({**data, "volumes": asdict(VolumeFormat.from_dict(data["volumes"]))}))
 
 
 def save_classifier(path: Path, network: Classifier, metadata: ClassifierMetadata) -> None:
@@ -269,9 +273,12 @@ def load_classifier(path: Path) -> tuple[Classifier, ClassifierMetadata]:
         with safe_open(path, "pt") as f:
             metadata = ClassifierMetadata.from_json((f.metadata() or {})[METADATA_KEY])
             state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        check_size(metadata.spec, state)
+        if metadata.inputs.size != metadata.spec.img_size:
+            raise ValueError(f"inputs.size {metadata.inputs.size} is not spec.img_size {metadata.spec.img_size}")
         network = build_classifier(metadata.spec, len(metadata.classes), metadata.pool)
         network.load_state_dict(state)
-    except (SafetensorError, KeyError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as e:
+    except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as e:
         reason = str(e).partition("\n")[0]
         raise UserError(f"{path} is not a readable classifier ({reason}); train anew: hiendmae classify train") from e
     return network.eval(), metadata

@@ -17,6 +17,7 @@ HELP = "say what a file is and whether it would load: encoder file, checkpoint o
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--check", action="store_true", help="exit with 2 if the file would not load")
     add_options(parser, ConvertOptions)
 
 
@@ -27,6 +28,8 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(about, default=lambda report: report.to_dict(), indent=2))
     else:
         print("\n".join(f"{k}: {_text(v)}" for k, v in about.items()))
+    if args.check and any(part.get("loads") == "no" for part in (about, *about.values()) if isinstance(part, dict)):
+        raise UserError(f"{args.file} would not load: it says above what is needed")
 
 
 def _text(value: Any) -> str:
@@ -54,13 +57,20 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
     from nnunetv2_hiendmae.weights.convert import is_run_checkpoint, translate_checkpoint
     from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY
+    from nnunetv2_hiendmae.weights.nnunet import TRAINER, is_nnunet_checkpoint
 
     content, header = read_checkpoint(path)
     if METADATA_KEY in header:
         translated = translate_checkpoint(path, options)
         about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
         return {**about, **json.loads(translated.metadata.to_json())}
-    about, next_step = _own(path, content) if is_run_checkpoint(content) else _foreign(path, content, options)
+    if is_run_checkpoint(content):
+        about, next_step = _own(path, content)
+    elif is_nnunet_checkpoint(content):
+        about = {"kind": "nnU-Net checkpoint", "trainer": str(content[TRAINER])}
+        next_step = shlex.join(["hiendmae", "convert", str(path), "-o", ENCODER])
+    else:
+        about, next_step = _foreign(path, content, options)
     try:
         translated = translate_checkpoint(path, options)
     except UserError as e:

@@ -192,6 +192,12 @@ class ConvertOptions(CommandOptions):
         metavar=_DHW,
         at_least=1,
     )
+    patch_size: tuple[int, int, int] | None = option(
+        None,
+        "voxels of a patch, in the same order (default: as its kernel is; where that is a matrix, a cube)",
+        metavar=_DHW,
+        at_least=1,
+    )
     axes: str | None = option(
         None,
         "order of its arrays; xyz is permuted to nnU-Net's z y x (default: xyz for the authors' files hiendmae, "
@@ -204,10 +210,11 @@ class ConvertOptions(CommandOptions):
     )
 
     def __post_init__(self):
-        if self.img_size is not None:
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-            if len(self.img_size) != 3:
-                raise UserError(f"--img-size is {self.img_size}, needed three numbers D H W")
+        for name in ("img_size", "patch_size"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(size))
+                if len(size) != 3:
+                    raise UserError(f"--{name.replace('_', '-')} is {size}, needed three numbers D H W")
         super().__post_init__()
 
     def said(self) -> dict[str, Any]:

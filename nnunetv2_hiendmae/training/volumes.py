@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -259,28 +259,10 @@ def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
 
 def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManager) -> VolumeFormat:
     data = read_dataset_json(root, for_images=False) if (root / "dataset.json").exists() else {}
-    schemes, reader = tuple(manager.normalization_schemes), plans.plans["image_reader_writer"]
-    names = (data.get("channel_names") or data.get("modality") or {}).values() or range(len(schemes))
-    known = VolumeFormat(
-        tuple(manager.spacing),
-        image_reader_writer=reader,
-        normalization_schemes=schemes,
-        channel_names=tuple(map(str, names)),
-        orientation=f"as {reader} reads it",
-    )
-    keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
-    properties = plans.foreground_intensity_properties_per_channel
-    stats = {tuple(float(properties[str(i)][k]) for k in keys) for i in range(len(schemes)) if known.is_ct(i)}
-    if not stats:
-        return known
-    if len(stats) > 1:
-        raise UserError(
-            f"the CT channels of {root.name} were normalised differently by {plans.plans_name}; run: hiendmae "
-            f"preprocess -d {root.name}"
-        )
-    low, high, offset, std = stats.pop()
-    # the floor is CTNormalization's
-    return replace(known, window_hu=(low, high), intensity_offset=offset, intensity_scale=max(std, 1e-8))
+    try:
+        return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
+    except ValueError as e:
+        raise UserError(f"{e} in {root.name} by {plans.plans_name}; run: hiendmae preprocess -d {root.name}") from e
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:

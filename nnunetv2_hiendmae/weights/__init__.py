@@ -5,6 +5,7 @@ from nnunetv2_hiendmae.weights.adapt import permute_axes
 from nnunetv2_hiendmae.weights.convert import convert_checkpoint, translate_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import (
     EncoderMetadata,
+    check_encoder_file,
     load_encoder,
     load_into,
     load_report,
@@ -13,5 +14,6 @@ from nnunetv2_hiendmae.weights.encoder_file import (
 )
 from nnunetv2_hiendmae.weights.report import LoadReport
 
-__all__ = ["ConvertOptions", "EncoderMetadata", "LoadReport", "convert_checkpoint", "load_encoder", "load_into"]
-__all__ += ["load_report", "permute_axes", "read_metadata", "save_encoder", "translate_checkpoint"]
+__all__ = ["ConvertOptions", "EncoderMetadata", "LoadReport", "check_encoder_file", "convert_checkpoint"]
+__all__ += ["load_encoder", "load_into", "load_report", "permute_axes", "read_metadata", "save_encoder"]
+__all__ += ["translate_checkpoint"]

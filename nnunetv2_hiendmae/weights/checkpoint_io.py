@@ -1,6 +1,7 @@
 """Reading files that others made: nothing in them is ever executed, and no tensor is read before it is needed."""
 
 import argparse
+import hashlib
 import pickle
 import re
 import zipfile
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -19,16 +21,49 @@ _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
 SAFETENSORS = ".safetensors"
+# where the header of our files has the sha256 of the whole file, and what stands there while it is computed
+DIGEST_KEY, NO_DIGEST = "hiendmae_sha256", "0" * 64
 _PICKLE_START = b"\x80"
 _ZIP_START = b"PK\x03\x04"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class _NumpyType:
+    """Stands for `numpy.dtype`: keeps what a file says, and asks numpy for nothing."""
+
+    def __init__(self, code: str, *_: Any):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple):
+        self.order = state[1]
+
+
+def _numpy_scalar(kind: _NumpyType, content: bytes) -> Any:
+    """Stands for numpy's function of this name: a number or text, as Python's; ValueError for any other type."""
+    if not re.fullmatch(r"[biufcSU]\d{1,4}", kind.code) or kind.order not in "=<>|":
+        raise ValueError(f"a numpy scalar of type {printable(kind.code)}, which no weights need")
+    return np.frombuffer(content, f"{kind.order}{kind.code}", count=1)[0].item()
+
+
+def _called(stand_in: Any, name: str) -> Any:
+    """A stand-in under the name that files call it by."""
+    stand_in.__module__, _, stand_in.__qualname__ = name.rpartition(".")
+    return stand_in
+
+
+# numpy's scalars, which many programs save beside weights; the function's name in numpy 1 and in 2
+_NUMPY = [_called(_NumpyType, "numpy.dtype")]
+_NUMPY += [
+    _called(lambda kind, content: _numpy_scalar(kind, content), f"numpy.{core}.multiarray.scalar")
+    for core in ("core", "_core")
+]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Content of a PyTorch or safetensors file, and the text metadata of the latter.
 
     Zip files and safetensors are mapped into memory: their tensors take none until they are used. Pickles may hold
-    tensors, plain containers and `argparse.Namespace`, nothing else.
+    tensors, plain containers, numpy's scalars and `argparse.Namespace`, nothing else.
 
     Raises:
         UserError: no such file, damaged, of no such kind, or it asks for code to be run.
@@ -43,14 +78,30 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return read_safetensors(path)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, which are mapped, and text metadata; refuses what is damaged or of another kind (UserError)."""
+def read_safetensors(path: Path, *, check_digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, which are mapped, and text metadata; refuses what is damaged or of another kind (UserError).
+    `check_digest`: reads the whole file, where one of ours says what its digest is."""
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+            header = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+        if check_digest and DIGEST_KEY in header:
+            _check_digest(path, header[DIGEST_KEY])
     except (SafetensorError, ValueError, OSError) as e:
         told = f"{path} is not a readable safetensors file ({_one_line(e)}); download or write it again"
         raise UserError(told) from e
+    return tensors, header
+
+
+def _check_digest(path: Path, stored: str) -> None:
+    with path.open("rb") as f:
+        size = f.read(8)
+        header = f.read(int.from_bytes(size, "little"))
+        digest = hashlib.sha256(size + header.replace(stored.encode(), NO_DIGEST.encode(), 1))
+        while block := f.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != stored:
+        raise ValueError("its bytes are not those that were written: their digest differs")
 
 
 def check_source(path: Path) -> None:
@@ -62,7 +113,7 @@ def check_source(path: Path) -> None:
 def _read_pickle(path: Path) -> dict[str, Any]:
     try:
         # the authors' training arguments: a plain record, which runs nothing of its own
-        with torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as f:
+        with torch.serialization.safe_globals([argparse.Namespace, *_NUMPY]), path.open("rb") as f:
             # torch decides by the name of a path, and maps nothing but paths
             source = f if path.suffix == SAFETENSORS else path
             mapped = source is path and _can_be_mapped(path)

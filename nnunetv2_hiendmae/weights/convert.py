@@ -1,32 +1,47 @@
 """A checkpoint of anyone's → an encoder file, once, at the border: what `hiendmae convert` does."""
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from pydantic import ConfigDict
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.schemas import read_as
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
+from nnunetv2_hiendmae.weights.nnunet import NETWORK, is_nnunet_checkpoint, nnunet_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport
 from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 
 ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
+NNUNET_CHECKPOINT = "nnunet"
 # whose recipe weights get that nobody says more of
 DEFAULT_METHOD = "mae3d"
+
+
+class _RunSettings(TypedDict):
+    """What is needed of a run's settings."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    method: str
+    spec: EncoderSpec
+
+
 _TEACHER_NOTE = "weights of the momentum teacher"
 
 
@@ -35,7 +50,7 @@ class Conversion:
     """An encoder out of any file.
 
     Args:
-        format: name of the file's format, "encoder" or "run" for ours.
+        format: name of the file's format, "encoder" or "run" for ours, "nnunet" for a fine-tuned network's.
         state: its tensors by our names; unchanged ones are views of the file.
         report: of every tensor of the file, and of the encoder or the exported names.
         path: what was written, None for nothing.
@@ -75,11 +90,11 @@ def convert_checkpoint(
     _check_output(source, output, force)
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        report, notes = export_encoder(output, to, done.state, done.metadata, done.report)
+        report, notes = export_encoder(output, to, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
         raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
-    encoder_file.save_encoder(output, done.state, done.metadata)
+    encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 
 
@@ -92,13 +107,15 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
     source, options = Path(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
-        if stored := header_metadata(header, encoder_file.METADATA_KEY, source):
+        if stored := header_metadata(header, encoder_file.METADATA_KEY, source, content):
             _refuse(options)
             translation = translate_own(content, "", stored.spec)
             return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
         if is_run_checkpoint(content):
             return _translate_run(content, source, options)
-        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source), source, options)
+        if is_nnunet_checkpoint(content):
+            return _translate_nnunet(content, source, options)
+        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source, content), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
@@ -133,23 +150,21 @@ def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOpt
     return Conversion(RUN_CHECKPOINT, translation.state, metadata, translation.report(content, (STATE,)))
 
 
+def _translate_nnunet(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Conversion:
+    _refuse(options)
+    metadata = nnunet_metadata(content, source, DEFAULT_METHOD)
+    translation = translate_own(content[NETWORK], "encoder.", metadata.spec)
+    return Conversion(NNUNET_CHECKPOINT, translation.state, metadata, translation.report(content, (NETWORK,)))
+
+
 def _run_metadata(source: Path) -> EncoderMetadata:
     """What the run of a checkpoint knows about its encoder: from the encoder file beside it, which says what images it
     saw, or from its settings alone."""
     settings_file, exported = source.with_name(SETTINGS), source.with_name(ENCODER)
-    try:
-        settings = json.loads(settings_file.read_text(encoding="utf-8"))
-        method, spec = settings["method"], EncoderSpec.from_dict(settings["spec"])
-        metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
-    except OSError as e:
-        raise UserError(
-            f"{source} is a checkpoint of hiendmae pretrain, but there is no {settings_file} beside it; "
-            "keep the two in one folder"
-        ) from e
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
-        raise UserError(
-            f"{settings_file} is damaged ({printable(e, LONGEST_ERROR)}); restore it or use the run's {ENCODER}"
-        ) from e
+    mend = f"keep it beside {source}, a checkpoint of hiendmae pretrain, or use the run's {ENCODER}"
+    settings = read_as(settings_file, _RunSettings, mend)
+    method, spec = settings["method"], settings["spec"]
+    metadata = EncoderMetadata(spec, method, citations=RECIPES[method].citations if method in RECIPES else ())
     seen = encoder_file.read_metadata(exported) if exported.is_file() else metadata
     return seen if (seen.method, seen.spec) == (method, spec) else metadata
 
@@ -205,6 +220,8 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
     xyz, guessed = options.axes == "xyz", options.img_size is None
     released = f"{entry.name} encoders of width {width} that were released have"
     heads, depth = entry.sizes.get(width, (spec.num_heads, spec.depth))
+    # what the format's program, data-parallel training and compilation put before names
+    own_prefix = re.sub(r"module\.|_orig_mod\.", "", found.prefix).removesuffix(entry.prefix)
     theirs = ", although those of its authors are (x, y, z)" if entry.axes == "xyz" else ""
     # sentence → whether it is true
     notes = {
@@ -226,6 +243,7 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
         f"what its {spec.in_channels} input channels were is not known: a dataset must have as many, in that order": (
             spec.in_channels > 1
         ),
+        f"the encoder's names had the prefix {printable(found.prefix)}": bool(own_prefix),
         entry.lookalikes: bool(entry.lookalikes) and options.format is None,
         _TEACHER_NOTE: found.path[-1:] == ("teacher",),
     }

@@ -1,34 +1,30 @@
 """`encoder.safetensors`, the only weights that fine-tuning reads, and what it says about its encoder."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic_core import from_json
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
-from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.files import replacing
+from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
-from nnunetv2_hiendmae.weights.checkpoint_io import read_safetensors
+from nnunetv2_hiendmae.weights.adapt import adapt_state, check_size, expected_tensors, mismatch
+from nnunetv2_hiendmae.weights.checkpoint_io import DIGEST_KEY, NO_DIGEST, check_finite, read_safetensors
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 METADATA_KEY = "hiendmae"
 # what the format calls a number type, in the order in which its own writer puts tensors into the file: wide ones first
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES |= {torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-# what each field is, besides the spec and the volume
-_KINDS = {
-    **dict.fromkeys(("method", "licence", "version"), (str, "text")),
-    **dict.fromkeys(("source", "source_sha256"), (str | None, "text or None")),
-    **dict.fromkeys(("citations", "notes"), (tuple, "a list of texts")),
-    "training": (dict | None, "a dictionary or None"),
-}
 # of the JSON form, in the order in which files of 0.1 have them; those of the volume stand among the others
 _KEYS = (
     *("spec", "method", "spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer"),
@@ -48,11 +44,9 @@ class EncoderMetadata:
         source, source_sha256: name and digest of the foreign file it was converted from.
         training: steps, number of cases and settings of the run, for the record.
         notes: what else a reader should know, e.g. about the order of axes; a sentence each.
-
-    Raises:
-        ValueError: a field is not of its kind; the message names it.
     """
 
+    __pydantic_config__: ClassVar = CLOSED
     spec: EncoderSpec
     method: str
     volume: VolumeFormat = VolumeFormat()
@@ -63,15 +57,6 @@ class EncoderMetadata:
     training: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
     version: str = ""
-
-    def __post_init__(self):
-        if not isinstance(self.spec, EncoderSpec):
-            raise ValueError("spec is no description of an encoder")
-        for name, (kind, needed) in _KINDS.items():
-            value = getattr(self, name)
-            texts = value if isinstance(value, tuple) else ()
-            if not isinstance(value, kind) or not all(isinstance(text, str) for text in texts):
-                raise ValueError(f"{name} is {value!r}, needed {needed}")
 
     def to_json(self) -> str:
         """As stored in the file's header."""
@@ -85,31 +70,30 @@ class EncoderMetadata:
         Raises:
             ValueError: not the JSON of encoder metadata.
         """
-        data = json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("spec"), dict):
+        # unlike json's, this parser refuses what is nested without end
+        data = from_json(text)
+        if not isinstance(data, dict) or "volume" in data:
             raise ValueError("no description of an encoder")
-        if unknown := set(data) - set(_KEYS):
-            raise ValueError(f"unknown metadata fields {sorted(unknown)}")
-        data = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        try:
-            volume = VolumeFormat(**{f.name: data.pop(f.name) for f in fields(VolumeFormat) if f.name in data})
-            return cls(**{**data, "spec": EncoderSpec.from_dict(data["spec"]), "volume": volume})
-        except (TypeError, OverflowError) as e:
-            raise ValueError(f"incomplete or impossible metadata: {e}") from e
+        volume = {f.name: data.pop(f.name) for f in fields(VolumeFormat) if f.name in data}
+        return validated(cls, json.dumps({**data, "volume": volume}))
 
 
-def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata) -> None:
+def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata, *, new: bool = False) -> None:
     """Writes an encoder's state_dict with its metadata, in one step and one tensor at a time; float64 as float32.
+    `new`: see `files.replacing`.
 
     Raises:
         UserError: the file cannot be written; an existing one is untouched.
     """
     header = replace(metadata, version=version("nnunetv2_hiendmae")).to_json()
-    write_safetensors(path, state, {METADATA_KEY: header})
+    write_safetensors(path, state, {METADATA_KEY: header}, new=new)
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors (views of any strides, on any device) and text metadata, in one step; float64 as float32.
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, new: bool = False
+) -> None:
+    """Writes tensors (views of any strides, on any device) and text metadata with the digest of it all, in one step;
+    float64 as float32. `new`: see `files.replacing`.
 
     The bytes depend on names, values and metadata only, and one tensor is copied at a time. The format's own writer
     (0.8) puts several metadata in an order of chance, and needs a copy of all tensors that are strided or float64.
@@ -118,6 +102,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         UserError: the file cannot be written; an existing one is untouched.
         ValueError: a tensor of a type that the format does not have.
     """
+    metadata = {DIGEST_KEY: NO_DIGEST, **metadata}
     stored = {k: torch.float32 if v.dtype == torch.float64 else v.dtype for k, v in tensors.items()}
     if unknown := [f"{k} is {dtype}" for k, dtype in stored.items() if dtype not in _DTYPES]:
         raise ValueError(f"safetensors cannot hold {unknown[0]}")
@@ -129,12 +114,18 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": _DTYPES[stored[name]], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with replacing(path) as temporary, temporary.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
+    start = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(start)
+    with replacing(path, new=new) as temporary, temporary.open("wb") as f:
+        f.write(start)
         for name in order:
             plain = tensors[name].detach().to("cpu", stored[name]).contiguous()
             # as bytes, because numpy has no bfloat16
-            f.write(plain.reshape(-1).view(torch.uint8).numpy())
+            block = plain.reshape(-1).view(torch.uint8).numpy()
+            f.write(block)
+            digest.update(block)
+        f.seek(start.index(NO_DIGEST.encode()))
+        f.write(digest.hexdigest().encode())
 
 
 def read_metadata(path: Path) -> EncoderMetadata:
@@ -143,14 +134,24 @@ def read_metadata(path: Path) -> EncoderMetadata:
     Raises:
         UserError: no such file, or not an encoder file of ours.
     """
-    return _open(path)[0]
+    return _open(path, whole=False)[0]
+
+
+def check_encoder_file(path: Path) -> EncoderMetadata:
+    """Metadata of a file whose tensors are those of the encoder that it describes: names, shapes, number types, finite
+    numbers. Builds no encoder; reads the file once.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
+    return _open_whole(path)[0]
 
 
 def load_encoder(path: Path) -> tuple[Encoder, EncoderMetadata]:
     """Encoder of a file, with its weights, in eval mode on the CPU.
 
     Raises:
-        UserError: no such file, not an encoder file of ours, or tensors missing.
+        UserError: no such file, damaged, not an encoder file of ours, or not the tensors that its encoder needs.
     """
     metadata, state = _open_whole(path)
     encoder = build_encoder(metadata.spec)
@@ -175,42 +176,52 @@ def load_into(encoder: Encoder, path: Path) -> LoadReport:
     Raises:
         UserError: the file cannot be read or does not fit.
     """
-    metadata, state = _open(path)
+    metadata, state = _open_whole(path)
     state, report = adapt_state(state, metadata.spec, encoder)
-    _check(state, encoder.state_dict(), path)
     encoder.load_state_dict(state)
     return report
 
 
 def _open_whole(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
-    """As `_open`, of a file that holds the encoder that its header describes. No encoder is built before that is
-    known: what a header says may be of any size."""
-    metadata, state = _open(path)
-    _check(state, expected_tensors(metadata.spec), path)
+    """As `_open`, of a file that is as it was written and holds finite tensors of the encoder that its header
+    describes. No encoder is built before that is known."""
+    metadata, state = _open(path, whole=True)
+    if wrong := mismatch(state, expected_tensors(metadata.spec, state)):
+        raise UserError(f"{path} does not hold the encoder its header describes: {wrong}")
+    try:
+        for name, tensor in state.items():
+            check_finite(name, tensor)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
     return metadata, state
 
 
-def _check(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    if wrong := mismatch(state, expected):
-        raise UserError(f"{path} does not hold the encoder its header describes: {wrong}")
-
-
-def _open(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
-    """Metadata and tensors, which are mapped: they take no memory until they are used."""
+def _open(path: Path, *, whole: bool) -> tuple[EncoderMetadata, dict[str, Tensor]]:
+    """Metadata and tensors, which are mapped: they take no memory until they are used. `whole`: reads the file for its
+    digest."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain or hiendmae convert")
-    state, header = read_safetensors(path)
-    if metadata := header_metadata(header, METADATA_KEY, path):
+    state, header = read_safetensors(path, check_digest=whole)
+    if metadata := header_metadata(header, METADATA_KEY, path, state):
         return metadata, state
     raise UserError(f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae convert")
 
 
-def header_metadata(header: Mapping[str, str], key: str, path: Path) -> EncoderMetadata | None:
+def header_metadata(
+    header: Mapping[str, str], key: str, path: Path, state: Mapping[str, Tensor]
+) -> EncoderMetadata | None:
     """Metadata of an encoder under a key of a safetensors file's header; None: there is no such key. Refuses a damaged
-    text (UserError)."""
+    text, and a spec that is too large for the file's tensors (UserError)."""
+    if key not in header:
+        return None
     try:
-        return EncoderMetadata.from_json(header[key]) if key in header else None
+        metadata = EncoderMetadata.from_json(header[key])
+        check_size(metadata.spec, state)
+        # a damaged name of the digest must not pass for a file of 0.1, which had none
+        if unknown := header.keys() - {key, DIGEST_KEY, "format"}:
+            raise ValueError(f"unknown entries {some(sorted(unknown))} in its header")
+        return metadata
     except ValueError as e:
         told = printable(e, LONGEST_ERROR)
         raise UserError(f"{path} is not a readable encoder file ({told}); download or write it again") from e

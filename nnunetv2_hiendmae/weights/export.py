@@ -43,9 +43,16 @@ TARGETS = {
 
 
 def export_encoder(
-    path: Path, target: str, state: Mapping[str, Tensor], metadata: EncoderMetadata, report: LoadReport
+    path: Path,
+    target: str,
+    state: Mapping[str, Tensor],
+    metadata: EncoderMetadata,
+    report: LoadReport,
+    *,
+    new: bool = False,
 ) -> tuple[LoadReport, tuple[str, ...]]:
-    """Writes an encoder under the names of `target`. `report`: what became of a source's tensors in `state`.
+    """Writes an encoder under the names of `target`. `report`: what became of a source's tensors in `state`;
+    `new`: see `files.replacing`.
 
     Returns:
         What became of them under the exported names, and what a program that reads those must know.
@@ -67,7 +74,7 @@ def export_encoder(
         for leaf, value in unused.items()
     }
     tensors = {theirs: tensor for theirs, tensor, _ in named.values()}
-    write_safetensors(path, tensors | fresh, {"format": "pt", EXPORT_KEY: metadata.to_json()})
+    write_safetensors(path, tensors | fresh, {"format": "pt", EXPORT_KEY: metadata.to_json()}, new=new)
     records = []
     for record in report.records:
         theirs, _, detail = named.get(record.target, (None, None, ""))

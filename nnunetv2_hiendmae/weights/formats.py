@@ -27,8 +27,9 @@ _DECODER = "the decoder is not used for fine-tuning"
 _HEAD = "a head of pretraining or classification is not used for fine-tuning"
 _UNUSED = "MONAI's ViT creates cross-attention tensors and never uses them"
 _MASK = "nothing is masked in fine-tuning"
-# pattern of a name without wrappers, and why such tensors are not read
-_MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_token", _MASK))
+OUTSIDE = "outside the encoder, whose tensors have a prefix of their own"
+# pattern of a name without prefix, and why such tensors are not read
+_MAE_DROPPED = ((r"decoder_.*", _DECODER), (r"mask_tokens?", _MASK))
 # what programs call the layers behind an encoder's output
 _HEADS = r"((dino_|ibot_)?heads?|head_dist|head_drop|fc_norm|fc|classifier|(linear|proj|projection)_head"
 _HEADS_DROPPED = ((rf"{_HEADS}|projector|predictor)\..*", _HEAD),)
@@ -49,9 +50,8 @@ class WeightFormat:
     Args:
         name: for `--format`.
         title: in words.
-        matches: whether a state_dict is of this kind, from its container's key ("" for a bare one) and its names
-            without the wrappers of data-parallel training.
-        rename: a name without wrappers → our name of it, None where it is not the encoder's.
+        blocks: pattern at the start of some names of such an encoder, without prefix.
+        rename: a name without prefix → our name of it, None where it is not the encoder's.
         spec: the spec that renamed tensors tell.
         sizes: what was released.
         value: our name, tensor, spec → tensor in our shape and what was done to it ("" for nothing); None: all shapes
@@ -61,15 +61,17 @@ class WeightFormat:
             trained, and it has an option without qkv bias, where zeros are the same. Otherwise of the authors of the
             method `name`, whose arrays are (x, y, z) and who never train their sin-cos table.
         seen: how the images had become arrays, but for the channels.
-        inside: pattern of the names that are the encoder's, where its program keeps them apart; in a file without
-            such names, and where this is None, every name is.
+        only: whether names with such blocks are of no other format, from the container's key ("" for a bare one), the
+            prefix and the names; asked where the user does not say the format.
+        prefix: that its program puts before the encoder's names.
+        inside: pattern of the names that are the encoder's, where that is more than a prefix; None: every name is.
         head_on_cls: pattern of names that only come with a CLS token.
         lookalikes: what else has the same names, in words; "" for nothing.
     """
 
     name: str
     title: str
-    matches: Callable[[str, Collection[str]], bool]
+    blocks: str
     rename: Callable[[str], str | None]
     spec: layouts.InferSpec
     sizes: layouts.Sizes
@@ -78,6 +80,8 @@ class WeightFormat:
     library: bool = False
     seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
     licence: str = "not known"
+    only: Callable[[str, str, Collection[str]], bool] = lambda _key, _prefix, _names: True
+    prefix: str = ""
     inside: str | None = None
     head_on_cls: str | None = None
     lookalikes: str = ""
@@ -92,14 +96,12 @@ class WeightFormat:
         """What the arrays usually were, one of `options.commands.AXES`."""
         return "dhw" if self.library else "xyz"
 
-    def reason_to_drop(self, name: str, names: Collection[str]) -> str | None:
-        """Why a tensor that is not the encoder's is left out of a file of `names`; None: no rule explains it."""
+    def reason_to_drop(self, name: str) -> str | None:
+        """Why a tensor that is not the encoder's is left out; None: no rule explains it."""
         for pattern, reason in self.dropped:
             if re.fullmatch(pattern, name):
                 return reason
-        if self.inside is None or re.match(self.inside, name) or not _any(names, self.inside):
-            return None
-        return "outside the encoder, whose tensors have a prefix of their own"
+        return None if self.inside is None or re.match(self.inside, name) else OUTSIDE
 
 
 def _any(names: Collection[str], pattern: str) -> bool:
@@ -107,26 +109,36 @@ def _any(names: Collection[str], pattern: str) -> bool:
 
 
 _BLOCK = r"blocks\.\d+\.(norm|attn|mlp)"
-_GLMAE_CONTAINERS = ("student", "teacher")
+_WHICH = (
+    "its names are those of timm, and it lies where GL-MAE and other programs keep a student or teacher. Of GL-MAE "
+    "(arrays x y z, window -1000..1000): give --format glmae. Of another program (arrays z y x, nothing known of its "
+    "images): give --format timm"
+)
+
+
+def _like_glmae(key: str, prefix: str) -> bool:
+    return key in ("student", "teacher") or "backbone." in prefix
+
 
 # in the order in which they are tried; a bare MAE3D and a bare GL-MAE have the same names, see `find_encoder`
 FORMATS: tuple[WeightFormat, ...] = (
     WeightFormat(
         "hiendmae",
         "Hi-End-MAE pretraining checkpoint",
-        lambda _key, names: _any(names, rf"encoder\.{_BLOCK}"),
+        rf"encoder\.{_BLOCK}",
         layouts.hiendmae_name,
         partial(layouts.vit_spec, cls_token=True, cls_row=False),
         {1536: (16, 12), 768: (12, 12)},
         dropped=((r"decoder\..*|decoder_pos_embed|encoder_to_decoder\..*", _DECODER), (r"mask_token", _MASK)),
         seen=_released("hiendmae"),
         licence=APACHE,
+        only=lambda _key, _prefix, names: _any(names, "(encoder|decoder)_pos_embed|encoder_to_decoder"),
         inside=r"encoder[._]",
     ),
     WeightFormat(
         "mim",
         "MiM pretraining checkpoint (hybrid conv-ViT, any number of alignment heads)",
-        lambda _key, names: _any(names, r"blocks4\.\d+\."),
+        r"blocks4\.\d+\.",
         layouts.mim_name,
         layouts.mim_spec,
         {384: (12, 11), 96: (3, 11)},
@@ -138,49 +150,52 @@ FORMATS: tuple[WeightFormat, ...] = (
     WeightFormat(
         "monai",
         "ViT with MONAI's names, alone or as the encoder of a UNETR",
-        lambda _key, names: _any(names, r"(vit\.)?(blocks\.\d+\.mlp\.linear1|patch_embedding)\."),
+        r"(blocks\.\d+\.mlp\.linear1|patch_embedding)\.",
         layouts.monai_name,
         partial(layouts.vit_spec, cls_token=None, cls_row=False, norm_eps=1e-5),
         {768: (12, 12)},
         layouts.monai_value,
         dropped=(
-            (r"(vit\.)?blocks\.\d+\.(norm_cross_attn|cross_attn)\..*", _UNUSED),
-            (r"(vit\.)?classification_head\..*", _HEAD),
+            *_MAE_DROPPED,
+            (r"blocks\.\d+\.(norm_cross_attn|cross_attn)\..*", _UNUSED),
+            (r"patch_embedding\.cls_token", "older versions of MONAI created it and never used it"),
+            (r"(classification_head|linear_\d)\..*", _HEAD),
             (r"(encoder\d+|decoder\d+|out|conv3d_transpose(_1)?)\..*", _DECODER),
         ),
-        inside=r"vit\.",
+        prefix="vit.",
         library=True,
-        head_on_cls=r"(vit\.)?classification_head\..*",
+        head_on_cls=r"classification_head\..*",
     ),
     WeightFormat(
         "glmae",
         "GL-MAE pretraining checkpoint (student, teacher, or backbone alone)",
-        lambda key, names: _any(names, rf"backbone\.{_BLOCK}") or (key in _GLMAE_CONTAINERS and _any(names, _BLOCK)),
-        # student and teacher, with or without the prefix of their training program
-        lambda name: layouts.same_name(name.removeprefix("backbone.")),
+        _BLOCK,
+        layouts.same_name,
         partial(layouts.vit_spec, cls_token=True, cls_row=True),
         {768: (12, 12), 192: (3, 12)},
-        dropped=((r"(backbone\.)?decoder_.*", _DECODER), (r"(backbone\.)?mask_token", _MASK), *_HEADS_DROPPED),
+        dropped=_MAE_DROPPED + _HEADS_DROPPED,
         seen=_released("glmae"),
         licence=NONE_STATED,
-        inside=r"backbone\.",
+        only=lambda key, prefix, names: _like_glmae(key, prefix) and _any(names, "decoder_|mask_token"),
+        prefix="backbone.",
     ),
     WeightFormat(
         "mae3d",
         "MAE3D pretraining checkpoint",
-        lambda _key, names: _any(names, _BLOCK) and _any(names, "decoder_"),
+        _BLOCK,
         layouts.same_name,
         partial(layouts.vit_spec, cls_token=True, cls_row=True),
         USUAL_SIZES,
         dropped=_MAE_DROPPED + _HEADS_DROPPED,
         licence=NONE_STATED,
+        only=lambda _key, _prefix, names: _any(names, "decoder_"),
         lookalikes="taken as MAE3D, but a GL-MAE encoder saved without its container and 'backbone.' has the same "
         "names: if it is one, give --format glmae",
     ),
     WeightFormat(
         "timm",
         "ViT with timm's names and a 3D patch embedding",
-        lambda _key, names: _any(names, _BLOCK),
+        _BLOCK,
         layouts.same_name,
         partial(layouts.vit_spec, cls_token=None, cls_row=None),
         USUAL_SIZES,
@@ -194,8 +209,8 @@ FORMAT_NAMES = tuple(f.name for f in FORMATS)
 
 # keys under which programs keep the state_dict, the first that fits is taken; "" is a bare one
 _CONTAINERS = ("student", "state_dict", "model", "model_state_dict", "net", "network", "teacher", "")
-# how data-parallel training and compilation rename every tensor
-_WRAPPERS = ("module.", "_orig_mod.")
+# what stands before an encoder's patch embedding, of any format, where other tensors have names without it
+_PREFIX = re.compile(r"(.+?\.)patch_embed(ding)?\d?\.")
 _MOST_LISTED = 5
 
 
@@ -205,13 +220,17 @@ class ForeignEncoder:
 
     Args:
         path: keys that lead to it, () if the file is the state_dict.
-        names: name without wrappers → name in the state_dict.
+        prefix: of the encoder's names.
+        names: name without prefix → name in the state_dict.
+        outside: the same of tensors without that prefix; without the one that all have.
         state: the tensors, by their names in the state_dict.
     """
 
     format: WeightFormat
     path: tuple[str, ...]
+    prefix: str
     names: dict[str, str]
+    outside: dict[str, str]
     state: dict[str, Tensor]
 
 
@@ -224,7 +243,8 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
     `xyz`. `--format glmae` says otherwise.
 
     Raises:
-        UserError: unknown names, an unknown format or method, no teacher, or several dictionaries with an encoder.
+        UserError: unknown names, an unknown format or method, no teacher, several dictionaries or prefixes with an
+            encoder, or one that may be GL-MAE's or not.
     """
     if options.format not in (None, *FORMAT_NAMES):
         raise UserError(f"--format {options.format} is unknown, needed one of {', '.join(FORMAT_NAMES)}")
@@ -243,24 +263,55 @@ def find_encoder(content: Mapping[str, Any], options: ConvertOptions) -> Foreign
         )
     if options.use_teacher and not any("teacher" in level for level in (content, *inner.values())):
         raise UserError("--use-teacher: there is no 'teacher' in the file; run the same command without it")
+    unknown = f"--format {options.format}: no such encoder" if options.format else "unknown kind of weights"
     raise UserError(
-        f"unknown kind of weights: {_contents(content)}; known formats are {', '.join(FORMAT_NAMES)} (choose with "
+        f"{unknown}: {_contents(content)}; known formats are {', '.join(FORMAT_NAMES)} (choose with "
         "--format), and our own checkpoints and encoders"
     )
 
 
 def _matching(content: Mapping[str, Any], options: ConvertOptions) -> ForeignEncoder | None:
-    """The first state_dict under the usual keys that is of a format, or could be of the wanted one."""
+    """The first state_dict under the usual keys that has an encoder of a format, or of the wanted one."""
     for key in ("teacher",) if options.use_teacher else _CONTAINERS:
         inside = content.get(key) if key else content
         state = {k: v.detach() for k, v in inside.items() if is_weight(k, v)} if isinstance(inside, Mapping) else {}
-        names = {name: name for name in state}
-        while wrapper := next((w for w in _WRAPPERS if names and all(n.startswith(w) for n in names)), None):
-            names = {n.removeprefix(wrapper): source for n, source in names.items()}
-        for entry in FORMATS if state else ():
-            if entry.name == options.format or (options.format is None and entry.matches(key, names)):
-                return ForeignEncoder(entry, (key,) if key else (), names, state)
+        if found := _under_a_prefix(key, state, options):
+            return found
     return None
+
+
+def _under_a_prefix(key: str, state: dict[str, Tensor], options: ConvertOptions) -> ForeignEncoder | None:
+    """An encoder whose names have any prefix: one that all names of a state_dict share, else one of some of them."""
+    path, prefix, names = (key,) if key else (), "", {name: name for name in state}
+    while names:
+        if entry := _format(key, prefix, names, options):
+            return ForeignEncoder(entry, path, prefix, names, {}, state)
+        shared = {name.partition(".")[0] if "." in name else "" for name in names}
+        if len(shared) > 1 or "" in shared:
+            break
+        prefix += f"{shared.pop()}."
+        names = {name.partition(".")[2]: source for name, source in names.items()}
+    found = []
+    for inner in sorted({match[1] for match in map(_PREFIX.match, names) if match}):
+        own = {name.removeprefix(inner): source for name, source in names.items() if name.startswith(inner)}
+        if entry := _format(key, prefix + inner, own, options):
+            outside = {name: source for name, source in names.items() if not name.startswith(inner)}
+            found.append(ForeignEncoder(entry, path, prefix + inner, own, outside, state))
+    if len(found) > 1:
+        told = some([printable(f.prefix) for f in found], _MOST_LISTED)
+        raise UserError(f"encoders with the prefixes {told}: which is meant? save that one alone")
+    return found[0] if found else None
+
+
+def _format(key: str, prefix: str, names: Collection[str], options: ConvertOptions) -> WeightFormat | None:
+    """The first format that names without their prefix are of; the wanted one, if they can be of it."""
+    fitting = [f for f in FORMATS if _any(names, f.blocks)]
+    if options.format is not None:
+        return next((f for f in fitting if f.name == options.format), None)
+    entry = next((f for f in fitting if f.only(key, prefix, names)), None)
+    if entry is not None and entry.name == "timm" and _like_glmae(key, prefix):
+        raise UserError(_WHICH)
+    return entry
 
 
 def _contents(content: Mapping[str, Any]) -> str:

@@ -18,9 +18,10 @@ State = Mapping[str, Tensor]
 Triple = tuple[int, int, int]
 # width → attention heads and transformer blocks of the encoders that were released
 Sizes = Mapping[int, tuple[int, int]]
-# our names → the spec, in the file's axis order; `axes` of the options is said.
-# UserError: a tensor is missing, or neither shapes nor options tell the grid or the heads
-InferSpec = Callable[[State, ConvertOptions, Sizes], EncoderSpec]
+# our names → the spec, in the file's axis order; `axes` of the options is said. What neither shapes nor options tell is
+# added to the list, and something that fits the shapes stands in the spec: damage is told first.
+# UserError: a tensor is missing, or the options contradict the shapes
+InferSpec = Callable[[State, ConvertOptions, Sizes, list[str]], EncoderSpec]
 # a table this close to the sin-cos one was never trained
 _TOLERANCE = 1e-4
 
@@ -44,18 +45,21 @@ def _count_blocks(state: State, prefix: str) -> int:
     return len(found)
 
 
-def _transformer(state: State, width: int, options: ConvertOptions, sizes: Sizes) -> dict[str, int | float]:
+def _transformer(
+    state: State, width: int, options: ConvertOptions, sizes: Sizes, needed: list[str]
+) -> dict[str, int | float]:
     """Fields of the spec that tell the transformer's shape."""
     depth = _count_blocks(state, "blocks")
     heads = options.num_heads or sizes.get(width, (None, None))[0]
     if heads is None:
         known = ", ".join(f"{h} at width {w}" for w, (h, _) in sizes.items()) or "none"
-        raise UserError(
+        needed.append(
             f"the number of attention heads is not in the file and not known for width {width} (known: {known}); "
             "give it with --num-heads H"
         )
-    if width % heads:
-        raise UserError(f"--num-heads {heads} does not divide the encoder's width {width}; give a divisor of it")
+    elif width % heads:
+        needed.append(f"--num-heads {heads} does not divide the encoder's width {width}; give a divisor of it")
+    heads = heads if heads and width % heads == 0 else 1
     ratio = _needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
 
@@ -85,13 +89,12 @@ MONAI_PARTS = (
 
 
 def monai_name(name: str) -> str | None:
-    """MONAI's ViT, alone or as `vit.` of a UNETR."""
-    name = name.removeprefix("vit.")
+    """MONAI's ViT; the last of the blocks of its MaskedAutoEncoderViT is the final norm."""
     if re.search(r"\.mlp\.fc|\.attn\.proj\.|^pos_embed|^patch_embed\.", name):
         return None
     for theirs, ours in MONAI_PARTS:
         name = name.replace(theirs, ours)
-    return same_name(name)
+    return same_name(re.sub(r"^blocks\.\d+\.(weight|bias)$", r"norm.\1", name))
 
 
 def monai_value(name: str, tensor: Tensor, spec: EncoderSpec) -> tuple[Tensor, str]:
@@ -106,6 +109,7 @@ def vit_spec(
     state: State,
     options: ConvertOptions,
     sizes: Sizes,
+    needed: list[str],
     *,
     cls_token: bool | None,
     cls_row: bool | None,
@@ -123,34 +127,42 @@ def vit_spec(
         _needed(state, "cls_token", 3)
     has_cls = "cls_token" in state
     counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
-    (width, channels, *patch), grid = _kernel_and_grid(state, counts, options)
+    (width, channels, *patch), grid = _kernel_and_grid(state, counts, options, needed)
     return EncoderSpec(
         tuple(g * p for g, p in zip(grid, patch, strict=True)),
         tuple(patch),
-        **_transformer(state, width, options, sizes),
+        **_transformer(state, width, options, sizes, needed),
         in_channels=channels,
         cls_token=has_cls,
         norm_eps=norm_eps,
     )
 
 
-def _kernel_and_grid(state: State, counts: Sequence[int], options: ConvertOptions) -> tuple[tuple[int, ...], Triple]:
+def _kernel_and_grid(
+    state: State, counts: Sequence[int], options: ConvertOptions, needed: list[str]
+) -> tuple[tuple[int, ...], Triple]:
     """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
     name, size, table = "patch_embed.proj.weight", options.img_size, state["pos_embed"]
     if name not in state or state[name].ndim != 2:
         kernel = tuple(_needed(state, name, 5).shape)
-        return kernel, _choose_grid(table, counts, kernel[2:], options)
-    width, values = state[name].shape
-    # the matrix hides patch and channels: one channel and a cube, or what the crop says
+        if options.patch_size not in (None, kernel[2:]):
+            raise UserError(f"--patch-size {options.patch_size}: the file's patches are {kernel[2:]}; leave it out")
+        return kernel, _choose_grid(table, counts, kernel[2:], options, needed)
+    width, values = _needed(state, name, 2).shape
+    # the matrix hides patch and channels: one channel and a cube, or what is said
     voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
-    edge = round(voxels ** (1 / 3))
-    if voxels < 1 or edge**3 != voxels or values % voxels:
-        raise UserError(
-            f"{name} is a matrix over {values} values a patch, which is no cube of one channel; give the crop in "
-            "voxels that the encoder was trained on with --img-size D H W"
-        )
-    patch = (edge, edge, edge)
-    return (width, values // voxels, *patch), _choose_grid(table, counts, patch, options)
+    patch = options.patch_size or (round(voxels ** (1 / 3)),) * 3
+    voxels = math.prod(patch)
+    if voxels >= 1 and values % voxels == 0 and (options.patch_size or size or voxels == values):
+        before, grid = len(needed), _choose_grid(table, counts, patch, options, needed)
+        if len(needed) > before and options.patch_size is None:
+            needed.append(f"and, because {name} is a matrix, --patch-size D H W if its patches are no cubes")
+        return (width, values // voxels, *patch), grid
+    needed.append(
+        f"{name} is a matrix over {values} values a patch, which is no cube; give the patch in voxels with "
+        f"--patch-size D H W{'' if size else ', and the crop that the encoder was trained on with --img-size D H W'}"
+    )
+    return (width, 1, values, 1, 1), (counts[-1], 1, 1)
 
 
 # ---- MiM's hybrid encoder -------------------------------------------------------------------------------------------
@@ -188,15 +200,24 @@ def mim_value(name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, st
     return tensor.flatten(1), "1×1×1 convolution as a matrix"
 
 
-def mim_spec(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec:
+def mim_spec(state: State, options: ConvertOptions, sizes: Sizes, needed: list[str]) -> EncoderSpec:
     """Widths, depths and grid of the pretraining network: an `InferSpec`."""
     table = _needed(state, "pos_embed", 3)
     kernels = [_needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
-    grid = _choose_grid(table, [table.shape[1]], _MIM_PATCH, options)
+    grid = _choose_grid(table, [table.shape[1]], _MIM_PATCH, options, needed)
+    transformer = _transformer(state, table.shape[2], options, sizes, needed)
+    layers = [_needed(state, f"stages.{i}.blocks.0.mlp.fc1.weight", 5).shape[:2] for i in range(_STEM_STAGES)]
+    ratio = transformer["mlp_ratio"]
+    # as timm's Mlp does, for which a width of 0 is that of its input
+    if any(hidden != (int(width * ratio) or width) for hidden, width in layers):
+        told = ", ".join(f"{hidden / width:g}" for hidden, width in layers)
+        raise UserError(
+            f"the MLP ratios of its stages differ ({told}, {ratio:g}): encoders here have one ratio for all stages"
+        )
     return EncoderSpec(
         tuple(g * p for g, p in zip(grid, _MIM_PATCH, strict=True)),
         _MIM_PATCH,
-        **_transformer(state, table.shape[2], options, sizes),
+        **transformer,
         kind="convvit",
         in_channels=kernels[0].shape[1],
         stem_dims=tuple(k.shape[0] for k in kernels),
@@ -204,10 +225,12 @@ def mim_spec(state: State, options: ConvertOptions, sizes: Sizes) -> EncoderSpec
     )
 
 
-def _choose_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
+def _choose_grid(
+    table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions, needed: list[str]
+) -> Triple:
     """Token grid, in the file's axis order, of a position table.
 
-    A given crop decides; without one the grid of the sin-cos formula that the table is, then a cube.
+    A given crop decides; without one the grid of the sin-cos formula that the table is, then a cube; else `needed`.
 
     Args:
         table: (A, R, E) as in the file, perhaps with a row for CLS put first.
@@ -222,10 +245,13 @@ def _choose_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], opt
         edge = round(max(count, 0) ** (1 / 3))
         if count > 0 and edge**3 == count:
             return (edge, edge, edge)
-    raise UserError(
+    if counts[-1] < 1:
+        raise UserError(f"pos_embed has shape {tuple(table.shape)}, needed a row for every token")
+    needed.append(
         f"pos_embed has positions for {' or '.join(map(str, counts))} tokens, which is no cube; give the crop in "
         "voxels that the encoder was trained on with --img-size D H W"
     )
+    return (counts[-1], 1, 1)
 
 
 def _given_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions) -> Triple:
@@ -238,7 +264,8 @@ def _given_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], opti
             f"--img-size does not fit: patches of {tuple(patch)[::order]} voxels give a grid of {grid[::order]}, "
             f"the file has positions for {' or '.join(map(str, counts))} tokens"
         )
-    formula = _sincos_grid(table[:, table.shape[1] - count :], first=grid)
+    # in our order of channels alone: permuted axes may look like MONAI's order
+    formula = _grid_of_ours(table[:, table.shape[1] - count :], first=grid)
     if formula not in (None, grid):
         fits = " ".join(str(g * p) for g, p in list(zip(formula, patch, strict=True))[::order])
         raise UserError(
@@ -248,8 +275,19 @@ def _given_grid(table: Tensor, counts: Sequence[int], patch: Sequence[int], opti
     return grid
 
 
-def _sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
-    """Grid whose sin-cos table these rows (1, N, E) are, `first` tried first; None where they are no such table."""
+def _sincos_grid(rows: Tensor) -> Triple | None:
+    """Grid whose sin-cos table these rows (1, N, E) are, ours or MONAI's; None where they are no such table."""
+    return _grid_of_ours(rows) or _grid_of_ours(_monai_channels(rows))
+
+
+def _monai_channels(rows: Tensor) -> Tensor:
+    """Channels of MONAI's sin-cos table, whose axes go 1, 0, 2, in the order 0, 1, 2, and back."""
+    pair = 2 * (rows.shape[2] // 6)
+    return torch.cat([rows[..., pair : 2 * pair], rows[..., :pair], rows[..., 2 * pair :]], dim=2)
+
+
+def _grid_of_ours(rows: Tensor, first: Triple | None = None) -> Triple | None:
+    """The same of our order of channels alone; `first`: the grid to try first."""
     if rows.shape[0] != 1 or rows.shape[2] < 6:
         return None
     # the last row holds sine and cosine of the last index of each axis: few grids of so many tokens share it
@@ -260,15 +298,17 @@ def _sincos_grid(rows: Tensor, first: Triple | None = None) -> Triple | None:
     grids = [(a, b, count // (a * b)) for a in divisors for b in divisors if count % (a * b) == 0]
     for grid in [first, *grids] if first else grids:
         corner = torch.tensor([wave(g - 1) for g in grid for wave in (math.sin, math.cos)])
-        if _close(last, corner) and is_sincos(rows, grid):
+        if _close(last, corner) and _close(rows, sincos_positions(grid, rows.shape[2])):
             return grid
     return None
 
 
 def is_sincos(rows: Tensor, grid: Sequence[int]) -> bool:
-    """Whether rows (1, N, E) are our sin-cos table of a grid, up to the rounding of their number type."""
-    width = rows.shape[2]
-    return width >= 6 and _close(rows, sincos_positions(grid, width))
+    """Whether rows (1, N, E) are our sin-cos table of a grid, or MONAI's, up to the rounding of their number type."""
+    if rows.shape[2] < 6:
+        return False
+    table = sincos_positions(grid, rows.shape[2])
+    return _close(rows, table) or _close(rows, _monai_channels(table))
 
 
 def _close(rows: Tensor, table: Tensor) -> bool:

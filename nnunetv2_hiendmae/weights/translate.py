@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, check_plain, is_weight, tensors_in
-from nnunetv2_hiendmae.weights.formats import ForeignEncoder
+from nnunetv2_hiendmae.weights.formats import OUTSIDE, ForeignEncoder
 from nnunetv2_hiendmae.weights.layouts import is_sincos
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
@@ -54,7 +54,7 @@ class Translation:
         """Refuses all but the tensors of the spec's encoder, and numbers that are not finite (UserError, with what the
         user can do); notes which tensors change when they are written."""
         sources = {k: record.name for k, record in self.records.items()}
-        if wrong := mismatch(self.state, expected_tensors(spec), sources):
+        if wrong := mismatch(self.state, expected_tensors(spec, self.state), sources):
             raise UserError(f"{wrong}; {mend}")
         for name, tensor in self.state.items():
             check_finite(sources[name], tensor)
@@ -129,7 +129,8 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
             shapes do not tell the spec and the options do not either.
     """
     entry, translation = found.format, _renamed(found)
-    spec = entry.spec(translation.state, options, entry.sizes)
+    needed: list[str] = []
+    spec = entry.spec(translation.state, options, entry.sizes, needed)
     if entry.value:
         for name, tensor in list(translation.state.items()):
             translation.put(name, *entry.value(name, tensor, spec))
@@ -137,6 +138,8 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
     if entry.library:
         _fill_qkv_bias(translation, spec)
     translation.check(spec, "download the file again, or say what it is with --format")
+    if needed:
+        raise UserError("; ".join(needed))
     formula = is_sincos(translation.state["pos_embed"], spec.grid)
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")
@@ -151,10 +154,12 @@ def _renamed(found: ForeignEncoder) -> Translation:
     for name, source in found.names.items():
         if ours := entry.rename(name):
             translation.take(source, found.state[source], ours)
-        elif reason := entry.reason_to_drop(name, found.names):
+        elif reason := entry.reason_to_drop(name):
             translation.drop(source, reason)
         else:
             unknown.append(printable(source))
+    for name, source in found.outside.items():
+        translation.drop(source, entry.reason_to_drop(name) or OUTSIDE)
     if unknown:
         raise UserError(
             f"{some(unknown)} would be lost, and the encoder's output might change: a {entry.name} encoder has no such "
@@ -171,13 +176,13 @@ def _renamed(found: ForeignEncoder) -> Translation:
 def _check_decoder_table(found: ForeignEncoder, table: str) -> None:
     """Encoder and decoder of one program have positions for the same tokens."""
     shape = tuple(found.state[table].shape)
-    for source in (found.names.get(name) for name in ("decoder_pos_embed", "backbone.decoder_pos_embed")):
-        other = tuple(found.state[source].shape) if source else shape
-        if other[1:-1] != shape[1:-1]:
-            raise UserError(
-                f"{printable(table)} has shape {shape}, but {printable(source)} {other}: needed the same number of "
-                "positions; download the file again"
-            )
+    source = found.names.get("decoder_pos_embed")
+    other = tuple(found.state[source].shape) if source else shape
+    if other[1:-1] != shape[1:-1]:
+        raise UserError(
+            f"{printable(table)} has shape {shape}, but {printable(source)} {other}: needed the same number of "
+            "positions; download the file again"
+        )
 
 
 def _split_cls_row(translation: Translation, spec: EncoderSpec) -> None:

@@ -1,11 +1,13 @@
 """The classifier network, its class weights and its file."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from run_data import TINY_SPEC
+from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
@@ -117,4 +119,28 @@ def test_other_files_are_refused(tmp_path):
         load_classifier(file)
     save_classifier(file, build_classifier(TINY_SPEC, 3), metadata())
     with pytest.raises(UserError, match="not a readable classifier"):
+        load_classifier(file)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "told"),
+    [
+        ("spec", {"depth": 10**7}, "10000000 blocks"),
+        ("spec", {"embed_dim": 24.0}, r"spec\.embed_dim: "),
+        ("spec", {"mlp_ratio": float("inf")}, r"spec\.mlp_ratio: "),
+        ("spec", {"img_size": [8000] * 3}, "numbers"),
+        ("inputs", {"size": [8000] * 3}, r"inputs\.size \(8000"),
+        ("volumes", {"window_hu": ["0", "1"]}, r"window_hu\.0: "),
+        ("volumes", {"intensity_scale": 0.0}, "intensity_scale is 0"),
+    ],
+    ids=str,
+)
+def test_headers_that_lie(tmp_path, part, changes, told):
+    """One line, before anything of such a size is built."""
+    file = tmp_path / "c.safetensors"
+    save_classifier(file, build_classifier(TINY_SPEC, 2), metadata())
+    header = json.loads(metadata().to_json())
+    header[part] |= changes
+    save_file(load_file(file), file, metadata={"hiendmae_classifier": json.dumps(header)})
+    with pytest.raises(UserError, match=rf"c\.safetensors is not a readable classifier \(.*{told}"):
         load_classifier(file)

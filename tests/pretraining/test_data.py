@@ -92,7 +92,7 @@ def test_ct_channels_that_were_normalised_differently(nnunet):
     properties = {"0": statistics(-175.0), "1": statistics(-1000.0)}
     edit_plans(folder, foreground_intensity_properties_per_channel=properties)
     with pytest.raises(
-        UserError, match=r"CT channels of Dataset001_Tiny .*TinyPlans; run: hiendmae preprocess -d Dataset001_Tiny"
+        UserError, match=r"CT channels .*Dataset001_Tiny .*TinyPlans; run: hiendmae preprocess -d Dataset001_Tiny"
     ):
         find()
 

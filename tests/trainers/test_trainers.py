@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
@@ -13,11 +14,13 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_hiendmae import trainers
+from nnunetv2_hiendmae import cli, trainers
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning import plan_finetuning
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
 from nnunetv2_hiendmae.trainers.trainers import learning_rate
+from nnunetv2_hiendmae.weights import convert_checkpoint, load_into
 
 EPOCHS, WARMUP = 10, 2
 
@@ -59,7 +62,7 @@ def make(nnunet, encoder_file, monkeypatch):
         dataset_json = json.loads((nnunet.preprocessed / name / "dataset.json").read_text())
         return trainer(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
 
-    build.from_plans = from_plans
+    build.from_plans, build.dataset = from_plans, name
     return build
 
 
@@ -278,3 +281,53 @@ def test_wrong_plans_are_refused_before_a_folder_is_made(make, nnunet):
     with pytest.raises(RuntimeError, match=r"have no 'hiendmae' section.*run: hiendmae plan"):
         make.from_plans(nnUNetTrainer_HiEndMAE, plans)
     assert not list(nnunet.results.iterdir())
+
+
+@pytest.mark.parametrize("trainer", [nnUNetTrainer_HiEndMAE, nnUNetTrainer_ViTUNETR])
+def test_the_encoder_of_a_checkpoint_can_be_converted(make, nnunet, tmp_path, trainer):
+    """nnU-Net's own file, with a number of numpy's in it; the encoder serves another fine-tuning."""
+    trained = make(trainer)
+    trained.initialize()
+    trained._best_ema = np.float64(0.5)
+    source = tmp_path / "checkpoint_final.pth"
+    trained.save_checkpoint(str(source))
+    done = convert_checkpoint(source, tmp_path / "e.safetensors")
+    assert all(torch.equal(v, done.state[k]) for k, v in trained.network.encoder.state_dict().items())
+    metadata, plans = done.metadata, trained.plans_manager.plans
+    assert metadata.spec == trained.network.spec and metadata.method == (trainer.method or "mae3d")
+    assert metadata.citations == (("@a{b}",) if trainer.method else ()) and trainer.__name__ in metadata.notes[0]
+    known = (metadata.volume.spacing_mm, metadata.volume.image_reader_writer, metadata.volume.channel_names)
+    assert known == ((1.5, 1.5, 1.5), plans["image_reader_writer"], ("CT",))
+    assert metadata.volume.window_hu == ((-175.0, 250.0) if trainer.method else metadata.volume.window_hu)
+    dropped = {r.source for r in done.report.with_status("dropped")}
+    assert {k for k in trained.network.state_dict() if not k.startswith("encoder.")} <= {
+        name.removeprefix("network_weights.") for name in dropped
+    }
+    load_into(trained.network.encoder, done.path)
+    again = plan_finetuning(make.dataset, done.path, epochs=EPOCHS, warmup_epochs=WARMUP, plans_name="Again")
+    assert again.path.is_file()
+
+
+@pytest.mark.parametrize("network", ["dynamic_network_architectures.architectures.unet.PlainConvUNet", None])
+def test_checkpoints_of_other_networks_are_named(make, tmp_path, capsys, network):
+    trained = make(nnUNetTrainer_ViTUNETR)
+    trained.initialize()
+    source = tmp_path / "checkpoint_final.pth"
+    trained.save_checkpoint(str(source))
+    content = torch.load(source, weights_only=False)
+    configuration = content["init_args"]["plans"]["configurations"]["3d_fullres"]
+    configuration["architecture"]["network_class_name"] = network
+    if network is None:
+        # plans of nnU-Net before 2.4 have no such key
+        del configuration["architecture"]
+    content["trainer_name"] = "nnUNetTrainer"
+    torch.save(content, source)
+    told = rf"nnU-Net's nnUNetTrainer with .*{(network or 'old plans').rpartition('.')[2]}"
+    with pytest.raises(UserError, match=told):
+        convert_checkpoint(source, tmp_path / "e.safetensors")
+    assert cli.main(["inspect", str(source)]) == 0 and cli.main(["inspect", str(source), "--check"]) == 2
+    assert "kind: nnU-Net checkpoint" in capsys.readouterr().out
+    content["init_args"]["plans"] = {}
+    torch.save(content, source)
+    with pytest.raises(UserError, match="nnUNetTrainer are damaged"):
+        convert_checkpoint(source, tmp_path / "e.safetensors")

@@ -75,7 +75,7 @@ def test_an_existing_file_survives_a_failed_write(file, monkeypatch):
         (lambda p: p.write_bytes(b"garbage"), r"\(.*[Hh]eader.*\); download"),
         (lambda p: p.write_bytes(p.read_bytes()[:-100]), r"\(.*[Hh]eader.*\); download"),
         (lambda p: save_file({"x": torch.zeros(1)}, p), "make one with: hiendmae convert$"),
-        (lambda p: save_file(load_file(p), p, metadata={"hiendmae": "{}"}), r"\(.*description.*\); download"),
+        (lambda p: save_file(load_file(p), p, metadata={"hiendmae": "{}"}), r"\(.*spec: .*\); download"),
         (lambda p: save_file(load_file(p), p, metadata={"hiendmae": "[1]"}), r"\(.*description.*\); download"),
     ],
 )
@@ -110,13 +110,9 @@ def test_fields_of_the_wrong_kind(file, field):
     header = {**json.loads(METADATA.to_json()), **field}
     save_file(load_file(file), file, metadata={"hiendmae": json.dumps(header)})
     for read in (read_metadata, nnunetv2_hiendmae.load_encoder, translate_checkpoint):
-        told = "NoneType" if "spec" in field else next(iter(field))
+        told = r"spec\.depth: .*None" if "spec" in field else next(iter(field))
         with pytest.raises(UserError, match=rf"{re.escape(str(file))} .*{told}"):
             read(file)
-    if "spec" not in field and "unheard_of" not in field:
-        whole = METADATA if hasattr(METADATA, next(iter(field))) else METADATA.volume
-        with pytest.raises(ValueError, match=next(iter(field))):
-            replace(whole, **field)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -141,6 +137,13 @@ def test_changed_tensors_never_load_silently(file, data):
         nnunetv2_hiendmae.load_encoder(broken)
 
 
+def parts(path) -> tuple[dict, bytes]:
+    """Header and numbers of a safetensors file."""
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    return json.loads(content[8:end]), content[end:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_written_as_the_formats_own_writer_does(tmp_path, dtype):
     """Strided views and mixed types too; our writer only differs in holding one tensor at a time."""
@@ -149,15 +152,16 @@ def test_written_as_the_formats_own_writer_does(tmp_path, dtype):
     save_file(tensors, tmp_path / "theirs", metadata={"k": 'quoted "é"'})
     strided = {**tensors, "b": tensors["b"].t().contiguous().t()}
     write_safetensors(tmp_path / "ours", dict(reversed(strided.items())), {"k": 'quoted "é"'})
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    (ours, numbers), (theirs, same) = (parts(tmp_path / name) for name in ("ours", "theirs"))
+    assert numbers == same and len(ours["__metadata__"].pop("hiendmae_sha256")) == 64
+    assert list(ours.items()) == list(theirs.items())
 
 
 def test_the_bytes_of_a_header_with_several_entries_are_always_the_same(tmp_path):
     """The format's own writer puts them in an order of chance."""
     for metadata in ({"format": "pt", "a": "b"}, {"a": "b", "format": "pt"}):
         write_safetensors(tmp_path / "f", {"x": torch.zeros(1)}, metadata)
-        text = (tmp_path / "f").read_bytes()
-        assert list(json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])["__metadata__"]) == list(metadata)
+        assert list(parts(tmp_path / "f")[0]["__metadata__"]) == ["hiendmae_sha256", *metadata]
 
 
 def test_refuses_to_write_what_the_format_does_not_have(tmp_path):
@@ -282,5 +286,5 @@ def test_a_header_of_any_size_takes_no_memory(file):
     huge = replace(METADATA, spec=SPEC.with_(embed_dim=24 * 10**5, mlp_ratio=1000.0))
     save_encoder(file, load_file(file), huge)
     for read in (nnunetv2_hiendmae.load_report, nnunetv2_hiendmae.load_encoder):
-        with pytest.raises(UserError, match=rf"{re.escape(str(file))} .*shape .*2400000"):
+        with pytest.raises(UserError, match=rf"{re.escape(str(file))} .* 92959363200000 numbers, .* 41568"):
             read(file)

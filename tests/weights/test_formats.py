@@ -2,12 +2,13 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from fixtures_util import Fixture
 from foreign_files import SPECS, VIT, authors_name, authors_state, container, random_state, write_checkpoint
-from monai.networks.nets import ViT
+from monai.networks.nets import UNETR, MaskedAutoEncoderViT, ViT
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import VisionTransformer
 
@@ -527,3 +528,155 @@ def test_a_2d_vit_is_refused(tmp_path):
     torch.save(state, tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"patch_embed\.proj\.weight .*\(12, 3, 4, 4\).* 5 axes.*2D"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+# ---- prefixes, and files that may be of two formats ------------------------------------------------------------------
+
+PREFIXES = ["model.", "net.", "network.", "backbone.", "encoder.", "vit.", "module.model.", "a.b.c."]
+# what GL-MAE and others call what they keep
+AMBIGUOUS = ["backbone.", "student_backbone.", "model.backbone."]
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("kind", ["monai", "mae3d", "timm", "mim"])
+def test_any_prefix_is_taken_off_and_told(tmp_path, kind, prefix, beside):
+    """That of all tensors, or that of the encoder alone beside a head."""
+    state = {f"{prefix}{k}": v for k, v in authors_state(kind, random_state(SPECS[kind])).items()}
+    if beside:
+        state["fc.weight"], state["ema.n"] = torch.zeros(3), torch.zeros(3)
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    said = kind if prefix == "backbone." else None
+    done = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, axes="dhw", format=said))
+    assert done.format == kind
+    plain = write_checkpoint(tmp_path / "p.pth", kind)
+    expected = translate_checkpoint(plain, ConvertOptions(num_heads=2, axes="dhw", format=said))
+    assert all(torch.equal(v, done.state[k]) for k, v in expected.state.items())
+    assert len(done.report.records) == len(expected.report.records) + 2 * beside
+    own = prefix.removeprefix("module.")
+    told = any(own in note for note in done.notes)
+    assert told == (not (kind == "monai" and own == "vit."))
+
+
+@pytest.mark.parametrize(
+    ("key", "prefix"), [*(("state_dict", p) for p in AMBIGUOUS), ("teacher", ""), ("student", "module.backbone.")]
+)
+@pytest.mark.parametrize("head", [False, True])
+def test_what_may_be_of_glmae_or_not_is_asked(tmp_path, key, prefix, head):
+    """As lightly and DINO save a ViT of timm."""
+    state = random_state(VIT)
+    state["pos_embed"] = torch.cat([state["cls_token"], state["pos_embed"]], dim=1)
+    state = {f"{prefix}{k}": v for k, v in state.items()}
+    state |= {"head.mlp.0.bias": torch.zeros(3)} if head else {}
+    torch.save({key: state}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"x y z.*--format glmae\b.*z y x.*--format timm\b"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+    for name, axes, window in (("glmae", "xyz", (-1000.0, 1000.0)), ("timm", "dhw", None), ("mae3d", "xyz", None)):
+        done = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, format=name))
+        assert (done.format, done.metadata.volume.window_hu) == (name, window)
+        kernel = random_state(VIT)["patch_embed.proj.weight"]
+        kernel = kernel.permute(0, 1, 4, 3, 2) if axes == "xyz" else kernel
+        assert torch.equal(done.state["patch_embed.proj.weight"], kernel)
+
+
+def test_two_encoders_of_one_state_dict_are_not_chosen_from(tmp_path):
+    state = authors_state("timm", random_state(VIT))
+    torch.save({f"{p}.{k}": v for p in ("first", "second") for k, v in state.items()}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"first\., second\.: "):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_monais_masked_autoencoder_gives_the_same_tokens(tmp_path, qkv_bias):
+    torch.manual_seed(0)
+    size = (8, 16, 12)
+    vit = MaskedAutoEncoderViT(
+        1, size, 4, 24, 48, 3, 2, 0.5, 12, 24, 2, 2, decoder_pos_embed_type="sincos", qkv_bias=qkv_bias
+    ).eval()
+    for name, parameter in vit.named_parameters():
+        if name.endswith("bias") or "norm" in name or name.startswith("blocks.3"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    torch.save({"state_dict": vit.state_dict()}, tmp_path / "c.pth")
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", ConvertOptions(num_heads=2))
+    assert done.metadata.spec.img_size == size and done.metadata.spec.pos_embed == "sincos"
+    assert {r.source.partition(".")[0] for r in done.report.with_status("dropped")} == {
+        *("mask_tokens", "decoder_pos_embedding", "decoder_embed", "decoder_blocks", "decoder_pred", "blocks"),
+    }
+    x = torch.rand(2, 1, *size)
+    with torch.no_grad():
+        tokens = vit.patch_embedding(x)
+        expected = vit.blocks(torch.cat([vit.cls_token.expand(2, -1, -1), tokens], dim=1))
+        torch.testing.assert_close(load_encoder(done.path)[0](x)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(16, 32, 64), (8, 8, 24), (24, 16, 16), (16, 16, 16)])
+def test_monais_sincos_positions_tell_their_grid(tmp_path, size):
+    """Its channels go axis 1, 0, 2; the table stays as it is."""
+    vit = monai_vit(VIT.with_(img_size=size, patch_size=(8, 8, 8), embed_dim=24), pos_embed_type="sincos")
+    torch.save(vit.state_dict(), tmp_path / "c.pth")
+    done = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+    assert (done.metadata.spec.img_size, done.metadata.spec.pos_embed) == (size, "sincos")
+    assert torch.equal(done.state["pos_embed"], vit.state_dict()["patch_embedding.position_embeddings"])
+
+
+def test_what_older_versions_of_monai_never_used_is_dropped(tmp_path):
+    state = UNETR(1, 2, (32, 32, 32), 4, 12, 24, 2).state_dict()
+    state |= {"vit.patch_embedding.cls_token": torch.zeros(1, 1, 12), "linear_1.weight": torch.zeros(2, 2)}
+    torch.save({"state_dict": state}, tmp_path / "c.pth")
+    done = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+    reasons = {r.source: r.detail for r in done.report.with_status("dropped")}
+    assert "never used" in reasons["vit.patch_embedding.cls_token"] and "head" in reasons["linear_1.weight"]
+    assert "decoder" in reasons["encoder1.layer.conv1.conv.weight"]
+
+
+@pytest.mark.parametrize("patch", [(8, 8, 4), (4, 4, 4)])
+def test_a_matrix_over_patches_says_all_that_it_hides(tmp_path, patch):
+    spec = VIT.with_(img_size=(16, 8, 8), patch_size=patch, in_channels=2, cls_token=False)
+    vit = monai_vit(spec, proj_type="perceptron")
+    torch.save(vit.state_dict(), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"--(patch|img)-size .*--(patch|img)-size .*--num-heads H"):
+        translate_checkpoint(tmp_path / "c.pth")
+    given = ConvertOptions(num_heads=2, img_size=spec.img_size)
+    if patch == (8, 8, 4):
+        with pytest.raises(UserError, match=r"--patch-size D H W$"):
+            translate_checkpoint(tmp_path / "c.pth", given)
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", replace(given, patch_size=patch))
+    assert done.metadata.spec.patch_size == patch
+    x = torch.rand(2, 2, *spec.img_size)
+    with torch.no_grad():
+        torch.testing.assert_close(load_encoder(done.path)[0](x)[0], vit(x)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_another_patch_than_the_kernels_is_refused(tmp_path):
+    source = write_checkpoint(tmp_path / "c.pth", "timm")
+    with pytest.raises(UserError, match=r"--patch-size .*\(4, 4, 4\)"):
+        translate_checkpoint(source, ConvertOptions(num_heads=2, patch_size=(8, 8, 8)))
+
+
+@pytest.mark.parametrize("ratios", [(2, 3, 4, 4), (4, 4, 4, 2)])
+def test_mlp_ratios_that_differ_by_stage_are_told(tmp_path, ratios):
+    state = authors_state("mim", random_state(SPECS["mim"]))
+    for stage, (ratio, width) in enumerate(zip(ratios, (2, 4, 6, 12), strict=True), 1):
+        for leaf in ("fc1.weight", "fc1.bias"):
+            for block in range(2 if stage == 4 else 1):
+                name = f"blocks{stage}.{block}.mlp.{leaf}"
+                state[name] = state[name][: ratio * width]
+    torch.save({"model": state}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=rf"ratios of its stages differ \({', '.join(map(str, ratios))}\)"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_damage_is_told_first_then_all_that_is_needed(tmp_path, kind):
+    spec = SPECS[kind]
+    spec = spec.with_(img_size=tuple(p * g for p, g in zip(spec.patch_size, (4, 3, 2), strict=True)))
+    state = random_state(spec)
+    torch.save(container(kind, authors_state(kind, state)), tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"--img-size D H W.*--num-heads H"):
+        translate_checkpoint(tmp_path / "c.pth")
+    name = "blocks.1.norm2.bias"
+    for damaged in (state[name][:5], torch.full((12,), float("nan"))):
+        torch.save(container(kind, authors_state(kind, {**state, name: damaged})), tmp_path / "c.pth")
+        with pytest.raises(UserError, match=r"norm2\.bias (has shape \(5,\)|holds NaN)") as caught:
+            translate_checkpoint(tmp_path / "c.pth")
+        assert "--num-heads" not in str(caught.value)

@@ -8,6 +8,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from foreign_files import VIT, authors_state, container, random_state, write_checkpoint
@@ -25,6 +26,7 @@ from nnunetv2_hiendmae.weights import (
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 OPTIONS = ConvertOptions(num_heads=2)
+STATE = random_state(VIT)
 
 
 class Harm:
@@ -235,3 +237,66 @@ def test_metadata_out_of_files_are_escaped(tmp_path, capsys):
         save_encoder(file, {**random_state(VIT), EVIL: torch.zeros(1, dtype=dtype)}, metadata)
         said = printed(capsys, "inspect", file)
         assert message in said and "y" * 200 not in said and all(c.isprintable() or c in HARMLESS for c in said)
+
+
+# ---- numpy's scalars, and what pretends to be one -----------------------------------------------------------------
+
+SCALARS = [np.float64(0.7), np.float32(0.5), np.int64(-3), np.uint8(7), np.bool_(True), np.str_("né"), np.complex64(1j)]
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("value", SCALARS, ids=lambda v: type(v).__name__)
+def test_numpys_scalars_are_numbers(tmp_path, value, legacy):
+    content = {"best": value, "log": [{"x": value}], **container("hiendmae", authors_state("hiendmae", STATE))}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    read = read_checkpoint(tmp_path / "c.pth")[0]
+    assert read["best"] == read["log"][0]["x"] == value.item() and type(read["best"]) is type(value.item())
+    assert translate_checkpoint(tmp_path / "c.pth", OPTIONS).report.entries[0] == ("best", str(value.item()))
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_the_names_of_numpy_1_and_2(tmp_path, module):
+    content = {"best": np.float64(0.7), **container("hiendmae", authors_state("hiendmae", STATE))}
+    torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=False)
+    written = np.float64.__reduce__(np.float64(0))[0].__module__.encode()
+    (tmp_path / "c.pth").write_bytes((tmp_path / "c.pth").read_bytes().replace(written, module.encode()))
+    assert read_checkpoint(tmp_path / "c.pth")[0]["best"] == 0.7
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.zeros(3),
+        np.datetime64("2020-01-01"),
+        np.zeros(1, [("a", "f4")])[0],
+        np.random.default_rng(0),
+        np.ma.masked,
+        np.dtype("O").type,
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_nothing_else_of_numpy_is_read(tmp_path, value):
+    torch.save({"x": value, "state_dict": STATE}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth .*nothing in it was executed"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+class Scalar:
+    """Asks numpy's function for something else than a number."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return np.float64.__reduce__(np.float64(0))[0], self.arguments
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(np.dtype("O"), b"x" * 8), (np.dtype("f8"), b"x"), (np.dtype("V8"), b"x" * 8), (np.dtype("f8"),), ("f8", b"")],
+    ids=str,
+)
+def test_scalars_that_are_none(tmp_path, arguments):
+    torch.save({"x": Scalar(*arguments), "state_dict": STATE}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth .*nothing in it was executed"):
+        read_checkpoint(tmp_path / "c.pth")

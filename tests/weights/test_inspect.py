@@ -98,3 +98,19 @@ def test_next_steps_can_be_pasted(capsys, tmp_path):
     assert shlex.split(last)[-1] == str(output)
     assert cli.main(["convert", str(source), "-o", str(folder)]) == 2
     assert shlex.split(capsys.readouterr().err.strip())[-1] == str(folder / "encoder.safetensors")
+
+
+def test_check_exits_with_2_where_a_file_would_not_load(capsys, tmp_path):
+    """What is said stays the same."""
+    good, folder = write_checkpoint(tmp_path / "c.pth", "mim"), write_run(tmp_path / "run", teacher=False).parent
+    for arguments in ([good, "--num-heads", 2], [folder]):
+        assert cli.main(["inspect", *map(str, arguments), "--check"]) == 0
+    (folder / "checkpoint_latest.pth").rename(folder / "kept.pth")
+    write_checkpoint(folder / "checkpoint_latest.pth", "mim")
+    for path in (good, folder):
+        capsys.readouterr()
+        assert cli.main(["inspect", str(path)]) == 0
+        said = capsys.readouterr().out
+        assert cli.main(["inspect", str(path), "--check"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == said and "--num-heads" in said and "would not load" in captured.err
