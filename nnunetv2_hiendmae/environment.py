@@ -1,7 +1,9 @@
-"""Where nnU-Net's folders and our trainers are, and which devices there are. Imports nothing heavy before it is needed:
-`hiendmae env` answers at once."""
+"""Where nnU-Net's folders and our trainers are, which devices there are, and how workers end. Imports nothing heavy
+before it is needed: `hiendmae env` answers at once."""
 
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 from nnunetv2_hiendmae.errors import UserError
@@ -45,6 +47,18 @@ def device_words() -> str:
     return "" if torch.cuda.is_available() else " -device cpu"
 
 
+def end_with_parent() -> None:
+    """Lets this process, a worker, end at once when the one that started it is killed, also in the midst of work."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def nnunet_folder(variable: str) -> Path:
     """Folder named by one of nnU-Net's variables.
 
@@ -59,6 +73,11 @@ def nnunet_folder(variable: str) -> Path:
     return Path(value)
 
 
+def dataset_id(name: str) -> int:
+    """The number in a full dataset name: 1001 of 'Dataset1001_X'; nnU-Net writes at least three digits."""
+    return int(name.removeprefix("Dataset").partition("_")[0])
+
+
 def dataset_name(dataset: str | int) -> str:
     """Full nnU-Net dataset name ('Dataset001_X') for an id or a name that exists in raw or preprocessed.
 
@@ -66,7 +85,7 @@ def dataset_name(dataset: str | int) -> str:
         UserError: no such dataset, or the id is ambiguous.
     """
     roots = [nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")]
-    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset*") if p.is_dir()})
+    names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset[0-9]*_*") if p.is_dir()})
     text = str(dataset)
     found = [n for n in names if (n.startswith(f"Dataset{int(text):03d}_") if text.isdigit() else n == text)]
     if len(found) == 1:

@@ -103,10 +103,15 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if is_disk_full(e):
             free = f"free some (see: df -h {Path(path).parent}) and run the same command again"
             raise UserError(f"no space left on the disk for {path}; {free}") from e
         raise UserError(f"cannot write {path}: {e.strerror or e}; choose a writable folder") from e
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, quota or largest file size is used up."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:

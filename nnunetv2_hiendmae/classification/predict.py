@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, ro
 
 from nnunetv2_hiendmae.classification.labels import Labels, read_labels
 from nnunetv2_hiendmae.classification.network import BEST, LAST, Inputs, load_classifier, warn_of_differences
+from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
 from nnunetv2_hiendmae.options.commands import PredictOptions
@@ -55,7 +56,7 @@ def predict(
         )
     names = [case.name for case in data.cases]
     labels = read_labels(options.labels, names, metadata.classes) if options.labels else None
-    numbers = "_".join(name[7:10] for name in data.datasets)
+    numbers = "_".join(f"{dataset_id(name):03d}" for name in data.datasets)
     output = Path(options.output or run_dir / f"predictions_{numbers}.csv")
     warn_of_differences(data, metadata.inputs, metadata.volumes, "the classifier")
     fabric = launch(options.device, choose_precision(options.precision, options.device), alone=COMMAND)

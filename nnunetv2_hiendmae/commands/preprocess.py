@@ -1,6 +1,7 @@
 """`hiendmae preprocess`."""
 
 import argparse
+import shlex
 import sys
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
@@ -27,5 +28,6 @@ def run(args: argparse.Namespace) -> int:
         print(f"broken: {dataset}/{case}: {reason}", file=sys.stderr)
     if summary.broken:
         return 2
-    print(f"next: hiendmae pretrain -d {' '.join(args.datasets)} -p {options.plans_name}{device_words()}")
+    command = shlex.join(["hiendmae", "pretrain", "-d", *args.datasets, "-p", options.plans_name])
+    print(f"next: {command}{device_words()}")
     return 0

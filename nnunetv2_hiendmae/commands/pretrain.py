@@ -1,6 +1,7 @@
 """`hiendmae pretrain`."""
 
 import argparse
+import shlex
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
 from nnunetv2_hiendmae.options.commands import PretrainOptions
@@ -19,4 +20,4 @@ def run(args: argparse.Namespace) -> None:
 
     encoder = pretrain(args.datasets, options)
     if encoder:
-        print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {encoder}")
+        print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {shlex.quote(str(encoder))}")

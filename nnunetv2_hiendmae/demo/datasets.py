@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.schemas import EXAMPLE_JSON, read_dataset_json
 
@@ -40,12 +41,12 @@ class DemoData:
     @property
     def pretraining_id(self) -> str:
         """nnU-Net id, as `-d` takes it."""
-        return str(int(self.pretraining.name[7:10]))
+        return str(dataset_id(self.pretraining.name))
 
     @property
     def finetuning_id(self) -> str:
         """nnU-Net id, as `-d` takes it."""
-        return str(int(self.finetuning.name[7:10]))
+        return str(dataset_id(self.finetuning.name))
 
     @property
     def first_channel_is_ct(self) -> bool:

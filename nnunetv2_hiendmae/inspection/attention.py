@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nibabel.orientations import apply_orientation
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from nnunetv2_hiendmae.files import ENCODER, write_text, write_with
 from nnunetv2_hiendmae.inspection import volumes as vol
 from nnunetv2_hiendmae.inspection.reconstruct import load_run
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
+from nnunetv2_hiendmae.training.volumes import crop_and_pad
 from nnunetv2_hiendmae.weights import load_encoder, read_metadata
 
 MEAN = "mean"
@@ -228,8 +228,7 @@ def _cut(volume: np.ndarray, grid: vol.Grid, spec: EncoderSpec, point: np.ndarra
     at = centre - lower
     if not all(0 <= a < s for a, s in zip(at, size, strict=True)):
         raise UserError("the query lies in the empty border of the image, which nnU-Net cuts off; choose one inside")
-    box = np.stack([lower, lower + size], axis=1).tolist()
-    crop = torch.from_numpy(crop_and_pad_nd(volume, box, 0).astype(np.float32))[None]
+    crop = torch.from_numpy(crop_and_pad(volume, lower, size, lambda: volume.min(axis=(1, 2, 3))))[None]
     return crop, grid.cropped(lower, size), int(np.ravel_multi_index(tuple(at // patch), spec.grid))
 
 

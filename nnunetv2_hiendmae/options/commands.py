@@ -83,10 +83,24 @@ class PreprocessOptions(CommandOptions):
 
     plans_name: str = _plans(help="name of the plans")
     like: str | Path | None = option(
-        None, "method or encoder file whose spacing and window to use", metavar="METHOD|FILE"
+        None,
+        "method or encoder file whose spacing and window to use",
+        metavar="METHOD|FILE",
+        default_is="hiendmae",
     )
-    spacing_mm: tuple[float, float, float] | None = option(None, "target spacing in mm", flag="--spacing", metavar=_DHW)
-    window_hu: tuple[float, float] | None = option(None, "CT window in HU that becomes [0, 1]", **_WINDOW)
+    spacing_mm: tuple[float, float, float] | None = option(
+        None,
+        "target spacing in mm",
+        flag="--spacing",
+        metavar=_DHW,
+        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median",
+    )
+    window_hu: tuple[float, float] | None = option(
+        None,
+        "CT window in HU that becomes [0, 1]",
+        **_WINDOW,
+        default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
+    )
     num_processes: int = _count(4, "processes", flag="-np")
 
 

@@ -1,27 +1,22 @@
 """Raw datasets and their fingerprints: what planning and preprocessing need to know before they start."""
 
+import glob
 import io
 import json
 import logging
-import sys
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_dataset_json,
-    recursive_find_reader_writer_by_name,
-)
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_hiendmae.environment import nnunet_folder
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.schemas import Fingerprint, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
@@ -39,13 +34,13 @@ class RawDataset:
     Args:
         dataset_json: with `labels` (background only) and `numTraining` filled in where the file lacks them.
         cases: image files of every case, one per channel.
-        missing_labels: label files that should be there.
+        labels: label file of every case, whether it is there or not.
     """
 
     name: str
     dataset_json: dict[str, Any]
     cases: dict[str, tuple[str, ...]]
-    missing_labels: tuple[str, ...]
+    labels: dict[str, str]
 
     @property
     def folder(self) -> Path:
@@ -53,40 +48,27 @@ class RawDataset:
         return nnunet_folder("nnUNet_raw") / self.name
 
     @property
+    def missing_labels(self) -> tuple[str, ...]:
+        """Label files that should be there."""
+        return tuple(file for file in self.labels.values() if not Path(file).is_file())
+
+    @property
     def channels(self) -> tuple[str, ...]:
         """Channel names in order ("modality" is what old datasets call them)."""
         return tuple((self.dataset_json.get("channel_names") or self.dataset_json["modality"]).values())
-
-    def reader(self, name: str | None = None) -> type[BaseReaderWriter]:
-        """nnU-Net's reader of that name; None: the one that reads the first readable image.
-
-        Raises:
-            UserError: nnU-Net has no such reader, or none for the file ending.
-        """
-        if name is not None:
-            with suppress(RuntimeError):
-                return recursive_find_reader_writer_by_name(name)
-            raise UserError(f"nnU-Net has no image reader '{name}'; leave it out to let nnU-Net choose")
-        # where nothing is readable, the ending decides: let every case be named with its own reason
-        examples = (*(images[0] for images in self.cases.values() if images), None)
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            for example in examples:
-                with suppress(RuntimeError):
-                    return determine_reader_writer_from_dataset_json(self.dataset_json, example, verbose=False)
-        raise UserError(
-            f"nnU-Net has no reader for '{self.dataset_json['file_ending']}' files ({self.name}); "
-            f"check file_ending in its dataset.json"
-        )
 
 
 def read_raw_dataset(name: str) -> RawDataset:
     """Lists a raw dataset; reads no image.
 
     Raises:
-        UserError: dataset.json is missing or incomplete, or there are no training images.
+        UserError: dataset.json is missing or incomplete, there are no training images, or files or cases have names
+            that nnU-Net takes for something else.
     """
     folder = nnunet_folder("nnUNet_raw") / name
     dataset_json = read_dataset_json(folder)
+    if "dataset" not in dataset_json:
+        _check_files(folder / "imagesTr", dataset_json["file_ending"])
     # nnU-Net changes what it is given
     listing = deepcopy(dataset_json)
     try:
@@ -102,6 +84,11 @@ def read_raw_dataset(name: str) -> RawDataset:
     if not found:
         raise UserError(f"{folder / 'imagesTr'} holds no '{ending}' files; check file_ending in dataset.json")
 
+    # among preprocessed cases nnU-Net takes these for segmentations
+    if taken := [case for case in map(str, found) if case.endswith("_seg")]:
+        told = f"{name} has cases whose names end in _seg, which nnU-Net does not list: {some(taken)}"
+        raise UserError(f"{told}; rename their files")
+
     def images(case: str, files: list[str]) -> tuple[str, ...]:
         if "dataset" in listing:
             return tuple(files)
@@ -112,25 +99,26 @@ def read_raw_dataset(name: str) -> RawDataset:
         name,
         {"labels": {"background": 0}, "numTraining": len(found), **dataset_json},
         {str(case): images(str(case), files["images"]) for case, files in found.items()},
-        tuple(str(files["label"]) for files in found.values() if not Path(files["label"]).is_file()),
+        {str(case): str(files["label"]) for case, files in found.items()},
     )
+
+
+def _check_files(images: Path, ending: str) -> None:
+    """Raises UserError: nnU-Net would cut the name of a file wrongly, or leave it out without a word."""
+    files = sorted(images.glob(f"*{glob.escape(ending)}"))
+    unnamed = [f.name for f in files if not re.fullmatch(r".+_\d{4}", f.name.removesuffix(ending))]
+    told = [f"{name} should be {name.removesuffix(ending)}_0000{ending}" for name in unnamed[:3]]
+    if len(unnamed) > len(told):
+        told.append(f"and {len(unnamed) - len(told)} more, each file is one channel: _0000, _0001, …")
+    if missing := [f.name for f in files if not f.is_file()]:
+        told.append(f"no files but dead links, pipes or folders: {some(missing)}")
+    if told:
+        raise UserError(f"{images}: {'; '.join(told)}; rename, mend or remove them")
 
 
 def is_ct(channel: str) -> bool:
     """Whether nnU-Net normalises a channel of that name as CT, so that a window in HU makes sense."""
     return get_normalization_scheme(channel).__name__ == CT_SCHEME
-
-
-def check_labels(raw: RawDataset) -> None:
-    """Raises UserError: the dataset names no foreground label, or training cases lack their label file."""
-    if not set(raw.dataset_json["labels"]) - {"background", "ignore"}:
-        raise UserError(f"{raw.folder / 'dataset.json'} names no label besides background, needed labels to fine-tune")
-    if raw.missing_labels:
-        raise UserError(
-            f"{raw.name} has {len(raw.missing_labels)} of {len(raw.cases)} training cases without a label file, first "
-            f"{raw.missing_labels[0]}; fine-tuning needs a label for every image, add them or move the images out of "
-            f"{raw.folder / 'imagesTr'}"
-        )
 
 
 def read_fingerprint(dataset_name: str, with_labels: bool = False) -> dict[str, Any] | None:
@@ -153,26 +141,6 @@ def _is_cut_short(file: Path) -> bool:
     except (ValueError, RecursionError):
         return True
     return False
-
-
-def extract_fingerprint(dataset_name: str, num_processes: int) -> None:
-    """Writes nnU-Net's own fingerprint, of images and labels, over what is there.
-
-    Raises:
-        UserError: nnU-Net cannot read the dataset.
-    """
-    try:
-        with prints_to_log():
-            extractor = DatasetFingerprintExtractor(dataset_name, num_processes)
-            extractor.show_progress_bar = sys.stderr.isatty()
-            extractor.run(overwrite_existing=True)
-    # whatever a reader raises about an image or a label
-    except Exception as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[-1]
-        raise UserError(
-            f"nnU-Net cannot read {dataset_name} ({reason}); "
-            f"run: nnUNetv2_extract_fingerprint -d {int(dataset_name[7:10])} --verify_dataset_integrity"
-        ) from e
 
 
 @contextmanager

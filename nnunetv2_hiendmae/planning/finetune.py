@@ -2,37 +2,34 @@
 
 import logging
 import shlex
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_name, device_words
+from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
     RawDataset,
-    check_labels,
-    extract_fingerprint,
     is_ct,
     read_fingerprint,
     read_raw_dataset,
 )
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION, check_plans_name, make_plans, save_plans
+from nnunetv2_hiendmae.planning.labels import check_labels, extract_fingerprint
+from nnunetv2_hiendmae.planning.plans import CONFIGURATION, SPLITS, check_plans_name, make_plans, save_plans
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 
 WARMUP_FRACTION = 0.1
-# nnU-Net's readers that turn every image to RAS; the second reads what the first does not
-REORIENTING_READERS = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
-NNUNETS_CHOICE = "auto"
+# it cannot make them of fewer cases
+_NNUNET_FOLDS = 5
 # where a value comes from, in the messages
 _GIVEN, _FILE, _DATASET = "given", "from the encoder file", "from the dataset"
 _NNUNETS_RULE = "by nnU-Net's rule"
@@ -117,12 +114,12 @@ def plan_finetuning(
 
     if read_fingerprint(raw.name, with_labels=True) is None:
         logger.info("extracting the fingerprint of %s", raw.name)
-        extract_fingerprint(raw.name, options.num_processes)
+        extract_fingerprint(raw, find_reader(volume.image_reader_writer), options.num_processes)
     width, batch = values["decoder_width"], values["batch_size"]
     path = save_plans(make_plans(raw, plans_name, spec, volume, decoder_width=width, batch_size=batch, section=section))
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
-    number = int(raw.name[7:10])
-    commands = _next_commands(raw, number, plans_name, trainer, options.num_processes)
+    number = dataset_id(raw.name)
+    commands = _next_commands(raw, number, plans_name, trainer, options.num_processes, _first_fold(raw, path.parent))
     return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, commands)
 
 
@@ -191,42 +188,13 @@ def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
 
 def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> VolumeFormat:
     """How the dataset's volumes become arrays: as in pretraining where the dataset allows it."""
-    reader = _fit_reader(seen, raw.dataset_json, options.reader)
-    volume = replace(seen.overridden(options.spacing_mm, options.window_hu), image_reader_writer=reader)
+    reader = choose_reader(raw, seen.image_reader_writer, options.reader)
+    volume = replace(seen.overridden(options.spacing_mm, options.window_hu), image_reader_writer=reader.__name__)
     if any(map(is_ct, raw.channels)):
         return volume
     if volume.window_hu is not None:
         logger.warning("no channel of %s is CT: the window is ignored, nnU-Net's normalisation is used", raw.channels)
     return replace(volume, window_hu=None)
-
-
-def _fit_reader(seen: VolumeFormat, dataset_json: dict[str, Any], given: str | None) -> str | None:
-    """Name of the reader; None: nnU-Net's choice."""
-    ending, wanted = dataset_json["file_ending"].lower(), seen.image_reader_writer
-    if given == NNUNETS_CHOICE or (given is None and wanted is None):
-        return None
-    if given is not None:
-        if not _reads(given, ending):
-            raise ValueError(f"reader {given} is none of nnU-Net's, or cannot read {ending}")
-        return given
-    own = dataset_json.get("overwrite_image_reader_writer", "None")
-    if own not in ("None", wanted):
-        told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
-        mend = f"check that it gives the same orientation, or give --reader {wanted}"
-        logger.warning(f"{told} (orientation: {seen.orientation}): the dataset's is used, {mend}")
-        return None
-    for name in (wanted, *(REORIENTING_READERS if wanted in REORIENTING_READERS else ())):
-        if _reads(name, ending):
-            return name
-    mend = "check that the orientation is the same as in pretraining"
-    logger.warning(f"{wanted} cannot read {ending}: nnU-Net's own reader is used, {mend}")
-    return None
-
-
-def _reads(reader: str, file_ending: str) -> bool:
-    with suppress(RuntimeError):
-        return file_ending in recursive_find_reader_writer_by_name(reader).supported_file_endings
-    return False
 
 
 def _messages(
@@ -250,7 +218,7 @@ def _messages(
         ("patch_size", _FILE if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
         ("spacing_mm", _FILE if seen.spacing_mm else _DATASET, spacing),
         ("window_hu" if volume.window_hu else "", _FILE if volume.window_hu else _DATASET, window),
-        ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader or _NNUNETS_RULE}"),
+        ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader}"),
         ("channels", _DATASET, f"channels {', '.join(channels)}"),
         *((option, recipe, text.format(**values)) for option, text in _TOLD.items()),
     ]
@@ -262,12 +230,23 @@ def _messages(
     return tuple(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items() if texts)
 
 
-def _next_commands(raw: RawDataset, number: int, plans_name: str, trainer: str, num_processes: int) -> tuple[str, ...]:
+def _first_fold(raw: RawDataset, folder: Path) -> str:
+    """What to train first; warns where nnU-Net cannot make its folds."""
+    if len(raw.cases) >= _NNUNET_FOLDS or (folder / SPLITS).is_file():
+        return "0"
+    told = f"{raw.name} has {len(raw.cases)} cases, nnU-Net makes its folds of {_NNUNET_FOLDS} at least"
+    logger.warning(f"{told}: train with fold 'all', or write your own folds to {folder / SPLITS}")
+    return "all"
+
+
+def _next_commands(
+    raw: RawDataset, number: int, plans_name: str, trainer: str, num_processes: int, fold: str
+) -> tuple[str, ...]:
     images = raw.folder / "imagesTs"
     source, device = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER", device_words()
     return (
         f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION} -np {num_processes}",
-        f"nnUNetv2_train {number} {CONFIGURATION} 0 -p {plans_name} -tr {trainer}{device}",
-        f"nnUNetv2_predict -d {number} -c {CONFIGURATION} -p {plans_name} -tr {trainer} -f 0 "
+        f"nnUNetv2_train {number} {CONFIGURATION} {fold} -p {plans_name} -tr {trainer}{device}",
+        f"nnUNetv2_predict -d {number} -c {CONFIGURATION} -p {plans_name} -tr {trainer} -f {fold} "
         f"-i {source} -o OUTPUT_FOLDER{device}",
     )

@@ -3,19 +3,23 @@
 import json
 import logging
 import re
+import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
-from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.schemas import Plans, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat
@@ -24,6 +28,8 @@ CONFIGURATION = "3d_fullres"
 SPLITS = "splits_final.json"
 # nnU-Net's name of the statistics, per channel, that its CT normalisation takes the window from
 _INTENSITIES = "foreground_intensity_properties_per_channel"
+# mm per voxel, finer than any scanner of bodies
+_SMALLEST_MM = 0.01
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +58,25 @@ def make_plans(
     """
     if read_fingerprint(raw.name) is None:
         told = f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}"
-        raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {raw.name[7:10]}")
+        raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)}")
     arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
     network = {"network_class_name": ENCODERS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
-    with prints_to_log():
+    _copy_descriptions(raw)
+    with prints_to_log(), telling_disk_errors(nnunet_folder("nnUNet_preprocessed") / raw.name):
         plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()
     if section is not None:
         plans[PLANS_KEY] = asdict(section)
     return json.loads(json.dumps(plans))
+
+
+def _copy_descriptions(raw: RawDataset) -> None:
+    """What nnU-Net's planner copies in place, whole or not at all: on a full disk it leaves half of a file."""
+    folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    for name in ("dataset.json", SPLITS):
+        source = raw.folder / name
+        if source.is_file() and not (name == SPLITS and (folder / SPLITS).exists()):
+            write_with(folder / name, partial(shutil.copyfile, source))
 
 
 def save_plans(plans: dict[str, Any]) -> Path:
@@ -79,7 +95,7 @@ def save_plans(plans: dict[str, Any]) -> Path:
     # other statistics may mean other images
     before, now = ((array_settings(p), p[_INTENSITIES]) for p in (old, plans))
     if folder.is_dir() and before != now:
-        again = f"-d {plans['dataset_name'][7:10]} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
+        again = f"-d {dataset_id(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
         told = f"{folder} was preprocessed with other settings than {path.name} now has"
         logger.warning(f"{told}; run: nnUNetv2_preprocess {again}")
     return path
@@ -138,6 +154,19 @@ def _is_ours(path: Path, for_pretraining: bool) -> bool:
     return not for_pretraining if PLANS_KEY in plans else network.startswith("nnunetv2_hiendmae.")
 
 
+def _refuse_if_smaller_than_voxels(name: str, fingerprint: dict[str, Any], target: tuple[float, ...] | None) -> None:
+    shapes, spacings = fingerprint["shapes_after_crop"], fingerprint["spacings"]
+    left = [compute_new_shape(shape, mm, target or mm) for shape, mm in zip(shapes, spacings, strict=True)]
+    if np.median(left, axis=0).min() >= 1:
+        return
+    shape, mm = (np.median(values, axis=0) for values in (shapes, spacings))
+    size = " × ".join(f"{s:.3g}" for s in shape * mm)
+    told = f"volumes of {name} have {[int(s) for s in shape]} voxels and {size} mm (D × H × W, median)"
+    unit = "; the unit in the header may be µm, which nnU-Net takes for mm" if mm.max() < _SMALLEST_MM else ""
+    given = " ".join(f"{s:g}" for s in mm)
+    raise UserError(f"{told}, less than half a voxel of {target} mm; choose another one: --spacing {given}{unit}")
+
+
 class _ViTPlanner(ExperimentPlanner):
     """nnU-Net's planner; only what differs for a fixed network is overridden. `fixed`: what the configuration must
     hold, whatever nnU-Net would choose.
@@ -164,7 +193,9 @@ class _ViTPlanner(ExperimentPlanner):
                 f"{raw.name} is 2D (median shape {[int(s) for s in median_shape]}), needed 3D volumes: the encoder is "
                 f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {raw.name} 2d 0"
             )
-        self.reader = raw.reader(volume.image_reader_writer)
+        name = volume.image_reader_writer
+        self.reader = find_reader(name) if name else choose_reader(raw)
+        _refuse_if_smaller_than_voxels(raw.name, self.dataset_fingerprint, spacing)
         properties = self.dataset_fingerprint[_INTENSITIES]
         for i, channel in enumerate(raw.channels):
             if is_ct(channel):

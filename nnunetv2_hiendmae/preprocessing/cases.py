@@ -1,6 +1,5 @@
 """Cases: what makes one unusable, how one becomes an array, and work on all of them at once."""
 
-import io
 import logging
 import multiprocessing
 import os
@@ -10,7 +9,6 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -18,17 +16,27 @@ from typing import Any, TypeVar
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.environment import end_with_parent
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.planning.plans import CONFIGURATION
+from nnunetv2_hiendmae.planning.readers import BrokenCaseError, naming_reason
+from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
 # the image comes last: where it stands, the case is finished
 CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
+# even a crop of one organ uses more of a window than CT that was scaled to [0, 1]
+SMALLEST_SHARE_OF_WINDOW = 0.01
+# range of nearly all voxels, as a share of the largest value
+SMALLEST_CONTRAST = 1e-4
+# of which percentiles are taken
+MOST_VOXELS = 1_000_000
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +47,6 @@ BrokenCase = tuple[str, str, str]
 Result = TypeVar("Result")
 
 
-class BrokenCaseError(Exception):
-    """One case cannot be used; the message is the reason, in one line. The others go on."""
-
-
 def check_files(images: Sequence[str]) -> None:
     """Raises BrokenCaseError: a channel file is missing, or a NIfTI file ends early or holds NaN or infinite values."""
     if not images:
@@ -50,7 +54,7 @@ def check_files(images: Sequence[str]) -> None:
     for image in images:
         path = Path(image)
         if not path.is_file():
-            raise BrokenCaseError(f"{path.name} is missing")
+            raise BrokenCaseError(f"{path.name} is {'a pipe or folder, no file' if path.exists() else 'missing'}")
         if path.name.endswith((".nii", ".nii.gz")):
             _check_nifti(path)
 
@@ -59,10 +63,17 @@ def _check_nifti(path: Path) -> None:
     # nnU-Net reads NIfTI through ITK, which puts zeros for NaN and for the missing end of a truncated file
     # and says nothing
     try:
-        stored = nibabel.load(path).dataobj
+        image = nibabel.load(path)
+        # as it stands there: nibabel, as ITK, takes 1 mm for 0
+        with ImageOpener(str(path)) as file:
+            header = image.header_class.from_fileobj(file, check=False)
+        stored = image.dataobj
     except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
         # not even a header: the reader tells what it is
         return
+    voxel_mm = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))]
+    if not np.all(np.abs(voxel_mm) > 0):
+        raise BrokenCaseError(f"{path.name} has voxels of {' × '.join(f'{s:g}' for s in voxel_mm)} mm in its header")
     try:
         values = stored.get_unscaled()
     except (EOFError, OSError, ValueError, zlib.error) as e:
@@ -96,21 +107,24 @@ def check_finite(data: np.ndarray) -> None:
         raise BrokenCaseError(f"{wrong} voxels are NaN or infinite")
 
 
-@contextmanager
-def naming_reason() -> Iterator[None]:
-    """Whatever goes wrong inside becomes a BrokenCaseError with a one-line reason; nothing is printed."""
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            yield
-    except BrokenCaseError:
-        raise
-    except MemoryError as e:
-        raise BrokenCaseError("not enough memory; run again with fewer processes: -np 1") from e
-    except Exception as e:
-        # nnU-Net's readers print what is wrong and raise without a message; SimpleITK's last line is the telling one
-        said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
-        raise BrokenCaseError(said[-1].strip() if said else type(e).__name__) from e
+def check_window(channel: np.ndarray, low: float, high: float) -> None:
+    """Raises BrokenCaseError: a CT channel (D, H, W) uses next to nothing of its window in HU."""
+    least, most = float(channel.min()), float(channel.max())
+    used = np.clip(most, low, high) - np.clip(least, low, high)
+    if used < SMALLEST_SHARE_OF_WINDOW * (high - low):
+        told = f"its values, {least:g} to {most:g}, use {used / (high - low):.2%} of the window {low:g} to {high:g} HU"
+        raise BrokenCaseError(f"{told}; needed CT in HU, or a channel that is not called CT")
+
+
+def check_contrast(data: np.ndarray, channels: Sequence[str]) -> None:
+    """Raises BrokenCaseError: a channel of a normalised image (C, D, H, W) is constant but for single voxels."""
+    for channel, name in zip(data, channels, strict=True):
+        some_voxels = channel.ravel()[:: max(1, channel.size // MOST_VOXELS)]
+        low, high = np.percentile(some_voxels, (0.05, 99.95))
+        least, most = float(channel.min()), float(channel.max())
+        if high - low <= SMALLEST_CONTRAST * max(abs(least), abs(most)):
+            told = f"{name} is constant after normalisation ({low:.3g} to {high:.3g} but for single voxels"
+            raise BrokenCaseError(f"{told}, which reach {least:.3g} and {most:.3g}); look for wrong voxels")
 
 
 class _CheckedPreprocessor(DefaultPreprocessor):
@@ -119,16 +133,24 @@ class _CheckedPreprocessor(DefaultPreprocessor):
     def __init__(self, channels: tuple[str, ...]):
         super().__init__(verbose=False)
         self.channels = channels
+        # what the reader said of a case that it could read
+        self.said = ""
 
-    def run_case(self, image_files, *args, **kwargs):
-        with naming_reason():
+    def run_case(self, image_files, seg_file, plans_manager, *args, **kwargs):
+        with naming_reason(plans_manager.image_reader_writer_class, image_files) as self._printed:
             check_files(image_files)
-            data, seg, properties = super().run_case(image_files, *args, **kwargs)
+            data, seg, properties = super().run_case(image_files, seg_file, plans_manager, *args, **kwargs)
             check_finite(data)
+            check_contrast(data, self.channels)
             return data, seg, properties
 
     def run_case_npy(self, data, seg, properties, plans_manager, configuration_manager, dataset_json):
+        self.said = printable(" ".join(self._printed.getvalue().split()), LONGEST_ERROR)
         check_volume(data, properties["spacing"], self.channels)
+        statistics = plans_manager.foreground_intensity_properties_per_channel
+        for i, scheme in enumerate(configuration_manager.normalization_schemes):
+            if scheme == CT_SCHEME:
+                check_window(data[i], *(statistics[str(i)][f"percentile_{end}"] for end in ("00_5", "99_5")))
         # our plans never transpose, so both spacings are in array order
         left = compute_new_shape(data.shape[1:], properties["spacing"], configuration_manager.spacing)
         if not all(left):
@@ -140,8 +162,9 @@ class _CheckedPreprocessor(DefaultPreprocessor):
 
 def preprocess_case(
     case: str, images: Sequence[str], channels: tuple[str, ...], plans_file: Path, folder: Path, unfinished: Path
-) -> None:
-    """Writes a case to `folder`, whole or not at all, by way of a folder in `unfinished`.
+) -> str:
+    """Writes a case to `folder`, whole or not at all, by way of a folder in `unfinished`. Returns what the reader
+    said of it, in a line.
 
     Raises:
         BrokenCaseError: its images cannot be used.
@@ -152,13 +175,15 @@ def preprocess_case(
     try:
         with TemporaryDirectory(dir=unfinished) as temporary:
             written = Path(temporary) / case
+            preprocessor = _CheckedPreprocessor(channels)
             # the segmentation is None, always: no label may reach pretraining
-            _CheckedPreprocessor(channels).run_case_save(str(written), list(images), None, plans, configuration, {})
+            preprocessor.run_case_save(str(written), list(images), None, plans, configuration, {})
             for end in CASE_FILES:
                 source = written.with_name(f"{case}{end}")
                 with source.open("rb") as f:
                     os.fsync(f.fileno())
                 source.replace(folder / source.name)
+        return preprocessor.said
     # blosc2 says RuntimeError for every failure to write
     except (OSError, RuntimeError) as e:
         free = shutil.disk_usage(folder).free / 1e9
@@ -210,7 +235,7 @@ def _outcomes(jobs: Collection[Callable[[], Result]], num_processes: int) -> Ite
         yield from map(_outcome, jobs)
         return
     # spawn, as nnU-Net does: a forked child may inherit a lock that nobody releases
-    executor = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
     try:
         yield from executor.map(_outcome, jobs)
     except BrokenProcessPool as e:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
 from nnunetv2_hiendmae.environment import nnunet_folder
@@ -16,6 +15,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.planning import dataset
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_fingerprint
+from nnunetv2_hiendmae.planning.labels import extract_fingerprint
+from nnunetv2_hiendmae.planning.readers import Reader, choose_reader, naming_reason
 from nnunetv2_hiendmae.preprocessing import cases
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCase
 
@@ -30,12 +31,17 @@ Analysis = tuple[list[int], list[float], list[np.ndarray], float]
 logger = logging.getLogger(__name__)
 
 
-def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, Any], list[BrokenCase]]:
+def ensure_fingerprint(
+    raw: RawDataset, num_processes: int, reader: Reader | None = None
+) -> tuple[dict[str, Any], list[BrokenCase]]:
     """The dataset's fingerprint, made and written to `$nnUNet_preprocessed/<dataset>/` if there is none yet.
 
     It is nnU-Net's own when every case has a label file and none is broken. Otherwise it comes from the images
     alone and carries `"hiendmae_label_free": true`: its intensity statistics are those of body voxels, which are
     the voxels above -500 HU in CT channels and above the image's mean in others.
+
+    Args:
+        reader: of the images; None: nnU-Net's choice.
 
     Returns:
         The fingerprint and the broken cases; none are named when an existing fingerprint is reused.
@@ -48,14 +54,15 @@ def ensure_fingerprint(raw: RawDataset, num_processes: int) -> tuple[dict[str, A
     existing = read_fingerprint(raw.name, with_labels=labelled)
     if existing is not None:
         return existing, []
-    analyse = partial(_analyse, raw.reader(), raw.channels, max(1, STATISTIC_VOXELS // len(raw.cases)))
+    reader = reader or choose_reader(raw)
+    analyse = partial(_analyse, reader, raw.channels, max(1, STATISTIC_VOXELS // len(raw.cases)))
     jobs = {(raw.name, case): partial(analyse, images) for case, images in raw.cases.items()}
     analyses, broken = cases.map_cases(jobs, num_processes, f"{raw.name} fingerprint")
     if not analyses:
         cases.refuse_if_nothing_left(raw.name, broken)
     if labelled and not broken:
         try:
-            dataset.extract_fingerprint(raw.name, num_processes)
+            extract_fingerprint(raw, reader, num_processes)
             return read_fingerprint(raw.name), []
         except UserError as e:
             logger.warning("the fingerprint of %s is made without labels, look for a broken one: %s", raw.name, e)
@@ -79,10 +86,8 @@ def body_mask(channel: np.ndarray, name: str) -> np.ndarray:
     return mask if mask.any() else np.ones_like(mask)
 
 
-def _analyse(
-    reader: type[BaseReaderWriter], channels: tuple[str, ...], samples: int, images: Sequence[str]
-) -> Analysis:
-    with cases.naming_reason():
+def _analyse(reader: Reader, channels: tuple[str, ...], samples: int, images: Sequence[str]) -> Analysis:
+    with naming_reason(reader, images):
         cases.check_files(images)
         data, properties = reader().read_images(list(images))
         cases.check_volume(data, properties["spacing"], channels)

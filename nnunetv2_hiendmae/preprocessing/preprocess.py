@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
@@ -24,6 +26,7 @@ from nnunetv2_hiendmae.planning.plans import (
     read_plans,
     save_plans,
 )
+from nnunetv2_hiendmae.planning.readers import choose_reader
 from nnunetv2_hiendmae.preprocessing.cases import (
     CASE_FILES,
     BrokenCase,
@@ -34,10 +37,14 @@ from nnunetv2_hiendmae.preprocessing.cases import (
 )
 from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import read_metadata
 
 # of the encoder that the plans name, where no file does
 DEFAULT_PRESET = "vit_base_p16"
+RULE = "nnU-Net's rule"
+# factor between the spacing of images and of arrays
+FAR = 3
 
 logger = logging.getLogger(__name__)
 
@@ -96,12 +103,15 @@ def preprocess_datasets(
 def _preprocess(
     raws: list[RawDataset], options: PreprocessOptions, spec: EncoderSpec, recipe: MethodRecipe, stack: ExitStack
 ) -> PreprocessSummary:
-    jobs: dict[Key, Callable[[], None]] = {}
+    jobs: dict[Key, Callable[[], str]] = {}
     finished: set[Key] = set()
     broken: list[BrokenCase] = []
     # everything that can be refused is refused before hours of work begin
     for raw in raws:
-        fingerprint, found = ensure_fingerprint(raw, options.num_processes)
+        reader = choose_reader(raw, recipe.volume.image_reader_writer)
+        volume = replace(recipe.volume, image_reader_writer=reader.__name__)
+        logger.info("%s: %s", raw.name, _told_settings(raw, volume, options, recipe.volume.image_reader_writer))
+        fingerprint, found = ensure_fingerprint(raw, options.num_processes, reader)
         broken += found
         with_labels = not fingerprint.get(LABEL_FREE_KEY)
         if recipe.volume.window_hu is None and with_labels and any(map(is_ct, raw.channels)):
@@ -109,7 +119,8 @@ def _preprocess(
                 f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
                 f"pretraining must not see labels; give --window LO HI"
             )
-        plans = _ensure_plans(raw, options.plans_name, spec, recipe)
+        _warn_if_far(raw, fingerprint, volume, options.spacing_mm)
+        plans = _ensure_plans(raw, options.plans_name, spec, replace(recipe, volume=volume))
         folder = data_folder(plans)
         unfinished = _unfinished_folder(folder, stack)
         for case, images in raw.cases.items():
@@ -124,6 +135,9 @@ def _preprocess(
         jobs.pop((name, case), None)
     done, found = map_cases(jobs, options.num_processes, "preprocessing")
     broken += found
+    for (name, case), said in done.items():
+        if said:
+            logger.warning("%s %s: its reader says: %s", name, case, said)
     for raw in raws:
         if raw.name not in {name for name, _ in (*finished, *done)}:
             refuse_if_nothing_left(raw.name, [b for b in broken if b[0] == raw.name])
@@ -160,6 +174,40 @@ def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[Enco
         window = "the window {:g} to {:g} HU is for CT channels".format(*volume.window_hu)
         logger.warning(f"{window}; nnU-Net's normalisation stays for: {', '.join(others)}")
     return spec.with_(in_channels=len(channels)), replace(recipe, volume=volume)
+
+
+def _told_settings(raw: RawDataset, volume: VolumeFormat, options: PreprocessOptions, wanted: str | None) -> str:
+    """What is done to the images, and who says so, in a line. `wanted`: reader that the encoder file names."""
+    like = options.like or DEFAULT_METHOD
+    whose = f"{like}'s recipe" if like in RECIPES else f"as {like} says"
+    spacing, window = volume.spacing_mm, volume.window_hu
+    # what it is, whether it was given, whether it comes from `like`
+    facts = [
+        (f"spacing {_shown(spacing)} mm (D H W)" if spacing else "the median spacing", options.spacing_mm, spacing)
+    ]
+    if any(map(is_ct, raw.channels)):
+        told = "window {:g} to {:g} HU".format(*window) if window else "window of the dataset"
+        facts.append((told, options.window_hu, window))
+    facts.append(("cubic interpolation, nearest between thick slices", None, None))
+    facts.append((f"reader {volume.image_reader_writer}", None, volume.image_reader_writer == wanted))
+    return "; ".join(f"{what} ({'given' if given else whose if likes else RULE})" for what, given, likes in facts)
+
+
+def _shown(spacing_mm: Sequence[float]) -> str:
+    return " ".join(f"{s:.3g}" for s in spacing_mm)
+
+
+def _warn_if_far(raw: RawDataset, fingerprint: dict[str, Any], volume: VolumeFormat, given: object) -> None:
+    """Says so where nobody chose a target spacing and it is far from the images', or was chosen for CT only."""
+    median = np.median(fingerprint["spacings"], axis=0)
+    if given or not volume.spacing_mm:
+        return
+    factors = np.asarray(volume.spacing_mm) / median
+    others = not all(map(is_ct, raw.channels))
+    if others or factors.max() > FAR or factors.min() < 1 / FAR:
+        told = f"{raw.name} has a median spacing of {_shown(median)} mm, and becomes {_shown(volume.spacing_mm)} mm"
+        why = ", which was chosen for CT" if others else f", {factors.max():.3g} times as much along one axis"
+        logger.warning(f"{told}{why}; --spacing {_shown(median)} keeps it (with another -p where there are arrays)")
 
 
 def _ensure_plans(raw: RawDataset, plans_name: str, spec: EncoderSpec, recipe: MethodRecipe) -> Path:

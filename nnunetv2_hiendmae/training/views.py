@@ -35,7 +35,7 @@ class Volume(Protocol):
     spacing_mm: tuple[float, float, float]
 
     def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """(C, *size) float32 from corner `lower`, zero outside the volume."""
+        """(C, *size) float32 from corner `lower`, the channel's smallest value outside the volume."""
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether a voxel (D, H, W) is above the lower bound of the intensity window."""
@@ -46,7 +46,7 @@ class Views(Protocol):
 
     @property
     def padded_below(self) -> tuple[int, int, int]:
-        """Voxels (D, H, W); along an axis that is shorter a volume is padded with zeros."""
+        """Voxels (D, H, W); along an axis that is shorter a volume is padded."""
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors of one sample; everything random comes from `rng`."""

@@ -3,24 +3,24 @@
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import blosc2
 import numpy as np
 import torch
-from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from lightning_fabric import Fabric
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch.utils.data import DataLoader, Dataset
 
-from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_name, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # how long a loader process serves on after it was asked to end
 WORKER_GRACE_S = 30
+# times the voxels of the largest volume; four times its edges
+LARGEST_CROP = 64
 
 Draw = Callable[["CaseVolume", np.random.Generator], dict[str, torch.Tensor]]
 
@@ -83,16 +85,27 @@ def find_cases(datasets: Iterable[str | int], plans_name: str, configuration: st
 
 
 def warn_if_padded(cases: Sequence[Case], padded_below: Sequence[int]) -> None:
-    """Says so when a sample takes more voxels than volumes have: those are padded with zeros, which is right but costs
+    """Says so when a sample takes more voxels than volumes have: those are padded, which is right but costs
     tokens."""
     small = [c for c in cases if any(s < k for s, k in zip(c.shape, padded_below, strict=True))]
     if not small:
         return
     largest = tuple(max(c.shape[a] for c in cases) for a in range(3))
     whose = "every volume" if len(small) == len(cases) else f"{len(small)} of {len(cases)} volumes"
-    told = f"{tuple(padded_below)} voxels, larger than {whose} along some axis (largest extent {largest} voxels)"
+    shorter = (any(c.shape[a] < padded_below[a] for c in cases) for a in range(3))
+    axes = " and ".join(name for name, is_shorter in zip("DHW", shorter, strict=True) if is_shorter)
+    told = f"{tuple(padded_below)} voxels (D, H, W), larger along {axes} than {whose} (largest extent {largest} voxels)"
     mend = "A smaller --crop-size or a finer spacing avoids that"
-    logger.warning(f"a sample takes {told}; they are padded with zeros. {mend}")
+    logger.warning(f"a sample takes {told}; they are padded with their smallest values. {mend}")
+
+
+def check_crop_size(cases: Sequence[Case], crop_size: Sequence[int]) -> None:
+    """Raises UserError: nearly all of a crop would be padding; such a crop may fill the memory."""
+    largest = max((c.shape for c in cases), key=math.prod)
+    times = math.prod(crop_size) / math.prod(largest)
+    if times > LARGEST_CROP:
+        told = f"a crop of {tuple(crop_size)} voxels has {times:.3g} times as many as the largest volume, {largest}"
+        raise UserError(f"{told}, needed at most {LARGEST_CROP} times; choose a smaller --crop-size")
 
 
 class CaseVolume:
@@ -101,17 +114,43 @@ class CaseVolume:
     def __init__(self, case: Case, volumes: VolumeFormat):
         self.shape = case.shape
         self.spacing_mm = volumes.spacing_mm
-        self._array = _open(str(case.path))
+        self._path = str(case.path)
+        self._array = _open(self._path)
         self._channel, self._above = volumes.foreground_channel, volumes.foreground_above
 
     def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """(C, *size) float32 from corner `lower`, zero outside the volume."""
-        box = [[a, a + s] for a, s in zip(lower, size, strict=True)]
-        return np.ascontiguousarray(crop_and_pad_nd(self._array, box, 0), dtype=np.float32)
+        """(C, *size) float32 from corner `lower`; outside the volume the smallest value that a channel has in it."""
+        return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path))
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
         return bool(self._array[(self._channel, *voxel)] > self._above)
+
+
+def crop_and_pad(
+    array: blosc2.NDArray | np.ndarray, lower: Sequence[int], size: Sequence[int], outside: Callable[[], np.ndarray]
+) -> np.ndarray:
+    """(C, *size) float32 of an array (C, D, H, W) from corner `lower`; outside of it the values (C,) of `outside`,
+    which is only called for boxes that reach there."""
+    box = [(a, a + s) for a, s in zip(lower, size, strict=True)]
+    inside = [(max(0, a), min(b, most)) for (a, b), most in zip(box, array.shape[1:], strict=True)]
+    part = array[(slice(None), *(slice(a, b) for a, b in inside))]
+    if inside == box:
+        return np.ascontiguousarray(part, dtype=np.float32)
+    crop = np.empty((len(part), *size), np.float32)
+    crop[:] = outside()[:, None, None, None]
+    crop[(slice(None), *(slice(a - c, b - c) for (a, b), (c, _) in zip(inside, box, strict=True)))] = part
+    return crop
+
+
+# once per case and worker
+@cache
+def _smallest(path: str) -> np.ndarray:
+    """Of every channel (C,): what lies outside a body, air in CT."""
+    array = _open(path)
+    # in parts: never holds the volume
+    depth = array.chunks[1]
+    return np.min([array[:, z : z + depth].min(axis=(1, 2, 3)) for z in range(0, array.shape[1], depth)], axis=0)
 
 
 # per worker; an open file costs a header and a descriptor
@@ -172,6 +211,7 @@ def _start_worker(_: int) -> None:
     # Ctrl-C and a scheduler's SIGTERM reach workers too: they go on serving until the step has ended
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE_S))
+    end_with_parent()
 
 
 def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:

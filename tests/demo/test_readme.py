@@ -21,14 +21,16 @@ def blocks(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def write_dicom_series(folder: Path, voxels: np.ndarray, spacing: tuple[float, float, float], uid: str) -> None:
+def write_dicom_series(
+    folder: Path, voxels: np.ndarray, spacing: tuple[float, float, float], uid: str, missing: tuple[int, ...] = ()
+) -> None:
     """Slices as CT DICOM files with a rescale intercept, named so that the names do not sort like the positions."""
     folder.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     volume = sitk.GetImageFromArray(voxels)
     volume.SetSpacing(spacing)
-    for z in range(volume.GetDepth()):
+    for z in set(range(volume.GetDepth())) - set(missing):
         image = volume[:, :, z]
         position = "\\".join(map(str, volume.TransformIndexToPhysicalPoint((0, 0, z))))
         tags = {
@@ -51,16 +53,25 @@ def same_locale():
     locale.setlocale(locale.LC_ALL, before)
 
 
-def test_dicom_to_raw(tmp_path, monkeypatch, same_locale):
+def test_dicom_to_raw(tmp_path, monkeypatch, same_locale, capsys):
     rng = np.random.default_rng(0)
     voxels = rng.integers(-1000, 1000, (20, 24, 28)).astype(np.int16)
     write_dicom_series(tmp_path / "dicom" / "patient 1" / "ct", voxels, (0.8, 0.8, 2.5), "1.2.3.4")
     write_dicom_series(tmp_path / "dicom" / "patient 1" / "scout", voxels[:1], (0.8, 0.8, 2.5), "1.2.3.5")
+    # ITK would write both, with the spacing wrong
+    for number, missing in enumerate([(7,), (3, 4, 12)]):
+        gaps = tmp_path / "dicom" / "patient 2" / f"gaps{number}"
+        write_dicom_series(gaps, voxels, (0.8, 0.8, 2.5), f"1.2.3.{6 + number}", missing)
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     monkeypatch.setenv("DICOM_FOLDER", str(tmp_path / "dicom"))
 
     exec(compile(blocks("README.md")[0], "README.md", "exec"), {})
 
+    left_out = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert [re.findall(r"(gaps\d) .*to ([\d.]+) mm", line) for line in left_out] == [
+        [("gaps0", "5.00")],
+        [("gaps1", "7.50")],
+    ]
     dataset = tmp_path / "raw" / "Dataset100_UnlabelledCT"
     assert [p.name for p in (dataset / "imagesTr").iterdir()] == ["patient-1_ct_0_0000.nii.gz"]
     image = sitk.ReadImage(str(dataset / "imagesTr" / "patient-1_ct_0_0000.nii.gz"))

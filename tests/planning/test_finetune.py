@@ -1,10 +1,16 @@
 """From an encoder file to plans: defaults, overrides, and refusals that come before anything is written."""
 
 import argparse
+import errno
 import json
 import logging
+<<<<<<< HEAD
 import math
 import re
+=======
+import re
+from dataclasses import replace
+>>>>>>> wt-B
 
 import nibabel
 import numpy as np
@@ -20,16 +26,21 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
 from nnunetv2_hiendmae.planning import finetune
+from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
+from nnunetv2_hiendmae.planning.readers import choose_reader
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
+<<<<<<< HEAD
 from nnunetv2_hiendmae.weights import load_encoder, read_metadata, save_encoder
+=======
+>>>>>>> wt-B
 
 
 @pytest.fixture
 def toy(nnunet):
-    """A labelled CT dataset of three cases with a fingerprint."""
-    name = make_dataset(nnunet, 1, cases=3)
+    """A labelled CT dataset of five cases with a fingerprint."""
+    name = make_dataset(nnunet, 1)
     write_fingerprint(nnunet, name)
     return name
 
@@ -80,7 +91,7 @@ def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
     path = nnunet.preprocessed / toy / "dataset_fingerprint.json"
     path.write_text(path.read_text()[:40])
     plan_finetuning("1", encoder_file, num_processes=1)
-    assert len(json.loads(path.read_text())["spacings"]) == 3
+    assert len(json.loads(path.read_text())["spacings"]) == 5
 
 
 def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file, monkeypatch):
@@ -208,13 +219,16 @@ def test_an_orientation_is_kept_by_whichever_reader_can(nnunet, tmp_path, caplog
     write_fingerprint(nnunet, name)
     with caplog.at_level(logging.WARNING):
         assert read(plan_finetuning(name, file))[0]["image_reader_writer"] == "SimpleITKIO"
-    assert "give --reader NibabelIOWithReorient" in caplog.text
+    assert "overwrite_image_reader_writer in dataset.json be NibabelIOWithReorient" in caplog.text
     given = plan_finetuning(name, file, reader="NibabelIOWithReorient")
     assert read(given)[0]["image_reader_writer"] == "NibabelIOWithReorient"
-    assert finetune._fit_reader(read_metadata(file).volume, {"file_ending": ".mha"}, None) == "SimpleITKIOWithReorient"
-    assert finetune._fit_reader(read_metadata(file).volume, {"file_ending": ".mha"}, "auto") is None
-    with pytest.raises(UserError, match=r"reader Nothing .*\.nii\.gz"):
+    mha = replace(read_raw_dataset(name), dataset_json={"file_ending": ".mha"})
+    assert choose_reader(mha, "NibabelIOWithReorient").__name__ == "SimpleITKIOWithReorient"
+    assert choose_reader(mha, "NibabelIOWithReorient", "auto").__name__ == "SimpleITKIO"
+    with pytest.raises(UserError, match=r"reader 'Nothing'.*--reader"):
         plan_finetuning(name, file, reader="Nothing")
+    with pytest.raises(UserError, match=r"reader Tiff3DIO cannot read \.nii\.gz"):
+        plan_finetuning(name, file, reader="Tiff3DIO")
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "ASL", "IPR"])
@@ -227,7 +241,7 @@ def test_reorienting_readers_give_d_h_w_towards_superior_anterior_right(tmp_path
         nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(orientation)
     )
     nibabel.save(image.as_reoriented(turn), tmp_path / "x.nii.gz")
-    for reader in finetune.REORIENTING_READERS:
+    for reader in ("NibabelIOWithReorient", "SimpleITKIOWithReorient"):
         array, properties = recursive_find_reader_writer_by_name(reader)().read_images([str(tmp_path / "x.nii.gz")])
         assert np.array_equal(array[0], marked.transpose(2, 1, 0)), reader
         assert properties["spacing"] == [3, 2, 1]
@@ -240,7 +254,7 @@ def test_what_came_from_where_is_told(toy, encoder_file):
     assert (
         str(encoder_file) in told["from the encoder file"] and "window (-175.0, 250.0)" in told["from the encoder file"]
     )
-    assert "channels CT" in told["from the dataset"] and "reader by nnU-Net" in told["from the dataset"]
+    assert "channels CT" in told["from the dataset"] and "reader SimpleITKIO" in told["from the dataset"]
     assert "batch size 4" in told["from the recipe of hiendmae"]
 
 
@@ -320,8 +334,8 @@ def test_an_unreadable_dataset_names_the_command_that_tells_more(nnunet, encoder
     def fail(self, overwrite_existing):
         raise EOFError("somewhere in nnU-Net\ncase_000 ends early")
 
-    monkeypatch.setattr("nnunetv2_hiendmae.planning.dataset.DatasetFingerprintExtractor.run", fail)
-    told = rf"{name} \(case_000 ends early\).*nnUNetv2_extract_fingerprint -d 1 --verify_dataset_integrity"
+    monkeypatch.setattr("nnunetv2_hiendmae.planning.labels.DatasetFingerprintExtractor.run", fail)
+    told = rf"{name} .*case_000 ends early.*nnUNetv2_extract_fingerprint -d 1 --verify_dataset_integrity"
     with pytest.raises(UserError, match=told):
         plan_finetuning(name, encoder_file)
 
@@ -331,7 +345,7 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
     name = make_dataset(nnunet, 1, cases=1)
     ran = []
     monkeypatch.setattr(
-        "nnunetv2_hiendmae.planning.dataset.DatasetFingerprintExtractor.run",
+        "nnunetv2_hiendmae.planning.labels.DatasetFingerprintExtractor.run",
         lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, name),
     )
     if before != "none":
@@ -340,6 +354,7 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
     assert ran == ([] if before == "nnunet" else [True])
 
 
+<<<<<<< HEAD
 def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
     checkpoint = tmp_path / "my weights.pth"
     torch.save({"state_dict": {"x": torch.zeros(1)}}, checkpoint)
@@ -351,3 +366,73 @@ def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
     save_encoder(file, broken, metadata)
     with pytest.raises(UserError, match=r"norm\.weight"):
         plan_finetuning(toy, file)
+=======
+@pytest.mark.parametrize("labels", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
+def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, labels):
+    name = make_dataset(nnunet, 1, labels=labels)
+    monkeypatch.setattr(finetune, "extract_fingerprint", lambda *_: pytest.fail("long work began"))
+    with pytest.raises(UserError, match=rf"{name}/dataset.json has the labels .*0 to .*renumber"):
+        plan_finetuning(name, encoder_file)
+
+
+@pytest.mark.parametrize(
+    "labels", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
+)
+def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, labels):
+    name = make_dataset(nnunet, 1, labels=labels)
+    path = nnunet.raw / name / "labelsTr" / "case_003.nii.gz"
+    seg = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(np.where(seg.get_fdata() == 2, 7, 1).astype(np.uint8), seg.affine), path)
+    for case in (0, 1, 2, 4):
+        (nnunet.raw / name / "labelsTr" / f"case_{case:03d}.nii.gz").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"case_000.nii.gz has 7; .*and 2 more; relabel"):
+        plan_finetuning(name, encoder_file, num_processes=1)
+    assert not (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
+
+
+@pytest.mark.parametrize(("cases", "splits", "fold"), [(5, False, "0"), (4, False, "all"), (4, True, "0")])
+def test_what_to_train_where_nnunet_cannot_make_folds(nnunet, encoder_file, caplog, cases, splits, fold):
+    name = make_dataset(nnunet, 1, cases=cases)
+    write_fingerprint(nnunet, name, cases=cases)
+    if splits:
+        (nnunet.raw / name / "splits_final.json").write_text(json.dumps([{"train": ["case_000"], "val": ["case_001"]}]))
+    commands = plan_finetuning(name, encoder_file).next_commands
+    assert f"3d_fullres {fold} -p" in commands[1] and f"-f {fold} " in commands[2]
+    assert ("fold 'all'" in caplog.text) == (fold == "all")
+
+
+def test_the_encoders_reader_makes_the_fingerprint(nnunet, tmp_path):
+    """Sheared, as gantry tilt leaves it: nnU-Net's own choice cannot read one of five."""
+    name = make_dataset(nnunet, 1)
+    for folder, file in (("imagesTr", "case_002_0000.nii.gz"), ("labelsTr", "case_002.nii.gz")):
+        stored = nibabel.load(nnunet.raw / name / folder / file)
+        affine = stored.affine + np.eye(4, k=1) * [[0.03], [0], [0], [0]]
+        nibabel.save(nibabel.Nifti1Image(stored.get_fdata(dtype=np.float32), affine), stored.get_filename())
+    reorienting = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="NibabelIOWithReorient")
+    plans, _, _ = read(plan_finetuning(name, reorienting, num_processes=1))
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient"
+    (nnunet.preprocessed / name / "dataset_fingerprint.json").unlink()
+    as_stored = save_tiny_encoder(tmp_path / "b.safetensors", image_reader_writer="SimpleITKIO")
+    told = r"case_002.*NibabelIO reads it"
+    with pytest.raises(UserError, match=told):
+        plan_finetuning(name, as_stored, reader="SimpleITKIO", num_processes=1)
+
+
+def test_a_full_disk_while_nnunet_writes_its_fingerprint(nnunet, encoder_file, monkeypatch):
+    name = make_dataset(nnunet, 1)
+
+    def full(self, overwrite_existing):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nnunetv2_hiendmae.planning.labels.DatasetFingerprintExtractor.run", full)
+    with pytest.raises(UserError, match=rf"no space left on the disk for .*{name}"):
+        plan_finetuning(name, encoder_file)
+
+
+def test_an_id_of_more_than_three_digits_is_kept_whole(nnunet, encoder_file):
+    name = make_dataset(nnunet, 1001)
+    write_fingerprint(nnunet, name)
+    planned = plan_finetuning(1001, encoder_file)
+    assert planned.dataset_id == 1001
+    assert all(re.search(r"(-d|train) 1001 ", command) for command in planned.next_commands)
+>>>>>>> wt-B

@@ -120,7 +120,7 @@ def test_2d_is_refused(nnunet):
 
 def test_missing_fingerprint_names_the_command(nnunet):
     name = make_dataset(nnunet, 1, cases=1)
-    with pytest.raises(UserError, match="nnUNetv2_extract_fingerprint -d 001"):
+    with pytest.raises(UserError, match="nnUNetv2_extract_fingerprint -d 1"):
         plan(name)
 
 
@@ -146,7 +146,7 @@ def test_stale_data_is_told(nnunet, toy, caplog):
         plan(toy, section=PlansSection(recipe=FinetuneRecipe(lr=1)))
         assert not caplog.records
         plan(toy, VolumeFormat((1.5, 1.5, 1.5), (-100, 250)))
-    assert "nnUNetv2_preprocess -d 001 -plans_name P -c 3d_fullres" in caplog.text
+    assert "nnUNetv2_preprocess -d 1 -plans_name P -c 3d_fullres" in caplog.text
 
 
 def test_splits_of_raw_are_copied_and_must_agree(nnunet, toy):

@@ -1,13 +1,23 @@
 """Raw images, with labels, without, and broken, become the arrays that pretraining reads."""
 
 import argparse
+import gzip
 import json
 import logging
+import os
 import re
 import resource
 import shlex
 import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -16,12 +26,13 @@ from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
+from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.commands import preprocess as command
 from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
-from nnunetv2_hiendmae.preprocessing import cases
+from nnunetv2_hiendmae.preprocessing import cases, preprocess
 from nnunetv2_hiendmae.preprocessing.fingerprint import body_mask, ensure_fingerprint
 from nnunetv2_hiendmae.preprocessing.preprocess import PreprocessSummary, preprocess_datasets
 
@@ -453,6 +464,12 @@ def write_4d(path):
     sitk.WriteImage(sitk.JoinSeries(volumes), str(path))
 
 
+def set_pixdim(path, value):
+    content = bytearray(gzip.decompress(path.read_bytes()))
+    content[88:92] = struct.pack("<f", value)
+    path.write_bytes(gzip.compress(bytes(content)))
+
+
 BROKEN = {
     "truncated": (truncate, "truncated or damaged"),
     "empty": (lambda p: p.write_bytes(b""), "Unable to determine ImageIO reader"),
@@ -461,6 +478,12 @@ BROKEN = {
     "nan": (lambda p: write_image(p, with_value(np.nan)), "2 voxels are NaN or infinite"),
     "inf": (lambda p: write_image(p, with_value(-np.inf)), "2 voxels are NaN or infinite"),
     "constant": (lambda p: write_image(p, np.zeros((32, 34, 30))), "every voxel is 0"),
+    "no HU": (lambda p: write_image(p, NOISE / 1000), r"use 0\.\d\d% of the window -175 to 250 HU"),
+    "outside the window": (
+        lambda p: write_image(p, NOISE - 3000),
+        r"-3\d+.* to -2\d+.*, use 0.00% of the window -175 to 250",
+    ),
+    "pixdim": (lambda p: set_pixdim(p, 0), r"case_000_0000.nii.gz has voxels of 1.5 × 1.5 × 0 mm"),
     "thin": (lambda p: write_image(p, NOISE[:1], (0.5, 1.5, 1.5)), r"become \(0, 17, 15\) at the target spacing"),
 }
 
@@ -576,6 +599,216 @@ def test_no_reader_for_the_files(nnunet):
     edit_json(nnunet, name, file_ending=".xyz")
     with pytest.raises(UserError, match=r"no reader for '\.xyz' files"):
         run(1)
+
+
+@pytest.mark.parametrize("outlier", [1e9, 1e25])
+def test_mr_that_one_voxel_makes_constant(nnunet, outlier):
+    name = make(nnunet, channels=("T1",))
+    write_image(image(nnunet, name, 0), with_value(outlier))
+    ((_, case, told),) = run(1, spacing=(1.5, 1.5, 1.5)).broken
+    assert case == "case_000" and "T1 is constant after normalisation" in told
+
+
+def test_what_a_reader_says_is_told_with_the_case(nnunet, caplog):
+    name = make(nnunet, channels=("T1", "T2"))
+    path = image(nnunet, name, 1, 1)
+    moved = sitk.ReadImage(str(path))
+    moved.SetOrigin((7.0, 0.0, 0.0))
+    sitk.WriteImage(moved, str(path))
+    assert run(1).done == 2
+    said = [r.getMessage() for r in caplog.records if "same origin" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"{name} case_001: ") and "\n" not in said[0]
+
+
+SHEARED = np.array([[1.5, 0.03, 0, 0], [0, 1.5, 0, 0], [0, 0, 1.5, 0], [0, 0, 0, 1]])
+
+
+def shear(path):
+    """As gantry tilt and registration tools leave it; ITK refuses such files."""
+    nibabel.save(nibabel.Nifti1Image(nibabel.load(path).get_fdata(dtype=np.float32), SHEARED), path)
+
+
+def add_axis(path):
+    """(X, Y, Z, 1), which nibabel's readers of nnU-Net refuse."""
+    stored = nibabel.load(path)
+    nibabel.save(nibabel.Nifti1Image(stored.get_fdata(dtype=np.float32)[..., None], stored.affine), path)
+
+
+@pytest.mark.parametrize("fingerprint_exists", [False, True])
+@pytest.mark.parametrize("which", [0, 1])
+def test_the_encoders_reader_reads_everywhere(nnunet, tmp_path, which, fingerprint_exists):
+    name = make(nnunet)
+    shear(image(nnunet, name, which))
+    encoder = save_tiny_encoder(tmp_path / "e.safetensors", image_reader_writer="NibabelIOWithReorient")
+    if fingerprint_exists:
+        write_fingerprint(nnunet, name)
+    assert run(1, like=encoder) == PreprocessSummary(2, 0, ())
+    assert json.loads((nnunet.preprocessed / name / f"{PLANS}.json").read_text())["image_reader_writer"] == (
+        "NibabelIOWithReorient"
+    )
+
+
+@pytest.mark.parametrize("fingerprint_exists", [False, True])
+@pytest.mark.parametrize(
+    ("spoil", "reader", "other"),
+    [(shear, "SimpleITKIO", "NibabelIO"), (add_axis, "NibabelIOWithReorient", "SimpleITKIOWithReorient")],
+)
+def test_a_case_that_another_reader_reads_is_told_which(nnunet, spoil, reader, other, fingerprint_exists):
+    name = make(nnunet)
+    edit_json(nnunet, name, overwrite_image_reader_writer=reader)
+    spoil(image(nnunet, name, 1))
+    if fingerprint_exists:
+        write_fingerprint(nnunet, name)
+    ((_, case, told),) = run(1).broken
+    assert case == "case_001"
+    assert f'{other} reads it: let "overwrite_image_reader_writer" in dataset.json be "{other}"' in told
+    edit_json(nnunet, name, overwrite_image_reader_writer=other)
+    assert run(1, plans_name="Mended") == PreprocessSummary(2, 0, ())
+
+
+def test_the_twin_reads_what_the_encoders_reader_cannot(nnunet, tmp_path):
+    name = make(nnunet)
+    for case in range(2):
+        add_axis(image(nnunet, name, case))
+    encoder = save_tiny_encoder(tmp_path / "e.safetensors", image_reader_writer="NibabelIOWithReorient")
+    assert run(1, like=encoder).done == 2
+    assert json.loads((nnunet.preprocessed / name / f"{PLANS}.json").read_text())["image_reader_writer"] == (
+        "SimpleITKIOWithReorient"
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda f: (f / "case_000_0000.nii.gz").rename(f / "scan.nii.gz"), r"scan.nii.gz should be scan_0000.nii.gz"),
+        (lambda f: (f / "case_000_0000.nii.gz").rename(f / "scan_seg_0000.nii.gz"), r"_seg.*: scan_seg;"),
+        (lambda f: (f / "gone_0000.nii.gz").symlink_to("nowhere"), r"dead links.*: gone_0000.nii.gz"),
+        (lambda f: os.mkfifo(f / "pipe_0000.nii.gz"), r"pipes.*: pipe_0000.nii.gz"),
+    ],
+)
+def test_names_that_nnunet_misreads_are_refused_before_work(nnunet, spoil, told):
+    name = make(nnunet)
+    spoil(nnunet.raw / name / "imagesTr")
+    with pytest.raises(UserError, match=told):
+        run(1)
+    assert not list(nnunet.preprocessed.rglob("*"))
+
+
+def test_a_pipe_that_dataset_json_lists_is_never_opened(nnunet):
+    name = make(nnunet)
+    elsewhere = nnunet.root / "pipe.nii.gz"
+    os.mkfifo(elsewhere)
+    listed = {
+        "a": {"images": [str(elsewhere)], "label": ""},
+        "b": {"images": ["imagesTr/case_001_0000.nii.gz"], "label": ""},
+    }
+    edit_json(nnunet, name, dataset=listed)
+    summary = run(1)
+    assert summary.done == 1
+    assert summary.broken == ((name, "a", "pipe.nii.gz is a pipe or folder, no file"),)
+
+
+@pytest.mark.parametrize("mm", [0.02, 0.0015])
+def test_volumes_smaller_than_half_a_target_voxel(nnunet, mm):
+    name = make(nnunet, spacing=(mm, mm, mm))
+    with pytest.raises(UserError, match=rf"{name} have \[32, 34, 30\] voxels .* --spacing {mm:g} {mm:g} {mm:g}") as e:
+        run(1)
+    assert ("µm" in str(e.value)) == (mm < 0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, ["spacing 1.5 1.5 1.5 mm (D H W) (hiendmae's recipe)", "window -175 to 250 HU (hiendmae's recipe)"]),
+        ({"spacing_mm": (3, 3, 3), "window_hu": (0, 9)}, ["3 3 3 mm (D H W) (given)", "window 0 to 9 HU (given)"]),
+        ({"like": "mim"}, ["the median spacing (nnU-Net's rule)", "-1000 to 1000 HU (mim's recipe)"]),
+    ],
+)
+def test_settings_are_told_before_work(nnunet, caplog, monkeypatch, settings, told):
+    make(nnunet)
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(preprocess, "ensure_fingerprint", lambda *_: pytest.fail(caplog.messages[-1]))
+    with pytest.raises(pytest.fail.Exception) as e:
+        preprocess_datasets([1], num_processes=1, **settings)
+    line = str(e.value)
+    assert all(part in line for part in (*told, "interpolation", "reader SimpleITKIO (nnU-Net's rule)")), line
+
+
+@pytest.mark.parametrize(
+    ("spacing", "channels", "warned"),
+    [((1.5, 1.5, 1.5), ("CT",), False), ((0.45, 0.45, 0.45), ("CT",), True), ((1.0, 1.0, 1.0), ("T1",), True)],
+)
+def test_data_far_from_the_recipe_get_a_warning_with_the_mend(nnunet, caplog, spacing, channels, warned):
+    make(nnunet, spacing=spacing, channels=channels)
+    preprocess_datasets([1], num_processes=1)
+    mend = f"--spacing {' '.join(f'{s:g}' for s in spacing)}"
+    assert any(mend in r.getMessage() for r in caplog.records if r.levelname == "WARNING") == warned
+
+
+@pytest.mark.parametrize("description", ["dataset.json", "splits_final.json"])
+def test_a_full_disk_leaves_no_half_of_a_copied_file(nnunet, description):
+    name = make(nnunet)
+    edit_json(nnunet, name, note="x" * 50_000)
+    (nnunet.raw / name / "splits_final.json").write_text(json.dumps([{"train": ["a" * 50_000], "val": []}]))
+    write_fingerprint(nnunet, name)
+    copy = nnunet.preprocessed / name / description
+    if description == "splits_final.json":
+        edit_json(nnunet, name, note=None)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(UserError, match=rf"no space left on the disk for {copy}"):
+            run(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not copy.exists()
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    """Killed with -9, a parent can tell them nothing."""
+    code = (
+        "import os, sys, time\n"
+        "from functools import partial\n"
+        "from nnunetv2_hiendmae.preprocessing.cases import map_cases\n"
+        "if __name__ == '__main__':\n"
+        f"    job = partial(os.mkfifo, {str(tmp_path / 'started')!r})\n"
+        "    jobs = {('d', 'a'): job, ('d', 'b'): partial(time.sleep, 600)}\n"
+        "    print(os.getpid(), flush=True)\n"
+        "    map_cases(jobs, 2, 'test')\n"
+    )
+    script = tmp_path / "parent.py"
+    script.write_text(code)
+    parent = subprocess.Popen([sys.executable, str(script)], start_new_session=True, env=dict(os.environ))
+    try:
+        wait_until(lambda: (tmp_path / "started").exists() and len(group_of(parent.pid)) >= 4, 120)
+        parent.kill()
+        parent.wait()
+        wait_until(lambda: not group_of(parent.pid), 10)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def group_of(leader):
+    """Processes of a group that still live."""
+    fields = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields.append((int(stat.parent.name), stat.read_text().rpartition(")")[2].split()))
+    return [pid for pid, (state, _, group, *_) in fields if int(group) == leader and state not in "ZX"]
+
+
+def wait_until(holds, seconds):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_the_next_command_is_quoted(nnunet, capsys):
+    name = make(nnunet, name="With space")
+    assert cli.main(["preprocess", "-d", name, "--spacing", "3", "3", "3", "-np", "1"]) == 0
+    assert f"next: hiendmae pretrain -d '{name}' -p {PLANS}" in capsys.readouterr().out
 
 
 def test_bugs_are_not_called_broken_cases(nnunet, monkeypatch):

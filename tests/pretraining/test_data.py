@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,14 @@ from run_data import PLANS, write_case, write_preprocessed
 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.training.views import MaskedCrop, step_keys
-from nnunetv2_hiendmae.training.volumes import CaseVolume, SampleDataset, find_cases, load_batches, warn_if_padded
+from nnunetv2_hiendmae.training.volumes import (
+    CaseVolume,
+    SampleDataset,
+    check_crop_size,
+    find_cases,
+    load_batches,
+    warn_if_padded,
+)
 
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22), "c": (30, 16, 17)}
 VIEWS = MaskedCrop((16, 16, 16), 8)
@@ -98,8 +106,10 @@ def test_stock_plans_are_mended_by_stock_commands(preprocessed):
         find()
 
 
-def test_reads_parts_like_numpy_and_pads_with_zeros(nnunet, preprocessed):
+def test_reads_parts_like_numpy_and_pads_with_the_smallest_values(nnunet, preprocessed):
     image = np.random.default_rng(0).random((2, 20, 24, 28), dtype=np.float32)
+    # z-scored MR: air is far below the mean, and 0 would be grey
+    image[1] -= 1
     write_case(nnunet.preprocessed / "two", image)
     case = find().cases[0]
     volume = CaseVolume(
@@ -108,8 +118,10 @@ def test_reads_parts_like_numpy_and_pads_with_zeros(nnunet, preprocessed):
         replace(find().format, intensity_offset=-387.5),
     )
     assert np.array_equal(volume.read((3, 4, 5), (8, 9, 10)), image[:, 3:11, 4:13, 5:15])
-    padded = np.pad(image, ((0, 0), (2, 3), (0, 0), (0, 4)))
+    padded = [np.pad(c, ((2, 3), (0, 0), (0, 4)), constant_values=c.min()) for c in image]
     assert np.array_equal(volume.read((-2, 0, 0), (25, 24, 32)), padded)
+    # of the whole case, whatever part is read
+    assert np.array_equal(volume.read((19, 0, 0), (3, 24, 28))[:, 1, 0, 0], image.min(axis=(1, 2, 3)))
     assert volume.is_foreground((1, 2, 3)) == (image[0, 1, 2, 3] > 0.5)
 
 
@@ -174,9 +186,16 @@ def test_warns_when_crops_are_larger_than_volumes(preprocessed, caplog):
     warn_if_padded(cases, (16, 16, 16))
     assert not caplog.records
     warn_if_padded(cases, (16, 16, 18))
-    assert "1 of 3 volumes" in caplog.text and "padded with zeros" in caplog.text
+    assert "1 of 3 volumes" in caplog.text and "along W than" in caplog.text
     warn_if_padded(cases, (64, 64, 64))
-    assert "every volume" in caplog.text
+    assert "along D and H and W than every volume" in caplog.text
+
+
+@pytest.mark.parametrize(("edge", "fits"), [(80, True), (96, False), (1600, False)])
+def test_crops_beyond_64_times_the_largest_volume_are_refused(preprocessed, edge, fits):
+    # 20 × 24 × 28 voxels
+    with nullcontext() if fits else pytest.raises(UserError, match=r"\(20, 24, 28\).*64 times.*--crop-size"):
+        check_crop_size(find().cases, (edge,) * 3)
 
 
 def remove_folder(folder: Path):

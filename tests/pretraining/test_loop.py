@@ -264,7 +264,7 @@ def test_weights_that_are_not_finite_are_never_saved(preprocessed, tmp_path):
 def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_path, caplog):
     write_preprocessed(nnunet.preprocessed, {"small": (9, 10, 11)})
     assert len(run(tmp_path / "run", tiny_settings(epochs=1))) == 3
-    assert "larger than every volume" in caplog.text
+    assert "larger along D and H and W than every volume" in caplog.text
 
 
 def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):

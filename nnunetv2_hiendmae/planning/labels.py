@@ -1,0 +1,107 @@
+"""Labels of a dataset that is to be fine-tuned on, and the fingerprint that nnU-Net makes of images and labels."""
+
+import multiprocessing
+import sys
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
+from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.files import is_disk_full, telling_disk_errors
+from nnunetv2_hiendmae.planning.dataset import RawDataset, prints_to_log
+from nnunetv2_hiendmae.planning.readers import READER_KEY, BrokenCaseError, Reader, naming_reason
+
+# label files that one process reads before a second one pays
+_FILES_PER_PROCESS = 16
+
+
+def check_labels(raw: RawDataset) -> None:
+    """Checks what fine-tuning needs, without reading a file's voxels.
+
+    Raises:
+        UserError: the dataset names no foreground label or labels with gaps, or training cases lack an image or their
+            label file.
+    """
+    file = raw.folder / "dataset.json"
+    if not set(raw.dataset_json["labels"]) - {"background", "ignore"}:
+        raise UserError(f"{file} names no label besides background, needed labels to fine-tune")
+    values = label_values(raw)
+    if values != list(range(len(values))):
+        told = f"{file} has the labels {some(values, 10)}, which nnU-Net needs without gaps: 0 to {len(values) - 1}"
+        raise UserError(f"{told}; renumber them there and in the files of labelsTr")
+    if raw.missing_labels:
+        raise UserError(
+            f"{raw.name} has {len(raw.missing_labels)} of {len(raw.cases)} training cases without a label file, first "
+            f"{raw.missing_labels[0]}; fine-tuning needs a label for every image, add them or move the images out of "
+            f"{raw.folder / 'imagesTr'}"
+        )
+    if missing := [image for images in raw.cases.values() for image in images if not Path(image).is_file()]:
+        raise UserError(f"{some(missing)}: missing or no file, needed the images of {raw.name}; put them there")
+
+
+def label_values(raw: RawDataset) -> list[int]:
+    """All values that dataset.json knows, in order; those of "ignore" and of regions too."""
+    values = raw.dataset_json["labels"].values()
+    return sorted({v for value in values for v in (value if isinstance(value, list) else [value])})
+
+
+def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> None:
+    """Writes nnU-Net's own fingerprint, of images and labels, over what is there.
+
+    Raises:
+        UserError: a label file has values that dataset.json lacks, an image or label cannot be read by `reader`, or the
+            disk is full.
+    """
+    check = partial(_label_fault, reader, frozenset(label_values(raw)))
+    processes = min(num_processes, len(raw.labels) // _FILES_PER_PROCESS)
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            faults = pool.map(check, raw.labels.values())
+    else:
+        faults = list(map(check, raw.labels.values()))
+    verify = f"nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)} --verify_dataset_integrity"
+    if faults := [fault for fault in faults if fault]:
+        told = f"labels of {raw.name} do not fit its dataset.json: {some(faults, separator='; ')}"
+        raise UserError(f"{told}; relabel or mend them, or name the values there, then run: {verify}")
+    folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    try:
+        with prints_to_log():
+            extractor = DatasetFingerprintExtractor(raw.name, num_processes)
+            extractor.dataset_json[READER_KEY] = reader.__name__
+            extractor.show_progress_bar = sys.stderr.isatty()
+            extractor.run(overwrite_existing=True)
+    # whatever a reader raises about an image or a label
+    except Exception as e:
+        if is_disk_full(e):
+            with telling_disk_errors(folder):
+                raise
+        reason = (str(e).splitlines() or [type(e).__name__])[-1]
+        faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
+        told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
+        raise UserError(f"{told}; mend them, or run: {verify}") from e
+
+
+def _label_fault(reader: Reader, known: frozenset[int], file: str) -> str:
+    """Why a label file cannot be used; '' if it can."""
+    try:
+        with naming_reason(reader, [file]):
+            seg, _ = reader().read_seg(file)
+    except BrokenCaseError as e:
+        return f"{Path(file).name} ({e})"
+    unknown = sorted(set(pd.unique(seg.ravel()).tolist()) - known)
+    return f"{Path(file).name} has {some(f'{v:g}' for v in unknown)}" if unknown else ""
+
+
+def _case_fault(raw: RawDataset, reader: Reader, case: str) -> str:
+    """Why image and label of a case cannot be used together; '' if they can."""
+    images = raw.cases[case]
+    try:
+        with naming_reason(reader, images):
+            shape = reader().read_images(list(images))[0].shape[1:]
+        seg, _ = reader().read_seg(raw.labels[case])
+    except BrokenCaseError as e:
+        return f"{case} ({e})"
+    return "" if seg.shape[1:] == shape else f"{case} (image of {shape} voxels, label of {seg.shape[1:]})"

@@ -1,0 +1,140 @@
+"""Which of nnU-Net's readers turns the images of a dataset into arrays: one choice, which fingerprint, plans, checks
+and preprocessing share. It decides the orientation of the arrays."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.planning.dataset import RawDataset
+
+NNUNETS_CHOICE = "auto"
+# whose arrays are the same: the first of two also reads sheared files, the second more file endings and (X, Y, Z, 1)
+_REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+_AS_STORED = ("NibabelIO", "SimpleITKIO")
+READER_KEY = "overwrite_image_reader_writer"
+
+Reader = type[BaseReaderWriter]
+
+logger = logging.getLogger(__name__)
+
+
+class BrokenCaseError(Exception):
+    """One case cannot be used; the message is the reason, in one line. The others go on."""
+
+
+def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None = None) -> Reader:
+    """The reader of all images of a dataset.
+
+    Args:
+        wanted: name of the one that the encoder was trained with; it or its twin is taken where that reads the first
+            readable image, unless dataset.json asks for another one.
+        given: what the user asks for, `NNUNETS_CHOICE` or a name.
+
+    Raises:
+        UserError: nnU-Net has no such reader, or none for the file ending.
+    """
+    ending, own = raw.dataset_json["file_ending"].lower(), raw.dataset_json.get(READER_KEY, "None")
+    if given not in (None, NNUNETS_CHOICE):
+        reader = find_reader(given)
+        if ending not in reader.supported_file_endings:
+            raise UserError(f"reader {given} cannot read {ending}; leave --reader out to let nnU-Net choose")
+        return reader
+    if given is None and wanted is not None:
+        if own not in ("None", *_twins(wanted)):
+            told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
+            mend = f"check that it gives the same orientation, or let {READER_KEY} in dataset.json be {wanted}"
+            logger.warning(f"{told}: the dataset's is used, {mend}")
+        elif own == "None" and (reader := _first_that_reads(raw, map(find_reader, _twins(wanted)))):
+            return reader
+        elif own == "None":
+            mend = "check that the orientation is the same as in pretraining"
+            logger.warning(f"{wanted} cannot read {ending}: nnU-Net's own reader is used, {mend}")
+    if own != "None":
+        return find_reader(own)
+    reader = _first_that_reads(raw, LIST_OF_IO_CLASSES)
+    if reader is None:
+        raise UserError(f"nnU-Net has no reader for '{ending}' files ({raw.name}); check file_ending in dataset.json")
+    return reader
+
+
+def find_reader(name: str) -> Reader:
+    """nnU-Net's reader of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return recursive_find_reader_writer_by_name(name)
+    except RuntimeError as e:
+        known = ", ".join((*_AS_STORED, *_REORIENTING))
+        told = f"nnU-Net has no image reader '{name}', needed one such as {known}"
+        raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json") from e
+
+
+@contextmanager
+def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> Iterator[io.StringIO]:
+    """Whatever goes wrong inside becomes a BrokenCaseError with a one-line reason, and with the reader that reads
+    `images` where `reader` cannot; nothing is printed. Hands out what would have been."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+            # of every case, not only of the first
+            warnings.simplefilter("always")
+            yield printed
+    except BrokenCaseError:
+        raise
+    except MemoryError as e:
+        raise BrokenCaseError("not enough memory; run again with fewer processes: -np 1") from e
+    except Exception as e:
+        # nnU-Net's readers print what is wrong and raise without a message; SimpleITK's last line is the telling one
+        said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
+        reason = said[-1].strip() if said else type(e).__name__
+        raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images) if reader else ''}") from e
+
+
+def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
+    """What to add to the reason why `reader` cannot read a case: the reader that can, if there is one."""
+    others = (*map(find_reader, _twins(reader.__name__)), *LIST_OF_IO_CLASSES)
+    for other in others:
+        fits = images and images[0].lower().endswith(tuple(other.supported_file_endings))
+        if fits and other is not reader and _reads(other, images):
+            return f'; {other.__name__} reads it: let "{READER_KEY}" in dataset.json be "{other.__name__}"'
+    return ""
+
+
+def _twins(name: str) -> tuple[str, ...]:
+    """The reader and those whose arrays are the same."""
+    same = next((group for group in (_REORIENTING, _AS_STORED) if name in group), ())
+    return (name, *(other for other in same if other != name))
+
+
+def _first_that_reads(raw: RawDataset, readers: Iterable[Reader]) -> Reader | None:
+    """The first reader for the first image that one of them reads. Where nothing is readable the file ending decides:
+    every case is then named with its own reason."""
+    ending = raw.dataset_json["file_ending"].lower()
+    fitting = [reader for reader in readers if ending in reader.supported_file_endings]
+    for images in raw.cases.values():
+        for reader in fitting:
+            if _reads(reader, images[:1]):
+                return reader
+    return fitting[0] if fitting else None
+
+
+def _reads(reader: Reader, images: Sequence[str]) -> bool:
+    # a pipe would be waited for
+    if not images or not all(Path(image).is_file() for image in images):
+        return False
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            reader().read_images(list(images))
+    # whatever a reader raises
+    except Exception:
+        return False
+    return True
