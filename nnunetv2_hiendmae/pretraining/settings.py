@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
+from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import SETTINGS, STEP, read_settings, sha256
 from nnunetv2_hiendmae.optim import warmup_cosine
@@ -20,7 +21,7 @@ from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.training import run
-from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
+from nnunetv2_hiendmae.training.volumes import CaseSet, check_crop_size, find_cases
 from nnunetv2_hiendmae.weights import check_encoder_file
 from nnunetv2_hiendmae.weights.adapt import check_compatible
 
@@ -176,6 +177,8 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
         logger.info(
             f"{settings.accumulate} micro-batches per step instead of {recipe.accumulate}: {whole} gives no more"
         )
+    if options.crop_size:
+        check_crop_size(data.cases, options.crop_size)
     with torch.device("meta"):
         # what cannot be built is told before anything is written
         settings.build_method()
@@ -184,7 +187,7 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
 
 def run_name(settings: PretrainSettings) -> str:
     """Default name of a run: method, preset and dataset ids."""
-    return "_".join([settings.method, settings.encoder, *(name[7:10] for name in settings.datasets)])
+    return "_".join([settings.method, settings.encoder, *(f"{dataset_id(name):03d}" for name in settings.datasets)])
 
 
 def read_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,9 @@ import argparse
 import errno
 import json
 import logging
-<<<<<<< HEAD
 import math
 import re
-=======
-import re
 from dataclasses import replace
->>>>>>> wt-B
 
 import nibabel
 import numpy as np
@@ -31,10 +27,7 @@ from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.readers import choose_reader
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
-<<<<<<< HEAD
-from nnunetv2_hiendmae.weights import load_encoder, read_metadata, save_encoder
-=======
->>>>>>> wt-B
+from nnunetv2_hiendmae.weights import load_encoder, save_encoder
 
 
 @pytest.fixture
@@ -354,7 +347,6 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
     assert ran == ([] if before == "nnunet" else [True])
 
 
-<<<<<<< HEAD
 def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
     checkpoint = tmp_path / "my weights.pth"
     torch.save({"state_dict": {"x": torch.zeros(1)}}, checkpoint)
@@ -366,7 +358,8 @@ def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
     save_encoder(file, broken, metadata)
     with pytest.raises(UserError, match=r"norm\.weight"):
         plan_finetuning(toy, file)
-=======
+
+
 @pytest.mark.parametrize("labels", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
 def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, labels):
     name = make_dataset(nnunet, 1, labels=labels)
@@ -435,4 +428,3 @@ def test_an_id_of_more_than_three_digits_is_kept_whole(nnunet, encoder_file):
     planned = plan_finetuning(1001, encoder_file)
     assert planned.dataset_id == 1001
     assert all(re.search(r"(-d|train) 1001 ", command) for command in planned.next_commands)
->>>>>>> wt-B
