@@ -1,6 +1,7 @@
 """nnU-Net trainers that fine-tune our encoders. Settings come from the plans, weights from the encoder file."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,16 @@ class _ViTTrainer(nnUNetTrainer):
             network.encoder.requires_grad_(False)
         groups = parameter_groups(network, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
-        if recipe.grad_clip < NNUNET_GRAD_CLIP:
+        parameters = [p for group in groups for p in group["params"]]
+        # nnU-Net has clipped to its own by now, and has unscaled the gradients
+        largest = recipe.grad_clip if recipe.grad_clip < NNUNET_GRAD_CLIP else math.inf
 
-            def clip(*_: Any) -> None:
-                # nnU-Net has unscaled the gradients by now
-                nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], recipe.grad_clip)
+        def clip(*_: Any) -> None:
+            if not nn.utils.clip_grad_norm_(parameters, largest).isfinite():
+                # without gradients AdamW leaves the weights as they are
+                optimizer.zero_grad()
 
-            optimizer.register_step_pre_hook(clip)
+        optimizer.register_step_pre_hook(clip)
         return optimizer, WarmupCosine(optimizer, recipe.lr, recipe.epochs, recipe.warmup_epochs)
 
     def on_train_start(self):
@@ -143,6 +147,25 @@ class _ViTTrainer(nnUNetTrainer):
         if self.section.recipe.freeze_encoder:
             # no stochastic depth in what does not learn
             self._plain_network().encoder.eval()
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]):
+        """Ends the training where no loss of an epoch was finite: it has not learned, and would not.
+
+        Raises:
+            RuntimeError: so; `checkpoint_latest.pth` has the weights from before.
+        """
+        super().on_train_epoch_end(train_outputs)
+        losses = [float(output["loss"]) for output in train_outputs]
+        if any(map(math.isfinite, losses)):
+            return
+        epoch, lr = self.current_epoch, self.optimizer.param_groups[0]["lr"]
+        # as after the epoch before
+        self.current_epoch -= 1
+        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        raise RuntimeError(
+            f"all {len(losses)} losses of epoch {epoch} are {losses[-1]} (lr {lr:g}), the weights from before are in "
+            f"{self.output_folder}/checkpoint_latest.pth; look for broken intensities, or run: {PLAN_COMMAND} --lr ..."
+        )
 
     def _load_encoder(self) -> None:
         if self.section.encoder_file is None:

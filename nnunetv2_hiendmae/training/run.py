@@ -325,7 +325,7 @@ def read_log(run_dir: Path, unit: str) -> list[dict[str, Any]]:
         try:
             line = validated(LogLine, text)
             lines[int(line[unit])] = json.loads(text)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             # a kill may cut the last line; the step is done again
             logger.warning(f"dropped a damaged line of {path}")
     return [lines[number] for number in sorted(lines)]

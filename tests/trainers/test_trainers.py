@@ -5,6 +5,7 @@ import json
 import math
 import os
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,3 +359,25 @@ def test_checkpoints_of_other_networks_are_named(make, tmp_path, capsys, network
     torch.save(content, source)
     with pytest.raises(UserError, match="nnUNetTrainer are damaged"):
         convert_checkpoint(source, tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("good_steps", [0, 1])
+def test_an_epoch_without_a_finite_loss_ends_the_training(make, good_steps):
+    trainer = make()
+    trainer.initialize()
+    trainer.current_epoch = 1
+    trainer.logger.log("train_losses", 0.5, 0)
+    losses = [trainer.train_step(batch()) for _ in range(good_steps)]
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    broken = batch()
+    broken["data"][:] = torch.nan
+    losses += [trainer.train_step(broken) for _ in range(2)]
+    assert all(torch.equal(v, before[k]) for k, v in trainer.network.state_dict().items())
+    if good_steps:
+        trainer.on_train_epoch_end(losses)
+        return
+    with pytest.raises(RuntimeError, match=r"all 2 losses of epoch 1 are nan .*checkpoint_latest\.pth.*--lr"):
+        trainer.on_train_epoch_end(losses)
+    saved = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=False)
+    assert saved["current_epoch"] == 1
+    assert all(torch.equal(v, before[k]) for k, v in saved["network_weights"].items())

@@ -1,0 +1,222 @@
+"""Runs that were stopped by a signal, that start from an encoder file, or that get more epochs."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from nnunet_data import save_tiny_encoder
+from run_data import PLANS, TINY_OPTIONS, write_preprocessed
+from test_loop import read_log, run
+
+from nnunetv2_hiendmae import cli, load_encoder, pretrain
+from nnunetv2_hiendmae.errors import Stopped, UserError
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS
+from nnunetv2_hiendmae.pretraining import METHODS, loop
+from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.training.run import noting_stop_signals
+from nnunetv2_hiendmae.training.run import read_log as read_lines
+
+COMMAND = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--workers", "0", "--batch-size", "2", "--lr", "1e-3"]
+COMMAND += ["--method", "mae3d", "--encoder", "vit_nano_p8", "--crop-size", "16", "16", "16", "--steps-per-epoch", "3"]
+COMMAND += ["--set", *(f"{k}={v}" for k, v in TINY_OPTIONS["mae3d"].items())]
+
+
+@pytest.fixture(autouse=True)
+def preprocessed(nnunet):
+    return write_preprocessed(nnunet.preprocessed, {"a": (20, 24, 28), "b": (18, 20, 22)})
+
+
+def asked_to_stop(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """A signal reaches this process within that step (0-based)."""
+    original, calls = Method.after_step, []
+
+    def after_step(self, progress):
+        calls.append(progress)
+        if len(calls) == step + 1:
+            os.kill(os.getpid(), number)
+        original(self, progress)
+
+    patch.setattr(Method, "after_step", after_step)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "workers"),
+    [
+        (signal.SIGTERM, 0, 0),
+        (signal.SIGTERM, 4, 2),
+        (signal.SIGINT, 5, 0),
+        (signal.SIGINT, 7, 2),
+        (signal.SIGTERM, 8, 0),
+    ],
+)
+def test_a_signal_loses_no_step(tmp_path, number, step, workers):
+    run(tmp_path / "whole", workers=workers)
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Stopped, match=rf"after step {step + 1} of 9.* --c") as e, pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, number, step)
+        run(stopped, workers=workers)
+    assert e.value.exit_code == 128 + number
+    assert torch.load(stopped / CHECKPOINT, weights_only=True)["step"] == step + 1 == len(read_log(stopped))
+    run(stopped, workers=workers, resume=True)
+    assert (stopped / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+    assert [line["loss"] for line in read_log(stopped)] == [line["loss"] for line in read_log(tmp_path / "whole")]
+
+
+def test_the_command_ends_as_the_signal_ends_a_process(tmp_path, capsys, monkeypatch):
+    asked_to_stop(monkeypatch, signal.SIGTERM, 1)
+    assert cli.main([*COMMAND, "--epochs", "2", "-o", str(tmp_path / "run")]) == 143
+    assert "after step 2 of 6" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_signal_acts_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), noting_stop_signals() as noted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert noted() == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_from_an_encoder_file(nnunet, tmp_path, monkeypatch, caplog, method):
+    """Of another method, with more channels and another crop than the file's."""
+    write_preprocessed(nnunet.preprocessed, {"a": (26, 26, 26)}, "Dataset002_Two", channels=2)
+    start = save_tiny_encoder(
+        tmp_path / "start.safetensors", method="glmae", source="theirs.pth", source_sha256="0" * 64
+    )
+    begun = {}
+    monkeypatch.setattr(loop, "_run", lambda _, settings, __, built, ___: begun.update(built=built, settings=settings))
+    options = {"crop_size": (16, 16, 16), "method_options": TINY_OPTIONS[method], "device": "cpu", "epochs": 1}
+    with caplog.at_level("INFO"):
+        pretrain([2], plans_name=PLANS, method=method, encoder_file=start, output=tmp_path / "run", **options)
+    built, settings = begun["built"], begun["settings"]
+    source, _ = load_encoder(start)
+    kernel = source.state_dict()["patch_embed.proj.weight"]
+    assert torch.equal(built.encoder.state_dict()["patch_embed.proj.weight"], kernel.repeat(1, 2, 1, 1, 1) / 2)
+    for name, tensor in source.state_dict().items():
+        if name.startswith("blocks."):
+            assert torch.equal(built.encoder.state_dict()[name], tensor)
+    if method == "glmae":
+        teacher = built.teacher_encoder.state_dict()
+        assert all(torch.equal(teacher[name], tensor) for name, tensor in built.encoder.state_dict().items())
+    assert "adapted" in caplog.text and str(start) in caplog.text
+    assert settings.start.citations == ("@a{b}",) and settings.start.source == "theirs.pth"
+
+
+def test_provenance_of_the_start_is_kept_and_checked(tmp_path):
+    first = pretrain_tiny(tmp_path / "first", method="mae3d")
+    second = pretrain_tiny(tmp_path / "second", method="hiendmae", encoder_file=first, encoder=None)
+    _, metadata = load_encoder(second)
+    assert metadata.citations == RECIPES["mae3d"].citations + RECIPES["hiendmae"].citations
+    assert metadata.source == ENCODER and metadata.training["start"]["sha256"]
+    other = pretrain_tiny(tmp_path / "other", method="mae3d", seed=5)
+    with pytest.raises(UserError, match=r"start was .*, is .*sha256"):
+        pretrain_tiny(tmp_path / "second", method="hiendmae", encoder_file=other, encoder=None, resume=True)
+    with pytest.raises(UserError, match=r"depth 6 in the file, 12"):
+        pretrain_tiny(
+            tmp_path / "third", method="mae3d", encoder_file=first, encoder="vit_tiny_p16", patch_size=(8, 8, 8)
+        )
+
+
+def pretrain_tiny(output: Path, method: str = "mae3d", **changes) -> Path:
+    options = {"encoder": "vit_nano_p8", "crop_size": (16, 16, 16), "epochs": 2, "steps_per_epoch": 3, "batch_size": 2}
+    options |= {"method_options": TINY_OPTIONS[method], "workers": 0, "device": "cpu", "plans_name": PLANS, "lr": 1e-3}
+    return pretrain([1], output=output, method=method, **{**options, **changes})
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_more_epochs_extend_a_finished_run(tmp_path, monkeypatch, schedule):
+    run_dir, again = tmp_path / "run", tmp_path / "again"
+    for folder in (run_dir, again):
+        pretrain_tiny(folder, warmup_epochs=1)
+    finished = read_log(run_dir)
+    longer = {"warmup_epochs": 1, "epochs": 6, "schedule": schedule, "resume": True}
+    pretrain_tiny(run_dir, **longer)
+    log = read_log(run_dir)
+    assert log[:6] == finished and len(log) == 18
+    rates = [line["lr"] for line in log]
+    # a tenth of 12 steps of warm-up
+    assert rates[6] == 0 and rates[7] == 1e-3
+    if schedule == "constant":
+        assert set(rates[7:]) == {1e-3}
+    else:
+        assert rates[7:] == sorted(rates[7:], reverse=True) and rates[-1] < 1e-4
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM, 3)
+        pretrain_tiny(again, **longer)
+    pretrain_tiny(again, **longer)
+    assert (again / ENCODER).read_bytes() == (run_dir / ENCODER).read_bytes()
+    assert json.loads((run_dir / SETTINGS).read_text())["extensions"] == [[2, schedule]]
+
+
+def test_an_unfinished_run_is_not_extended(tmp_path):
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM, 3)
+        pretrain_tiny(tmp_path / "run")
+    with pytest.raises(UserError, match=r"epoch 2 comes before 4.*--epochs 2 first"):
+        pretrain_tiny(tmp_path / "run", epochs=4, resume=True)
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
+    run(tmp_path / "run")
+    path = tmp_path / "run" / CHECKPOINT
+    data = path.read_bytes()
+    for at in range(2000, len(data) - 2000, len(data) // 7):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        try:
+            run(tmp_path / "run", resume=True)
+        except UserError as e:
+            assert str(path) in str(e) and "weights_only" not in str(e)
+        else:
+            # between records, where nothing is read
+            assert data[at] == 0
+
+
+@pytest.mark.parametrize("lost", [ENCODER, SETTINGS])
+def test_what_is_lost_of_a_finished_run(tmp_path, lost):
+    run(tmp_path / "run")
+    before = (tmp_path / "run" / ENCODER).read_bytes()
+    (tmp_path / "run" / lost).unlink()
+    if lost == ENCODER:
+        run(tmp_path / "run", resume=True)
+        assert (tmp_path / "run" / ENCODER).read_bytes() == before
+        return
+    for resume in (True, False):
+        with pytest.raises(UserError, match=rf"lost its {SETTINGS}: put that back"):
+            run(tmp_path / "run", resume=resume)
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
+    run(tmp_path / "run")
+    for name in (".checkpoint_latest.pth.123.tmp", ".encoder.safetensors.99999999.tmp"):
+        (tmp_path / "run" / name).write_bytes(b"x")
+    run(tmp_path / "run", resume=True)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "bad", [b"{", b"\xa2\xff", b"[1]", b'{"epoch": 1}', b'{"step": "1", "loss": 0.5}', b'{"step": {}}']
+)
+def test_a_bad_line_of_the_log_is_dropped(tmp_path, caplog, bad):
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM, 4)
+        run(tmp_path / "run")
+    log = tmp_path / "run" / LOG
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*lines[:2], bad, *lines[3:]]) + b"\n")
+    run(tmp_path / "run", resume=True)
+    assert [line["step"] for line in read_lines(tmp_path / "run", "step")] == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert "damaged line" in caplog.text
+
+
+def test_where_it_goes_on_is_told(tmp_path, caplog):
+    with pytest.raises(Stopped), pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM, 4)
+        run(tmp_path / "run")
+    with caplog.at_level("INFO"):
+        run(tmp_path / "run", resume=True)
+    assert "goes on at step 5 of 9" in caplog.text
