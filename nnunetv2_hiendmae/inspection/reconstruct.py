@@ -17,7 +17,6 @@ from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
 from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
-from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training.run import load_checkpoint
@@ -95,10 +94,8 @@ def load_run(run_dir: Path) -> tuple[PretrainSettings, Method]:
     stored = {k: v for k, v in read_settings(run_dir).items() if k != DATA_KEY}
     try:
         settings = PretrainSettings.from_dict(stored)
-    except (KeyError, TypeError, ValueError) as e:
+    except (TypeError, ValueError, UserError) as e:
         raise UserError(f"{file} is damaged or of another version ({e}); start the run anew") from e
-    if settings.method not in METHODS:
-        raise UserError(f"{run_dir} is of the method '{settings.method}', known are {', '.join(METHODS)}")
     method = settings.build_method()
     try:
         method.load_state_dict(load_checkpoint(run_dir, (STEP, STATE))[STATE])

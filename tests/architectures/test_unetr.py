@@ -201,7 +201,7 @@ def test_refuses_deep_supervision_and_a_wrong_number_of_taps():
         build_from_plans(deep_supervision=True)
     with pytest.raises(ValueError, match=r"ViTUNETR .*\(1, 2\)"):
         build_from_plans(taps=[1, 2])
-    with pytest.raises(ValueError, match=r"\['feature_size'\]"):
+    with pytest.raises(ValueError, match=r"feature_size.*got 3"):
         build_from_plans(feature_size=3)
 
 

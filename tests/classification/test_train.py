@@ -170,7 +170,13 @@ def test_what_a_run_leaves_behind(small):
     assert metrics["classes"] == ["healthy", "ill"] and metrics["test"] is None
     assert load_classifier(run / LAST)[1].epoch == 3
     table = read_table(run / "predictions.csv")
-    assert tuple(table) == split.val and list(table[split.val[0]]) == ["case", "label", "p_healthy", "p_ill"]
+    assert tuple(table) == split.val and list(table[split.val[0]]) == [
+        "case",
+        "label",
+        "p_healthy",
+        "p_ill",
+        "predicted",
+    ]
     targets = [row["label"] == "ill" for row in table.values()]
     assert targets == [int(case[-2:]) % 2 == 1 for case in table]
     scores = [float(row["p_ill"]) for row in table.values()]

@@ -130,7 +130,10 @@ def test_missing_folds_are_named_and_not_averaged_over(tree):
     ours, third = (next(run for run in rows(result.runs) if run.run == name) for name in (OURS, THIRD))
     assert third.missing_folds == [1] and third.nnunet_foreground_mean == pytest.approx(values(THIRD, [0]).mean())
     text = "\n".join(result.notes)
-    assert f"{THIRD}: no result of fold 1 (started, without validation/summary.json: 1)" in text
+    assert (
+        f"{THIRD}: no result of fold 1 (started, without validation/summary.json: 1; run nnUNetv2_train … --val)"
+        in text
+    )
     assert "the runs stand on different folds" in text
     # what stands side by side is on the cases of fold 0 only
     assert result.common_cases == 5

@@ -420,8 +420,8 @@ def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_p
     ("arguments", "message"),
     [
         (["--crop-size", "20", "16", "16"], r"20, 16, 16.*8, 8, 8.*--crop-size"),
-        (["--method", "nope"], r"'nope'.*hiendmae, mim, glmae, mae3d"),
-        (["--encoder", "nope"], r"'nope'.*vit_nano_p8.*hiendmae presets"),
+        (["--method", "nope"], r"--method is nope, .*hiendmae, mim, glmae, mae3d"),
+        (["--encoder", "nope"], r"--encoder is nope, .*vit_nano_p8.*convvit_base"),
         (["--batch-size", "3", "--accumulate", "2"], r"--batch-size 3 .*1 processes x 2 .*2$"),
         (["--epochs", "0"], r"--epochs is 0, needed at least 1"),
         (["--set", "colour=1"], r"--set colour=1 .*mask_ratio"),
