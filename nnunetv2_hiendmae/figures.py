@@ -14,19 +14,32 @@ from nnunetv2_hiendmae.files import write_with
 # in inches: width of a slice and height of a line of a row's label
 SLICE_WIDTH, LINE_HEIGHT = 3.2, 0.15
 LABEL_CHARACTERS = 24
+# no tissue is blue
+MASKED_COLOUR = "#2a5da8"
 CLASS_COLOURS, NUM_COLOURS = "tab10", 10
 PANEL_INCHES = 3.0
 MARGIN_INCHES = 1.0  # title, column titles, legend
+# top, bottom, left and right of a slice, in parts of its width and height
+EDGES = (0.5, 0.96), (0.5, 0.04), (0.04, 0.5), (0.96, 0.5)
+LETTERS = {"color": "#ffd000", "fontsize": 9, "fontweight": "bold", "ha": "center", "va": "center"}
 # matplotlib is imported where it is needed, and figures are not made through pyplot, whose global state keeps them open
 
 
 @dataclass(frozen=True)
 class MontageRow:
-    """One row of a montage: slices by column title, shown with black and white at `limits`; lines of the label."""
+    """One row of a montage.
+
+    Args:
+        label: its lines.
+        slices: by column title; what a masked array masks is shown in colour.
+        limits: values shown black and white.
+        edges: letters for what lies at the top, bottom, left and right of every slice; may be empty.
+    """
 
     label: str
     slices: Mapping[str, np.ndarray]
     limits: tuple[float, float]
+    edges: str = ""
 
 
 def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, title: str = "") -> None:
@@ -36,8 +49,10 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
         rows: all with the same columns.
         aspect: height of a voxel over its width.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
+    grey = colormaps["gray"].with_extremes(bad=MASKED_COLOUR)
     columns = list(rows[0].slices)
     height, width = rows[0].slices[columns[0]].shape
     broken = ([part for line in row.label.split("\n") for part in wrap(line, LABEL_CHARACTERS)] for row in rows)
@@ -50,7 +65,9 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
         low, high = row.limits
         for axis, name in zip(axes, columns, strict=True):
             limits = {"vmin": low, "vmax": max(high, low + 1e-6)}
-            axis.imshow(row.slices[name], cmap="gray", interpolation="nearest", aspect=aspect, **limits)
+            axis.imshow(row.slices[name], cmap=grey, interpolation="nearest", aspect=aspect, **limits)
+            for (x, y), letter in zip(EDGES, row.edges, strict=False):
+                axis.text(x, y, letter, transform=axis.transAxes, **LETTERS)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(name if row is rows[0] else "", fontsize=10)

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage
 from nnunetv2_hiendmae.files import CHECKPOINT, DATA_KEY, SETTINGS, STATE, STEP, read_settings
-from nnunetv2_hiendmae.inspection.volumes import Grid, case_grid, write_nifti
+from nnunetv2_hiendmae.inspection.volumes import write_nifti
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
+from nnunetv2_hiendmae.pretraining.progress import how_shown, shown_range
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.training.grids import Grid, case_grid
 from nnunetv2_hiendmae.training.run import load_checkpoint
-from nnunetv2_hiendmae.training.views import Views
+from nnunetv2_hiendmae.training.views import unaugmented
 from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
@@ -65,7 +66,7 @@ def reconstruct(
     if read_settings(run_dir).get(DATA_KEY) != data.digest():
         logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")
     grids = {chosen: case_grid(chosen) for chosen in _choose(data.cases, case, cases, seed)}
-    views, pictures = _unaugmented(method.to(device).views()), []
+    views, pictures = unaugmented(method.to(device).views()), []
     for chosen, grid in grids.items():
         # alone, so that its crop does not depend on which others are shown
         drawn = SampleDataset(CaseSet((chosen,), data.format), views.draw, seed)[0, data.cases.index(chosen)]
@@ -114,14 +115,6 @@ def _choose(cases: Sequence[Case], wanted: str | None, count: int, seed: int) ->
     return [cases[names.index(wanted)]]
 
 
-def _unaugmented(views: Views) -> Views:
-    """The views as they would be without augmentation, those that they are made of too."""
-    if not is_dataclass(views):
-        return views
-    inner = {f.name: _unaugmented(getattr(views, f.name)) for f in fields(views)}
-    return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
-
-
 def _location(drawn: Mapping[str, Any], made: Reconstruction, grid: Grid) -> Grid | None:
     """Grid of a reconstruction, None where it is not simply the crop that was drawn at a known corner."""
     lower, image = drawn.get("lower"), drawn.get("image")
@@ -135,7 +128,7 @@ def _write(
 ) -> Path:
     dataset, _, name = case.name.rpartition("/")
     stem = output / dataset / f"{name}_{view}"
-    arrays = {title: volume[0].float().cpu().numpy() for title, volume in vars(made).items()}
+    arrays = made.arrays(0)
     channels = len(volumes.channel_names)
     for channel in range(channels if location else 0):
         ending = f"_{channel:04d}" if channels > 1 else ""
@@ -144,14 +137,18 @@ def _write(
             write_nifti(path, volumes.to_intensity(array[channel], channel), location)
     change = grid.turn_to(PICTURE_AXES)
     turned = {k: apply_orientation(volumes.to_intensity(a[0], 0), change) for k, a in arrays.items()}
-    limits = float(turned["input"].min()), float(turned["input"].max())
+    limits, hidden = shown_range(turned["input"], volumes), made.hidden[0].cpu().numpy()
+    turned["masked"] = np.ma.array(turned["masked"], mask=apply_orientation(hidden, change))
     total = len(turned["input"])
     count = min(PICTURE_SLICES, total)
     # the middles of equal parts, from head to feet
     shown = [(2 * i + 1) * total // (2 * count) for i in reversed(range(count))]
-    rows = [MontageRow(f"slice {z + 1} of {total}", {t: a[z] for t, a in turned.items()}, limits) for z in shown]
-    unit = f", {limits[0]:.0f} to {limits[1]:.0f} HU" if volumes.is_ct(0) else ""
-    _, height, width = grid.turned(change).spacing_mm
+    upright = grid.turned(change)
+    rows = [
+        MontageRow(f"slice {z + 1} of {total}", {t: a[z] for t, a in turned.items()}, limits, upright.edges)
+        for z in shown
+    ]
+    _, height, width = upright.spacing_mm
     picture = stem.with_name(f"{stem.name}.png")
-    draw_montage(picture, rows, aspect=height / width, title=f"{case.name}, {view}{unit}")
+    draw_montage(picture, rows, aspect=height / width, title=f"{case.name}, {view}\n{how_shown(made, volumes)}")
     return picture

@@ -1,8 +1,7 @@
-"""Where voxels lie in the world, and volumes as nnU-Net reads and preprocesses them."""
+"""Volumes as nnU-Net reads and preprocesses them."""
 
 import gzip
 import logging
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,99 +9,28 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.affines import from_matvec, voxel_sizes
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.imageio import reader_writer_registry as readers
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import affine_transform
 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
-from nnunetv2_hiendmae.training.volumes import Case
+from nnunetv2_hiendmae.training.grids import REVERSED, Grid, preprocessed_grid, reader_grid, steps_between
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 logger = logging.getLogger(__name__)
 
-# LPS, as ITK counts, to NIfTI's RAS
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # what nnU-Net's SimpleITKIOWithReorient turns images to, first file axis first
 SITK_READER_AXES = "RAS"
-# file axes are x, y, z, array axes D, H, W: columns of an affine in the other order
-REVERSED = [2, 1, 0, 3]
 # nnU-Net's for everything that is not CT
 USUAL_NORMALIZATION = "ZScoreNormalization"
 # as in every plans file of nnU-Net's planner
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-# of a voxel, at the edge of a box: so that rounding in affines does not decide what lies inside
-TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Where the voxels of an array lie.
-
-    Args:
-        shape: (D, H, W).
-        affine: (4, 4), from array index (d, h, w, 1) to the world (x, y, z, 1) in mm as NIfTI has it: x grows to
-            the patient's right, y to the front, z to the head.
-    """
-
-    shape: tuple[int, int, int]
-    affine: np.ndarray
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels along D, H, W."""
-        return tuple(voxel_sizes(self.affine).tolist())
-
-    def to_world(self, index: Sequence[float]) -> np.ndarray:
-        """World position (x, y, z) in mm of an array index, which may be fractional."""
-        return self.affine[:3, :3] @ np.asarray(index, float) + self.affine[:3, 3]
-
-    def to_index(self, point: Sequence[float]) -> np.ndarray:
-        """Fractional array index (d, h, w) of a world position in mm."""
-        return np.linalg.solve(self.affine[:3, :3], np.asarray(point, float) - self.affine[:3, 3])
-
-    def cropped(self, lower: Sequence[int], shape: Sequence[int]) -> "Grid":
-        """Grid of `array[lower : lower + shape]`; may reach beyond this one."""
-        affine = self.affine.copy()
-        affine[:3, 3] = self.to_world(lower)
-        return Grid(tuple(int(s) for s in shape), affine)
-
-    def resized(self, shape: Sequence[int]) -> "Grid":
-        """The same box divided into another number of voxels, as nnU-Net's resampling does (align_corners=False)."""
-        scale = np.array(self.shape) / np.array(shape)
-        affine = self.affine.copy()
-        affine[:3, :3] *= scale
-        affine[:3, 3] = self.to_world((scale - 1) / 2)
-        return Grid(tuple(int(s) for s in shape), affine)
-
-    def turn_to(self, axes: str) -> np.ndarray:
-        """The turn (nibabel's orientation transform) after which D, H, W grow towards `axes`, e.g. "SPL"; for oblique
-        grids as nearly as permuting and flipping can."""
-        return ornt_transform(io_orientation(self.affine), axcodes2ornt(tuple(axes)))
-
-    def turned(self, change: np.ndarray) -> "Grid":
-        """The same voxels with axes permuted and flipped by nibabel's orientation transform `change`; arrays by its
-        `apply_orientation`."""
-        # per new axis the old one
-        old = np.argsort(change[:, 0])
-        return Grid(tuple(self.shape[axis] for axis in old), self.affine @ inv_ornt_aff(change, self.shape))
-
-    def covered(self, box: "Grid", margin: float = 0.0) -> tuple[slice, ...]:
-        """Part that the box of a parallel grid covers, widened on every side by `margin` of its extent."""
-        found = []
-        for step, start, size, count in zip(*_steps(box, self), box.shape, self.shape, strict=True):
-            at, beyond = start + step * np.arange(count), 0.5 + TOLERANCE + margin * size
-            inside = (at > -beyond) & (at < size - 1 + beyond)
-            first = int(inside.argmax())
-            found.append(slice(first, first + int(inside.sum())))
-        return tuple(found)
 
 
 def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
@@ -113,18 +41,9 @@ def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
     """
     made, part = np.zeros(target.shape, np.float32), target.covered(source)
     lower, shape = [s.start for s in part], [s.stop - s.start for s in part]
-    steps, start = _steps(source, target.cropped(lower, shape))
+    steps, start = steps_between(source, target.cropped(lower, shape))
     made[part] = affine_transform(values.astype(np.float32), steps, start, tuple(shape), order=1, mode="nearest")
     return made
-
-
-def _steps(source: Grid, target: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Per axis, in voxels of the source: from one voxel of the target to the next, and where the first one lies."""
-    matrix = np.linalg.inv(source.affine) @ target.affine
-    steps = matrix[:3, :3].diagonal()
-    if not np.allclose(matrix[:3, :3], np.diag(steps), atol=1e-3 * np.abs(steps).max()):
-        raise ValueError("the grids are not parallel")
-    return steps, matrix[:3, 3]
 
 
 def write_nifti(path: Path, array: np.ndarray, grid: Grid) -> None:
@@ -178,7 +97,7 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
             check_volume(data, properties["spacing"], channels)
     except BrokenCaseError as e:
         raise UserError(f"cannot use {', '.join(names)}: {e}; check --image") from e
-    return RawImage(data, properties, _reader_grid(properties, data.shape[1:]), _turn_to_stored(properties))
+    return RawImage(data, properties, reader_grid(properties, data.shape[1:]), _turn_to_stored(properties))
 
 
 def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid]:
@@ -203,24 +122,7 @@ def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid
     # the preprocessor adds to what it is given
     case = image.data, None, dict(image.properties)
     data, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(*case, plans, configuration, {})
-    return data, _preprocessed_grid(properties, data.shape[1:])
-
-
-def case_grid(case: Case) -> Grid:
-    """Grid of a preprocessed case.
-
-    Raises:
-        UserError: what nnU-Net recorded beside the case is missing, damaged or incomplete.
-    """
-    record = case.path.with_suffix(".pkl")
-    try:
-        *_, properties = nnUNetDatasetBlosc2(str(case.path.parent), [case.path.stem]).load_case(case.path.stem)
-        return _preprocessed_grid(properties, case.shape)
-    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(
-            f"{record} does not say where case {case.name} lies ({type(e).__name__}: {e}); delete the case's files and "
-            "preprocess again"
-        ) from e
+    return data, preprocessed_grid(properties, data.shape[1:])
 
 
 def known_format(metadata: EncoderMetadata) -> VolumeFormat:
@@ -235,25 +137,6 @@ def known_format(metadata: EncoderMetadata) -> VolumeFormat:
     return volumes
 
 
-def _reader_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """Grid of an array (D, H, W) that one of nnU-Net's readers made, from what it recorded.
-
-    A format without a place in the world (TIFF) starts at its origin.
-    """
-    if "sitk_stuff" in properties:
-        stuff = properties["sitk_stuff"]
-        axes = len(stuff["spacing"])
-        # of a 4D file, whose last axis holds the channels, the first three
-        steps = np.reshape(stuff["direction"], (axes, axes))[:3, :3] * np.array(stuff["spacing"])[:3]
-        affine = LPS_TO_RAS @ from_matvec(steps, stuff["origin"][:3])
-    elif "nibabel_stuff" in properties:
-        stuff = properties["nibabel_stuff"]
-        affine = np.array(stuff.get("reoriented_affine", stuff["original_affine"]), float)
-    else:
-        affine = np.diag([*reversed(properties["spacing"]), 1.0])
-    return Grid(tuple(int(s) for s in shape), affine[:, REVERSED])
-
-
 def _turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
     reoriented = properties.get("sitk_stuff", {}).get("original_orientation")
     if reoriented is not None:
@@ -264,17 +147,6 @@ def _turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
         affines = stuff.get("reoriented_affine", stuff["original_affine"]), stuff["original_affine"]
         now, before = (io_orientation(affine[:, REVERSED]) for affine in affines)
     return ornt_transform(now, before)
-
-
-def _preprocessed_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:
-    """Grid of a preprocessed array (D, H, W): nnU-Net cuts off the empty border, then resamples.
-
-    Plans that transpose the axes are not for us (`find_data` refuses them). The spacing differs a little from the
-    plans': the box is divided into a whole number of voxels.
-    """
-    before = _reader_grid(properties, properties["shape_before_cropping"])
-    lower = [int(a) for a, _ in properties["bbox_used_for_cropping"]]
-    return before.cropped(lower, properties["shape_after_cropping_and_before_resampling"]).resized(shape)
 
 
 def _reader(file: str, volumes: VolumeFormat) -> Any:

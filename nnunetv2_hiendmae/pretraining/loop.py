@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor
@@ -24,13 +25,14 @@ from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, dra
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, build_settings, extended, run_name
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
-from nnunetv2_hiendmae.training.views import step_keys
+from nnunetv2_hiendmae.training.grids import case_edges
+from nnunetv2_hiendmae.training.views import step_keys, unaugmented
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches, warn_if_padded
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, save_encoder
 
 logger = logging.getLogger(__name__)
 
-# samples in a reconstruction picture; drawn as if they belonged to the step after the last
+# samples in a reconstruction picture
 PICTURE_SAMPLES = 4
 
 
@@ -181,16 +183,26 @@ def _end_epoch(
 ) -> None:
     method, epoch, last = parts[STATE], step // settings.steps_per_epoch, step == settings.total_steps
     if last or epoch % settings.picture_epochs == 0:
-        batch = torch.utils.data.default_collate([dataset[(settings.total_steps, i)] for i in range(PICTURE_SAMPLES)])
+        batch, edges = _picture_samples(dataset.data, method, settings)
         method.eval()
         with fabric.autocast():
             made = method.reconstruct(fabric.to_device(batch))
         method.train()
         for view, pictures in made.items():
             path = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}_{view}.png"
-            draw_reconstruction(path, pictures, batch["case"], dataset.data.format)
+            draw_reconstruction(path, pictures, batch["case"], dataset.data.format, edges)
     if last or epoch % settings.checkpoint_epochs == 0:
         _save(settings, run_dir, parts, dataset.data, step)
+
+
+def _picture_samples(data: CaseSet, method: Method, settings: PretrainSettings) -> tuple[Batch, list[str]]:
+    """The samples of pictures, the same in every epoch, and the letters of their edges. No case is drawn twice while
+    there are others, and nothing is augmented: a mirrored patient would have wrong letters."""
+    order = np.random.default_rng(settings.seed).permutation(len(data.cases))
+    chosen = np.resize(order, PICTURE_SAMPLES).tolist()
+    samples = SampleDataset(data, unaugmented(method.views()).draw, settings.seed, case_in_key=True)
+    drawn = [samples[settings.total_steps, i, case] for i, case in enumerate(chosen)]
+    return torch.utils.data.default_collate(drawn), [case_edges(data.cases[case]) for case in chosen]
 
 
 def _save(settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], data: CaseSet, step: int) -> None:

@@ -172,12 +172,13 @@ def picture(
         prediction = prediction * (var + 1e-6).sqrt() + mean
     shown = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
 
-    def assemble(patches: Tensor) -> Tensor:
-        tokens = torch.cat([shown, patches], dim=1)
+    def assemble(visible: Tensor, masked: Tensor) -> Tensor:
+        tokens = torch.cat([visible, masked], dim=1)
         return tk.unpatchify(tk.put_tokens(tokens, ids_shuffle), spec.grid, spec.patch_size)
 
     blank = torch.full_like(prediction, float(image.min()))
-    return Reconstruction(image, assemble(blank), assemble(prediction))
+    hidden = assemble(torch.zeros_like(shown), torch.ones_like(prediction))[:, 0] > 0
+    return Reconstruction(image, assemble(shown, blank), assemble(shown, prediction), hidden, normalize)
 
 
 class MAE3D(MaskedCropMethod):

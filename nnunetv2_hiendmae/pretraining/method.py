@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import Tensor, nn
 
 from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec
@@ -87,11 +88,24 @@ class MethodOptions:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What a method made of a batch, for pictures; each (B, C, D, H, W), intensities as in the input."""
+    """What a method made of a batch, for pictures.
+
+    Args:
+        input, masked, reconstruction: (B, C, D, H, W), intensities as in the input.
+        hidden: (B, D, H, W), True where voxels were masked.
+        true_scale: the prediction was scaled with the true mean and spread of its patch.
+    """
 
     input: Tensor
     masked: Tensor
     reconstruction: Tensor
+    hidden: Tensor
+    true_scale: bool
+
+    def arrays(self, row: int) -> dict[str, np.ndarray]:
+        """One sample's input, masked and reconstruction, by these names: (C, D, H, W) float32."""
+        named = {"input": self.input, "masked": self.masked, "reconstruction": self.reconstruction}
+        return {name: volumes[row].float().cpu().numpy() for name, volumes in named.items()}
 
 
 class Method(nn.Module, ABC):

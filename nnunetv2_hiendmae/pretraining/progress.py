@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunetv2_hiendmae.figures import MontageRow, draw_montage
+from nnunetv2_hiendmae.figures import MontageRow, draw_montage, grey_limits
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
 from nnunetv2_hiendmae.training.run import RunLog, read_log
@@ -116,22 +116,32 @@ def running_mean(values: Sequence[float]) -> np.ndarray:
     return pd.Series(values).rolling(max(1, len(values) // 50), min_periods=1).mean().to_numpy()
 
 
-def draw_reconstruction(path: Path, made: Reconstruction, cases: list[str], volumes: VolumeFormat) -> None:
+def draw_reconstruction(
+    path: Path, made: Reconstruction, cases: Sequence[str], volumes: VolumeFormat, edges: Sequence[str]
+) -> None:
     """Montage, one row per sample: the middle slice of input, masked input and reconstruction, first channel.
 
-    Black and white are the least and largest value of the input's whole crop. CT is shown in HU. `cases`:
-    'Dataset/case' of every sample; datasets are only named where there are several.
+    `cases`: 'Dataset/case' of every sample; datasets are only named where there are several. `edges`: letters of every
+    sample's slices, see `Grid.edges`.
     """
     several = len({case.partition("/")[0] for case in cases}) > 1
     rows = []
-    for row, case in enumerate(cases):
-        shown = {name: volumes.to_intensity(v[row, 0].float().cpu().numpy(), 0) for name, v in vars(made).items()}
-        low, high = float(shown["input"].min()), float(shown["input"].max())
-        label = case.split("/") if several else [case.rpartition("/")[2]]
-        span = LEAST_SPAN
-        if volumes.is_ct(0):
-            label.append(f"{low:.0f} to {high:.0f} HU")
-            span *= volumes.ct_statistics["std"]
+    for row, (case, letters) in enumerate(zip(cases, edges, strict=True)):
+        shown = {name: volumes.to_intensity(v[0], 0) for name, v in made.arrays(row).items()}
+        shown["masked"] = np.ma.array(shown["masked"], mask=made.hidden[row].cpu().numpy())
         slices = {name: volume[len(volume) // 2] for name, volume in shown.items()}
-        rows.append(MontageRow("\n".join(label), slices, (low, max(high, low + span))))
-    draw_montage(path, rows)
+        label = "\n".join(case.split("/")) if several else case.rpartition("/")[2]
+        rows.append(MontageRow(label, slices, shown_range(shown["input"], volumes), letters))
+    draw_montage(path, rows, title=how_shown(made, volumes))
+
+
+def shown_range(image: np.ndarray, volumes: VolumeFormat) -> tuple[float, float]:
+    """Values of a sample's first channel shown black and white: CT's window in HU, else the 1st and 99th percentile."""
+    low, high = grey_limits(image, volumes.window_hu if volumes.is_ct(0) else None)
+    return float(low), float(max(high, low + LEAST_SPAN))
+
+
+def how_shown(made: Reconstruction, volumes: VolumeFormat) -> str:
+    """What a picture's grey values are, in a line."""
+    window = "{:.0f} to {:.0f} HU".format(*volumes.window_hu) if volumes.is_ct(0) else "1st to 99th percentile"
+    return f"{window}; mean and spread of masked patches are the true ones" if made.true_scale else window

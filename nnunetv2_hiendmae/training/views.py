@@ -4,7 +4,7 @@ s is a function of (seed, s, i)."""
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Protocol
@@ -50,6 +50,14 @@ class Views(Protocol):
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """Tensors of one sample; everything random comes from `rng`."""
+
+
+def unaugmented(views: Views) -> Views:
+    """The views as they would be without augmentation, those that they are made of too."""
+    if not is_dataclass(views):
+        return views
+    inner = {f.name: unaugmented(getattr(views, f.name)) for f in fields(views)}
+    return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
 
 
 class ShiftIntensityTransform(ImageOnlyTransform):

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-from oblique_data import oblique_direction
+import SimpleITK as sitk
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from oblique_data import READERS, oblique_direction
 
-from nnunetv2_hiendmae.inspection.volumes import Grid, resample
+from nnunetv2_hiendmae.inspection.volumes import resample
+from nnunetv2_hiendmae.training.grids import Grid, reader_grid
 
 
 def grid(shape, spacing_mm=(1.0, 1.0, 1.0)) -> Grid:
@@ -62,3 +65,25 @@ def test_resized_and_turned_grids_hold_the_same_box():
     assert turned.shape == (6, 9, 4) and turned.spacing_mm == pytest.approx((1.5, 0.5, 2.0))
     assert turned.to_world((2, 5, 0)) == pytest.approx(source.to_world((3, 2, 5)))
     assert turned.to_index(source.to_world((1, 4, 8))) == pytest.approx((4, 8, 2))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("stored", ["LPS", "RAS", "PIR", "SAL"])
+def test_letters_of_a_slice(tmp_path, reader, stored):
+    """A bar at each side of the patient, as SimpleITK turns it, is at the edge of the array that its letter names."""
+    slices = np.zeros((9, 9, 9), np.float32)
+    # array axes towards S, P, L
+    for value, axis, at in ((1, 2, 0), (2, 2, 8), (3, 1, 0), (4, 1, 8), (5, 0, 8), (6, 0, 0)):
+        middle = [4, 4, 4]
+        middle[axis] = at
+        slices[tuple(middle)] = value
+    path = tmp_path / "image.nii.gz"
+    sitk.WriteImage(sitk.DICOMOrient(sitk.GetImageFromArray(slices), stored), str(path))
+    data, properties = recursive_find_reader_writer_by_name(reader)().read_images([str(path)])
+    middle = data[0, 4]
+    seen = middle[0, 4], middle[8, 4], middle[4, 0], middle[4, 8]
+    assert reader_grid(properties, data.shape[1:]).edges == "".join("?RLAPSI"[int(value)] for value in seen)
+
+
+def test_no_letters_where_nobody_knows():
+    assert reader_grid({"spacing": (1.0, 1.0, 1.0)}, (4, 4, 4)).cropped((1, 1, 1), (2, 2, 2)).edges == ""

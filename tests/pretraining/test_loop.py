@@ -22,7 +22,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.loop import pretrain, run_pretraining
+from nnunetv2_hiendmae.pretraining.loop import PICTURE_SAMPLES, _picture_samples, pretrain, run_pretraining
 from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
 from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
@@ -55,6 +55,20 @@ def read_log(run_dir: Path) -> list[dict]:
 
 def losses(log: list[dict]) -> list[float]:
     return [line["loss"] for line in log]
+
+
+@methods
+@pytest.mark.parametrize("cases", [1, 3, 6])
+def test_pictures_show_other_cases_while_there_are_some_and_nothing_mirrored(nnunet, method, cases):
+    write_preprocessed(nnunet.preprocessed, {f"case{i}": (24, 24, 24) for i in range(cases)})
+    settings = tiny_settings(method)
+    data = find_cases(settings.datasets, PLANS, "3d_fullres")
+    made, augmented = settings.build_method(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nnunetv2_hiendmae.training.views.Augmentation.apply", lambda *_: augmented.append(1))
+        batch, edges = _picture_samples(data, made, settings)
+    assert len(batch["case"]) == len(edges) == PICTURE_SAMPLES and not augmented
+    assert len(set(batch["case"])) == min(cases, PICTURE_SAMPLES)
 
 
 @methods

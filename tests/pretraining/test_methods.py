@@ -97,6 +97,10 @@ def test_loss_ignores_what_is_masked_in_the_encoder(name):
     made = method.reconstruct(batch)["crop"]
     tokens_masked, _ = method.encoder(made.masked, keep)
     assert torch.equal(tokens, tokens_masked)
+    hidden = made.hidden[:, None].expand_as(made.input)
+    assert hidden.float().mean() == pytest.approx(1 - method.visible / method.spec.num_tokens)
+    assert torch.equal(made.masked[~hidden], made.input[~hidden])
+    assert (made.masked[hidden] == made.input.min()).all()
 
 
 @methods
