@@ -95,9 +95,9 @@ def with_header(data: bytes, rng: np.random.Generator) -> bytes:
     """A safetensors file with another header, or with another description of its encoder or tensors in it."""
     (size,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + size])
-    key = next((k for k in header["__metadata__"] if k.startswith("hiendmae")), None)
-    if key and rng.random() < 0.7:
-        header["__metadata__"][key] = json.dumps(json_variant(json.loads(header["__metadata__"][key]), rng))
+    if rng.random() < 0.7:
+        about = json.loads(header["__metadata__"]["hiendmae"])
+        header["__metadata__"]["hiendmae"] = json.dumps(json_variant(about, rng))
     else:
         header = json_variant(header, rng)
     text = json.dumps(header).encode()

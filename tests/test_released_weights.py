@@ -62,7 +62,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     said = hiendmae(*planning, "--patch-size", *released.crop)
     preprocess, train, predict = (line.split() for line in said.strip().splitlines()[-3:])
     plans_name = train[train.index("-p") + 1]
-    assert train[-1] == released.trainer
+    assert train[train.index("-tr") + 1] == released.trainer
 
     folder = workplace.folders.preprocessed / "Dataset001_Toy"
     plans = json.loads((folder / f"{plans_name}.json").read_text())

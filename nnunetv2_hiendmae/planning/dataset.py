@@ -132,6 +132,9 @@ def read_fingerprint(dataset_name: str, with_labels: bool = False) -> dict[str, 
     if not file.exists() or (file.is_file() and _is_cut_short(file)):
         return None
     fingerprint = read_json(file, Fingerprint, "delete it, it is made anew")
+    shapes, spacings = (len(fingerprint[key]) for key in ("shapes_after_crop", "spacings"))
+    if shapes != spacings:
+        raise UserError(f"{file} has {shapes} shapes and {spacings} spacings; delete it, it is made anew")
     return None if with_labels and fingerprint.get(LABEL_FREE_KEY) else fingerprint
 
 

@@ -223,7 +223,7 @@ def _start(options: PretrainOptions, channels: int, preset: str) -> tuple["Start
     metadata, file = check_encoder_file(options.encoder_file), Path(options.encoder_file).resolve()
     own = metadata.spec.with_(drop_path_rate=0.0)
     spec = _sized(PRESETS[preset] if options.encoder else own, options, channels)
-    check_compatible(metadata.spec, spec)
+    check_compatible(metadata.spec, spec, "leave out --encoder and --patch-size, which the file decides")
     known = {name: getattr(metadata, name) for name in ("method", "citations", "licence", "source", "source_sha256")}
     return Start(**{**known, "file": str(file), "sha256": sha256(file), "source": metadata.source or file.name}), spec
 

@@ -55,15 +55,17 @@ def mismatch(
     return some(wrong, separator="; ") or None
 
 
-def check_compatible(source: EncoderSpec, target: EncoderSpec) -> None:
+def check_compatible(
+    source: EncoderSpec, target: EncoderSpec, mend: str = "run: hiendmae plan with this file again"
+) -> None:
     """Refuses encoders that differ in something that weights cannot be adapted to (UserError)."""
     have, want = source.to_dict(), target.to_dict()
     # a network may lack CLS and be dense where the file is otherwise, but not the other way round
     differing = {k: have[k] != want[k] for k in have if k not in ADAPTABLE}
     differing |= {"cls_token": target.cls_token and not source.cls_token, "dense": source.dense and not target.dense}
-    told = ", ".join(f"{k} {have[k]} in the file, {want[k]} in the plans" for k in differing if differing[k])
+    told = ", ".join(f"{k} {have[k]} in the file, {want[k]} in the network" for k in differing if differing[k])
     if told:
-        raise UserError(f"the encoder file does not fit the network: {told}; run: hiendmae plan with this file again")
+        raise UserError(f"the encoder file does not fit the network: {told}; {mend}")
 
 
 def adapt_state(

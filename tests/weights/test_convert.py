@@ -212,7 +212,8 @@ def test_damaged_tensors_never_load_silently_wrong(good, tmp_path, kind, data):
     assert damaged.format == kind and damaged.metadata.spec == expected.metadata.spec
     assert damaged.state.keys() == expected.state.keys()
     for name, tensor in damaged.state.items():
-        # bfloat16 keeps 8 bits
-        torch.testing.assert_close(tensor.float(), expected.state[name].float(), rtol=2**-8, atol=1e-6)
+        # bfloat16 keeps 8 bits; CLS is a sum of two numbers of at most 4 that were rounded, and may be near 0
+        atol = 2**-5 if name == "cls_token" else 1e-6
+        torch.testing.assert_close(tensor.float(), expected.state[name].float(), rtol=2**-8, atol=atol)
     accounted = {r.source for r in damaged.report.records if r.source}
     assert accounted == set(state)

@@ -209,7 +209,7 @@ def test_a_convvit_of_pretraining_becomes_dense(tmp_path):
     report = load_into(again, dense)
     assert {r.source for r in report.with_status("adapted")} == {"rel_pos_bias", "pos_embed"}
     assert torch.allclose(again.rel_pos_bias, torch.tensor(0.25)) and not report.with_status("fresh")
-    with pytest.raises(UserError, match="dense True in the file, False in the plans"):
+    with pytest.raises(UserError, match="dense True in the file, False in the network"):
         load_into(build_encoder(CONVVIT.with_(in_channels=2)), dense)
 
 
@@ -243,7 +243,7 @@ def test_fits_more_channels_another_grid_and_no_cls(file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depth": 5, "taps": (1, 2, 3)}, "depth 4 in the file, 5 in the plans"),
+        ({"depth": 5, "taps": (1, 2, 3)}, "depth 4 in the file, 5 in the network"),
         ({"embed_dim": 48}, "embed_dim 24 in the file, 48"),
         ({"num_heads": 4}, "num_heads 2 in the file, 4"),
         ({"patch_size": (8, 8, 4)}, "patch_size"),
