@@ -129,6 +129,8 @@ class Fold(TypedDict):
 
 
 Folds = Annotated[list[Fold], Field(min_length=1)]
+# nnUNetTrainer.do_split makes so many, and cannot of fewer cases
+NNUNET_FOLDS = 5
 
 
 class _Score(TypedDict):
@@ -152,8 +154,8 @@ class Summary(TypedDict):
 
 def read_json(path: Path, kind: Any, mend: str) -> Any:
     """Content of a JSON file, as it stands there, once it is known to be of a kind; see `read_as`."""
-    read_as(path, kind, mend)
-    return json.loads(path.read_bytes())
+    text, _ = _read(path, kind, mend)
+    return json.loads(text)
 
 
 def read_as(path: Path, kind: type[Kind], mend: str) -> Kind:
@@ -166,12 +168,18 @@ def read_as(path: Path, kind: type[Kind], mend: str) -> Kind:
     Raises:
         UserError: it cannot be read or is of another kind; names the file, the key, what came and what was needed.
     """
+    return _read(path, kind, mend)[1]
+
+
+def _read(path: Path, kind: type[Kind], mend: str) -> tuple[bytes, Kind]:
+    """A file's text, and what it is an instance of."""
     try:
         if not path.is_file():
             raise UserError(f"{path} is {'missing' if not path.exists() else 'no file'}; {mend}")
         if path.stat().st_size > _LARGEST_BYTES:
             raise UserError(f"{path} has more than {_LARGEST_BYTES >> 20} MB, which no such file has; {mend}")
-        return validated(kind, path.read_bytes())
+        text = path.read_bytes()
+        return text, validated(kind, text)
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}); {mend}") from e
     except ValueError as e:

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from nnunetv2_hiendmae import cli, load_encoder, load_report
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.options import commands as options
+from nnunetv2_hiendmae.options import declared
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "v0_1" / "files.tar.xz"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
@@ -66,7 +68,9 @@ def old(tmp_path, monkeypatch) -> Old:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (old.root / variable).mkdir(exist_ok=True)
         monkeypatch.setenv(variable, str(old.root / variable))
-    monkeypatch.setattr(options.PretrainOptions, "__post_init__", lambda self: None)
+    known, about = declared(options.PretrainOptions)["encoder"]
+    choices = (*about.choices, "tiny", "tiny_hybrid")
+    monkeypatch.setattr(known, "metadata", {key: replace(about, choices=choices) for key in known.metadata})
     for preset, method in (("tiny", "hiendmae"), ("tiny_hybrid", "mim")):
         spec = load_encoder(old.encoder_file(method))[1].spec
         monkeypatch.setitem(PRESETS, preset, spec)

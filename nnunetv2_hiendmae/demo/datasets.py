@@ -8,13 +8,11 @@ import numpy as np
 
 from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.schemas import EXAMPLE_JSON, read_dataset_json
+from nnunetv2_hiendmae.schemas import EXAMPLE_JSON, NNUNET_FOLDS, read_dataset_json
 
 EMBEDDED_DATA = Path(__file__).parent / "data"
 # a volume of the fine-tuning data should have about this many voxels along its longest axis: fast on a CPU
 LONGEST_AXIS_VOXELS = 128
-# nnU-Net makes five folds by itself, and cannot with fewer cases
-NNUNET_FOLDS = 5
 # nnU-Net finds datasets by three digits
 DATASET_PATTERN = "Dataset[0-9][0-9][0-9]_*/dataset.json"
 NO_CLASSES = ("background", "ignore")

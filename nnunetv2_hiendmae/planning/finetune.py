@@ -24,12 +24,11 @@ from nnunetv2_hiendmae.planning.plans import CONFIGURATION, SPLITS, check_plans_
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
+from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 
 WARMUP_FRACTION = 0.1
-# it cannot make them of fewer cases
-_NNUNET_FOLDS = 5
 # where a value comes from, in the messages
 _GIVEN, _FILE, _DATASET = "given", "from the encoder file", "from the dataset"
 _NNUNETS_RULE = "by nnU-Net's rule"
@@ -232,9 +231,9 @@ def _messages(
 
 def _first_fold(raw: RawDataset, folder: Path) -> str:
     """What to train first; warns where nnU-Net cannot make its folds."""
-    if len(raw.cases) >= _NNUNET_FOLDS or (folder / SPLITS).is_file():
+    if len(raw.cases) >= NNUNET_FOLDS or (folder / SPLITS).is_file():
         return "0"
-    told = f"{raw.name} has {len(raw.cases)} cases, nnU-Net makes its folds of {_NNUNET_FOLDS} at least"
+    told = f"{raw.name} has {len(raw.cases)} cases, nnU-Net makes its folds of {NNUNET_FOLDS} at least"
     logger.warning(f"{told}: train with fold 'all', or write your own folds to {folder / SPLITS}")
     return "all"
 

@@ -43,9 +43,10 @@ def check_labels(raw: RawDataset) -> None:
 
 
 def label_values(raw: RawDataset) -> list[int]:
-    """All values that dataset.json knows, in order; those of "ignore" and of regions too."""
+    """All values that dataset.json knows, in order; those of "ignore" and of regions too. Digits are numbers, as for
+    nnU-Net."""
     values = raw.dataset_json["labels"].values()
-    return sorted({v for value in values for v in (value if isinstance(value, list) else [value])})
+    return sorted({int(v) for value in values for v in (value if isinstance(value, list) else [value])})
 
 
 def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> None:

@@ -204,10 +204,6 @@ def read_options(method: type[Method], asked: Iterable[str] | Mapping[str, Any])
     return dict(asked)
 
 
-def _spec(options: PretrainOptions, preset: str, channels: int) -> EncoderSpec:
-    return _sized(PRESETS[preset], options, channels)
-
-
 def _sized(spec: EncoderSpec, options: PretrainOptions, channels: int) -> EncoderSpec:
     sizes = {"patch_size": options.patch_size, "img_size": options.crop_size}
     try:
@@ -216,10 +212,10 @@ def _sized(spec: EncoderSpec, options: PretrainOptions, channels: int) -> Encode
         raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
 
 
-def _start(options: PretrainOptions, channels: int, preset: str) -> tuple["Start | None", EncoderSpec]:
+def _start(options: PretrainOptions, channels: int, preset: str) -> tuple[Start | None, EncoderSpec]:
     """Where the encoder's weights come from, and the encoder: that of the file, where no preset is given."""
     if options.encoder_file is None:
-        return None, _spec(options, preset, channels)
+        return None, _sized(PRESETS[preset], options, channels)
     metadata, file = check_encoder_file(options.encoder_file), Path(options.encoder_file).resolve()
     own = metadata.spec.with_(drop_path_rate=0.0)
     spec = _sized(PRESETS[preset] if options.encoder else own, options, channels)

@@ -360,6 +360,12 @@ def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
         plan_finetuning(toy, file)
 
 
+def test_digits_are_labels_as_for_nnunet(nnunet, encoder_file):
+    name = make_dataset(nnunet, 1, labels={"background": 0, "organ": "1", "lesion": "2"})
+    plan_finetuning(name, encoder_file, num_processes=1)
+    assert (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
+
+
 @pytest.mark.parametrize("labels", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
 def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, labels):
     name = make_dataset(nnunet, 1, labels=labels)
