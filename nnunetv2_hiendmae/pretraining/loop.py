@@ -85,6 +85,7 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
                 f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
                 "raise --accumulate (same result, less memory), or lower --batch-size"
             ) from e
+    _part(fabric)
     return run_dir / ENCODER if fabric.is_global_zero else None
 
 
@@ -127,8 +128,15 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
                 if log:
                     _save(settings, run_dir, parts, data, step + 1)
                 # nobody ends before the checkpoint is whole
-                fabric.barrier()
+                _part(fabric)
                 raise _stopped(number, step + 1, settings)
+
+
+def _part(fabric: Fabric) -> None:
+    """Waits for all processes and ends their group: one that Python takes down at its end may abort the process."""
+    if fabric.world_size > 1:
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _noted_anywhere(fabric: Fabric, number: int) -> int:
