@@ -24,6 +24,7 @@ from nnunetv2_hiendmae.options.commands import PlanOptions
 from nnunetv2_hiendmae.planning import finetune
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
+from nnunetv2_hiendmae.planning.plans import CASE_FILES
 from nnunetv2_hiendmae.planning.readers import choose_reader
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
@@ -434,3 +435,77 @@ def test_an_id_of_more_than_three_digits_is_kept_whole(nnunet, encoder_file):
     planned = plan_finetuning(1001, encoder_file)
     assert planned.dataset_id == 1001
     assert all(re.search(r"(-d|train) 1001 ", command) for command in planned.next_commands)
+
+
+# ---- arrays that several plans share
+
+
+def identifier(planned):
+    return json.loads(planned.path.read_text())["configurations"]["3d_fullres"]["data_identifier"]
+
+
+def finish(nnunet, planned):
+    """As nnUNetv2_preprocess leaves it, for what looks at names only."""
+    folder = planned.path.parent / identifier(planned)
+    folder.mkdir()
+    for case in read_raw_dataset(planned.dataset_name).cases:
+        for end in CASE_FILES:
+            (folder / f"{case}{end}").touch()
+    return folder
+
+
+def test_plans_with_the_same_arrays_share_them(nnunet, toy, encoder_file, tmp_path):
+    """Pretrained, from scratch, frozen and of another method: one preprocessing for all."""
+    first = plan_finetuning(toy, encoder_file)
+    assert "nnUNetv2_preprocess" in first.next_commands[0]
+    folder = finish(nnunet, first)
+    other = save_tiny_encoder(tmp_path / "mae3d.safetensors", method="mae3d", spacing_mm=(2, 1, 1), seed=1)
+    for file, settings in (
+        (encoder_file, {"from_scratch": True}),
+        (encoder_file, {"freeze_encoder": True}),
+        (encoder_file, {"plans_name": "Longer", "epochs": 7, "patch_size": (32, 24, 40)}),
+        (other, {}),
+    ):
+        planned = plan_finetuning(toy, file, **settings)
+        assert identifier(planned) == folder.name
+        assert planned.next_commands[0].startswith("nnUNetv2_train")
+        (told,) = [m for m in planned.messages if m.startswith("arrays: ")]
+        assert folder.name in told and f"nnUNetv2_preprocess -d 1 -plans_name {planned.plans_name}" in told
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"spacing_mm": (2, 2, 2)},
+        {"window_hu": (-1, 1)},
+        {"interpolation": "cubic"},
+        {"reader": "NibabelIOWithReorient"},
+    ],
+)
+def test_other_arrays_get_a_folder_of_their_own(nnunet, toy, encoder_file, other, caplog):
+    first = plan_finetuning(toy, encoder_file)
+    folder = finish(nnunet, first)
+    second = plan_finetuning(toy, encoder_file, plans_name="Other", **other)
+    assert identifier(second) != folder.name and second.next_commands[0].startswith("nnUNetv2_preprocess")
+    # the same name with other settings: the old arrays stay, and are told
+    with caplog.at_level(logging.WARNING):
+        again = plan_finetuning(toy, encoder_file, **other)
+    assert identifier(again) == identifier(second)
+    assert f"{folder} was preprocessed with other settings" in caplog.text and "another folder" in caplog.text
+
+
+def test_a_case_without_arrays_asks_for_preprocessing(nnunet, toy, encoder_file):
+    first = plan_finetuning(toy, encoder_file)
+    (finish(nnunet, first) / "case_001.b2nd").unlink()
+    again = plan_finetuning(toy, encoder_file)
+    assert again.next_commands[0].startswith("nnUNetv2_preprocess")
+
+
+def test_plans_of_0_1_keep_their_folder(nnunet, toy, encoder_file):
+    """They had one of their own; made anew with the same arrays, it stays theirs."""
+    first = plan_finetuning(toy, encoder_file)
+    content = json.loads(first.path.read_text())
+    content["configurations"]["3d_fullres"]["data_identifier"] = "nnUNetPlans_HiEndMAE_3d_fullres"
+    first.path.write_text(json.dumps(content))
+    assert identifier(plan_finetuning(toy, encoder_file, epochs=3)) == "nnUNetPlans_HiEndMAE_3d_fullres"
+    assert identifier(plan_finetuning(toy, encoder_file, spacing_mm=(3, 3, 3))).startswith("hiendmae_3d_fullres_")
