@@ -111,7 +111,8 @@ def test_inspect_says_the_same(old, capsys, method):
     # what 0.1 did without saying it
     resampled = {"interpolation": "nnunet"}
     assert json.loads(run(capsys, "inspect", file, "--json")) == recorded["inspect"] | resampled
-    expected = {**recorded["inspect_run"], "encoder": recorded["inspect_run"]["encoder"] | resampled}
+    about = recorded["inspect_run"]
+    expected = {**about, **{part: about[part] | resampled for part in ("checkpoint", "encoder")}}
     assert json.loads(run(capsys, "inspect", file.parent, "--json")) == expected
 
 

@@ -77,7 +77,7 @@ def test_demo_of_all_methods_from_end_to_end(tmp_path, monkeypatch):
         assert run["per_class"]["kidney"] is None  # patient B's volume holds none
         assert 0 <= run["mean"] <= 1
     assert results["seconds"].keys() == results["peak_gb_of_largest_process"].keys()
-    assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 1 + 4 + 5 * 5
+    assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 1 + 4 + 1 + 5 * 4
 
     report = (output / "report.md").read_text(encoding="utf-8")
     pictures = {f"{m}_{view}.png" for m, views in VIEWS.items() for view in (*views, "progress")}
