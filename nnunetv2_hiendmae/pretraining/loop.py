@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from nnunetv2_hiendmae.errors import Stopped, UserError, some
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import ENCODER, STATE, STEP
 from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.options.commands import PretrainOptions
@@ -26,6 +25,7 @@ from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, buil
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.grids import case_edges
+from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.views import step_keys, unaugmented
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches, warn_if_padded
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, save_encoder
@@ -108,7 +108,7 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
     batches = load_batches(fabric, dataset, keys, settings.workers)
     with (
         closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log,
-        run.noting_stop_signals() as noted,
+        noting_stop_signals(fabric.is_global_zero) as noted,
     ):
         for step in steps:
             lr = settings.lr * settings.lr_factor(step)
@@ -119,17 +119,21 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
             optimizer.zero_grad()
             method.synchronize(lambda tensor: _mean_over_processes(fabric, tensor))
             method.after_step((step + 1) / settings.total_steps)
+            where = f"after step {step + 1} of {settings.total_steps}"
+            save = partial(_save, settings, run_dir, parts, data, step + 1)
             if log:
+                check_still_there(run_dir, where, save)
                 log.step(step, {**losses, "lr": lr})
             if log and (step + 1) % settings.steps_per_epoch == 0:
                 _end_epoch(fabric, settings, run_dir, parts, dataset, step + 1)
                 log.end_epoch(last=step + 1 == settings.total_steps)
-            if number := _noted_anywhere(fabric, noted()):
+            # a signal in the last step finds nothing to stop
+            if step + 1 < settings.total_steps and (number := _noted_anywhere(fabric, noted())):
                 if log:
-                    _save(settings, run_dir, parts, data, step + 1)
+                    save()
                 # nobody ends before the checkpoint is whole
                 _part(fabric)
-                raise _stopped(number, step + 1, settings)
+                raise stopped(number, where)
 
 
 def _part(fabric: Fabric) -> None:
@@ -144,11 +148,6 @@ def _noted_anywhere(fabric: Fabric, number: int) -> int:
     if fabric.world_size == 1:
         return number
     return int(fabric.all_reduce(torch.tensor(float(number), device=fabric.device), reduce_op="max").item())
-
-
-def _stopped(number: int, step: int, settings: PretrainSettings) -> Stopped:
-    told = f"stopped by {signal.Signals(number).name} after step {step} of {settings.total_steps}, which is saved"
-    return Stopped(number, f"{told}; continue with the same command and --c")
 
 
 def _backward(

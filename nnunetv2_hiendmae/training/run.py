@@ -5,9 +5,7 @@ import json
 import logging
 import os
 import shutil
-import signal
 import sys
-import threading
 import warnings
 import zipfile
 import zlib
@@ -24,7 +22,7 @@ from tqdm import tqdm
 
 from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import check_device, nnunet_folder
-from nnunetv2_hiendmae.errors import UserError, printable
+from nnunetv2_hiendmae.errors import DiskFull, UserError, printable
 from nnunetv2_hiendmae.options.commands import PRECISIONS
 from nnunetv2_hiendmae.schemas import LogLine, validated
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
@@ -70,35 +68,6 @@ def choose_precision(asked: str, device: str) -> str:
     if device != "cuda" or not torch.cuda.is_available():
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-@contextmanager
-def noting_stop_signals() -> Iterator[Callable[[], int]]:
-    """The first Ctrl-C or SIGTERM inside is only noted, so that work ends at a good place; a second acts at once.
-
-    Gives a function that tells the signal's number, 0 for none. Outside the main thread nothing changes.
-    """
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _: Any) -> None:
-        noted.append(number)
-        restore()
-        logger.warning(f"{signal.Signals(number).name}: stopping at the end of this step; again stops at once")
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: noted[0] if noted else 0
-    finally:
-        restore()
 
 
 def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
@@ -172,27 +141,44 @@ def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[
 
     Raises:
         UserError: another process uses the folder, it holds a run that is not to be resumed, there is nothing to
-            resume, or settings or data differ.
+            resume, or settings or data differ; the disk became full inside, or the folder was removed.
     """
     in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
     with files.locked(run_dir / files.LOCK, in_use):
         # the folder is ours, so whoever was writing these is dead
         for leftover in run_dir.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        there = [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
-        if there and not (run_dir / files.SETTINGS).exists():
-            told = f"{run_dir} holds {there[0]} but has lost its {files.SETTINGS}"
-            raise UserError(f"{told}: put that back to continue, or choose another --name or -o")
-        if settings.resume:
-            _check_same(run_dir, settings, data_digest)
-            _record(run_dir, settings, data_digest)
-        elif there:
-            raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
-        else:
-            if (run_dir / files.LOG).exists():
-                logger.warning(f"{run_dir} was stopped before its first checkpoint: its log begins anew")
-            _record(run_dir, settings, data_digest)
-        yield
+        check_folder(run_dir, settings, data_digest)
+        if not settings.resume and (run_dir / files.LOG).exists():
+            logger.warning(f"{run_dir} was stopped before its first checkpoint: its log begins anew")
+        _record(run_dir, settings, data_digest)
+        try:
+            yield
+        except DiskFull as e:
+            # with what is on the disk by now, the same command may be refused
+            needs_flag = _of_a_run(run_dir) and not settings.resume
+            again = "continue with the same command and --c" if needs_flag else "run the same command again"
+            raise DiskFull(e.told, again) from e
+        if not (run_dir / files.SETTINGS).exists():
+            told = f"{run_dir / files.SETTINGS}, or the folder with it, was removed while its run went on"
+            raise UserError(f"{told}; what it wrote afterwards is there, but without that it cannot be continued")
+
+
+def check_folder(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
+    """What `claimed` checks of a folder that nobody else uses; writes nothing."""
+    there = _of_a_run(run_dir)
+    if there and not (run_dir / files.SETTINGS).exists():
+        told = f"{run_dir} holds {there[0]} but has lost its {files.SETTINGS}"
+        raise UserError(f"{told}: put that back to continue, or choose another --name or -o")
+    if settings.resume:
+        _check_same(run_dir, settings, data_digest)
+    elif there:
+        raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
+
+
+def _of_a_run(run_dir: Path) -> list[str]:
+    """What is there that a new run must not replace."""
+    return [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
 
 
 def _record(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
