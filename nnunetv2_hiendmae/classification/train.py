@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.runlog import RunLog
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
@@ -238,7 +239,7 @@ def _run(
     steps = math.ceil(len(split.train) / settings.batch_size)
     weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
     with (
-        closing(run.RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log,
+        closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log,
         noting_stop_signals() as noted,
     ):
         for epoch in epochs:

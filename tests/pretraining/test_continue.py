@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.pretraining import METHODS, loop
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.pretraining.progress import StepLog
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.training.run import read_log as read_lines
+from nnunetv2_hiendmae.training.runlog import read_log as read_lines
 from nnunetv2_hiendmae.training.stopping import noting_stop_signals
 
 COMMAND = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--workers", "0", "--batch-size", "2", "--lr", "1e-3"]
