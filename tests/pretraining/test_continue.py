@@ -5,14 +5,17 @@ import json
 import os
 import pkgutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stopped
 import torch
 from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_OPTIONS, write_preprocessed
-from test_loop import read_log, run
+from test_loop import environment, free_port, read_log, run
 
 from nnunetv2_hiendmae import cli, load_encoder, pretrain
 from nnunetv2_hiendmae.errors import Stopped, UserError
@@ -62,15 +65,15 @@ def asked_to_stop(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
 )
 def test_a_signal_loses_no_step(tmp_path, number, step, workers):
     run(tmp_path / "whole", workers=workers)
-    stopped = tmp_path / "stopped"
+    run_dir = tmp_path / "stopped"
     with pytest.raises(Stopped, match=rf"after step {step + 1} of 9.* --c") as e, pytest.MonkeyPatch.context() as patch:
         asked_to_stop(patch, number, step)
-        run(stopped, workers=workers)
+        run(run_dir, workers=workers)
     assert e.value.exit_code == 128 + number
-    assert torch.load(stopped / CHECKPOINT, weights_only=True)["step"] == step + 1 == len(read_log(stopped))
-    run(stopped, workers=workers, resume=True)
-    assert (stopped / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
-    assert [line["loss"] for line in read_log(stopped)] == [line["loss"] for line in read_log(tmp_path / "whole")]
+    assert torch.load(run_dir / CHECKPOINT, weights_only=True)["step"] == step + 1 == len(read_log(run_dir))
+    run(run_dir, workers=workers, resume=True)
+    assert (run_dir / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+    assert [line["loss"] for line in read_log(run_dir)] == [line["loss"] for line in read_log(tmp_path / "whole")]
 
 
 def test_the_command_ends_as_the_signal_ends_a_process(tmp_path, capsys, monkeypatch):
@@ -165,6 +168,20 @@ def disk_is_full(patch: pytest.MonkeyPatch, writer: str, call: int) -> None:
         return original(run_dir, *arguments, **more)
 
     patch.setattr(owner, name, write)
+
+
+@pytest.mark.slow
+def test_several_processes_tell_once_where_they_stopped(nnunet, tmp_path):
+    """The signal reaches one of them, and not the first."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    driver = [stopped.__file__, "nnunetv2_hiendmae.pretraining.method:Method.after_step", "2", "hiendmae"]
+    command = [*launcher, *driver, *COMMAND, "--epochs", "2", "-o", str(tmp_path / "run")]
+    environ = {**environment(nnunet), stopped.STOPPED_BY: "SIGTERM"}
+    done = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8")
+    # torchrun's own exit code, whatever that of the processes is
+    assert done.returncode == 1 and "exitcode  : 143" in done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step 2 of 6") == 1 and "Traceback" not in done.stdout
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 2
 
 
 def test_a_second_signal_acts_at_once():
