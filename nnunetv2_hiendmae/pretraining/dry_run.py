@@ -73,12 +73,8 @@ class DryRun:
     @property
     def loading_seconds(self) -> float:
         """In which all loader workers make the samples of a step; 0 without them, as steps then include it."""
-        return (
-            self.draw_seconds
-            * self.settings.batch_size
-            / max(1, self.settings.workers * self.processes)
-            * bool(self.settings.workers)
-        )
+        workers = self.settings.workers * self.processes
+        return self.draw_seconds * self.settings.batch_size / workers if workers else 0.0
 
     def text(self) -> str:
         """One line per matter."""

@@ -47,6 +47,7 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
     Raises:
         UserError: bad options or data, a folder in use, a full disk, or a loss that is not finite.
+        Stopped: Ctrl-C or SIGTERM ended it; the last step is saved.
     """
     options = replace(options or PretrainOptions(), **changes)
     settings, data = build_settings(datasets, options)
