@@ -38,7 +38,8 @@ IN_PLANE_MM, IN_PLANE = 0.75, 512
 TARGET_MM = 1.5
 WINDOW = (-175.0, 250.0)
 DEMO = HERE / "nnunetv2_hiendmae" / "demo" / "data" / "Dataset901_DemoUnlabelledCT" / "imagesTr"
-NAME = "Dataset001_Benchmark"
+# the same images without labels and, for stock nnU-Net, with them
+UNLABELLED, LABELLED = "Dataset001_Unlabelled", "Dataset002_Labelled"
 
 
 # ---- speed ----------------------------------------------------------------------------------------------------------
@@ -53,8 +54,9 @@ class Build:
     stock: bool = False
 
 
-def write_volumes(raw: Path, cases: int, slice_mm: float) -> None:
-    """A raw dataset of CTs; with labels, which stock nnU-Net needs: whatever is denser than water."""
+def write_volumes(root: Path, cases: int, slice_mm: float) -> None:
+    """Two raw datasets of the same CTs. A label, which stock nnU-Net needs, is whatever is denser than water."""
+    raw = root / LABELLED
     for folder in ("imagesTr", "labelsTr"):
         (raw / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -84,6 +86,7 @@ def write_volumes(raw: Path, cases: int, slice_mm: float) -> None:
             sitk.WriteImage(image, str(raw / folder / f"case_{case:03d}{ending}"), True)
     described = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "body": 1}, "file_ending": ".nii.gz"}
     (raw / "dataset.json").write_text(json.dumps({**described, "numTraining": cases}))
+    shutil.copytree(raw, root / UNLABELLED, ignore=shutil.ignore_patterns("labelsTr"), copy_function=os.link)
 
 
 def run(command: list[object], environment: dict[str, str]) -> tuple[float, float]:
@@ -93,7 +96,12 @@ def run(command: list[object], environment: dict[str, str]) -> tuple[float, floa
     code = "import resource, subprocess, sys; c = subprocess.run(sys.argv[1:], stdout=2).returncode; "
     code += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(c)"
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, command)], env=environment, capture_output=True, text=True
+        # elsewhere: `python -m` looks into the current folder first
+        [sys.executable, "-c", code, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=environment["nnUNet_results"],
     )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
@@ -118,13 +126,13 @@ def measure(build: Build, volumes: Path, processes: int, folder: Path) -> dict[s
     ours = [sys.executable, "-m", "nnunetv2_hiendmae.cli", "preprocess", "-d", 1, "-np", processes]
     steps = [[*ours, "--spacing", *spacing]]
     if build.stock:
-        extract = [scripts / "nnUNetv2_extract_fingerprint", "-d", 1, "-np", processes]
-        plan = [scripts / "nnUNetv2_plan_experiment", "-d", 1, "-overwrite_target_spacing", *spacing]
-        preprocess = [scripts / "nnUNetv2_preprocess", "-d", 1, "-c", "3d_fullres", "-np", processes]
+        extract = [scripts / "nnUNetv2_extract_fingerprint", "-d", 2, "-np", processes]
+        plan = [scripts / "nnUNetv2_plan_experiment", "-d", 2, "-overwrite_target_spacing", *spacing]
+        preprocess = [scripts / "nnUNetv2_preprocess", "-d", 2, "-c", "3d_fullres", "-np", processes]
         steps = [extract, plan, preprocess]
     taken = [run(step, environment) for step in steps]
     whole = sum(seconds for seconds, _ in taken), max(gb for _, gb in taken)
-    for arrays in Path(environment["nnUNet_preprocessed"], NAME).glob("*_3d_fullres"):
+    for arrays in Path(environment["nnUNet_preprocessed"]).glob("*/*_3d_fullres"):
         shutil.rmtree(arrays)
     return {"whole": whole, "arrays": run(steps[-1], environment)}
 
@@ -140,7 +148,7 @@ def speed(args: argparse.Namespace) -> None:
                 for cases in (FEW * processes, MANY * processes):
                     volumes = root / f"raw_{slice_mm:g}_{cases}"
                     if not volumes.exists():
-                        write_volumes(volumes / NAME, cases, slice_mm)
+                        write_volumes(volumes, cases, slice_mm)
                     sizes[cases] = volumes
                 report(builds, sizes, slice_mm, processes, args.repeats, root / "work")
 
