@@ -30,7 +30,7 @@ Interpolation = Literal["linear", "cubic", "nnunet"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 DEFAULT_INTERPOLATION: Interpolation = "linear"
 # nnU-Net's functions: of its default planner and of its planners with "torchres" in their names
-_DEFAULT_FN, _TORCH_FN = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
+_DEFAULT_FUNCTION, TORCH_FUNCTION = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
 # the second one holds every label of a volume at once, in two bytes a voxel
 _MOST_LABELS_OF_TORCH = 32
 
@@ -45,9 +45,9 @@ def resampling(interpolation: Interpolation, labels: int = 0) -> dict[str, Any]:
     separate_z = None if interpolation == "nnunet" else False
 
     def default(order: int) -> tuple[str, dict[str, Any]]:
-        return _DEFAULT_FN, {"order": order, "order_z": 0, "force_separate_z": separate_z}
+        return _DEFAULT_FUNCTION, {"order": order, "order_z": 0, "force_separate_z": separate_z}
 
-    linear = default(1) if interpolation == "nnunet" else (_TORCH_FN, {"force_separate_z": False})
+    linear = default(1) if interpolation == "nnunet" else (TORCH_FUNCTION, {"force_separate_z": False})
     functions = {
         "data": linear if interpolation == "linear" else default(3),
         "seg": linear if labels <= _MOST_LABELS_OF_TORCH else default(1),

@@ -65,7 +65,8 @@ def make_plans(
     arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
     network = {"network_class_name": ENCODERS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
-    fixed |= resampling(volume.interpolation, len(raw.dataset_json["labels"]))
+    # the arrays of pretraining have no labels, whether there are some or not
+    fixed |= resampling(volume.interpolation, 0 if section is None else len(raw.dataset_json["labels"]))
     _copy_descriptions(raw)
     with prints_to_log(), telling_disk_errors(nnunet_folder("nnUNet_preprocessed") / raw.name):
         plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()

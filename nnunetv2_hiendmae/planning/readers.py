@@ -74,10 +74,11 @@ def choose_readers(raws: Sequence[RawDataset], wanted: str | None = None) -> lis
     Raises:
         UserError: as `choose_reader`.
     """
-    readers = [choose_reader(raw, wanted) for raw in raws]
+    readers, told = [choose_reader(raw, wanted) for raw in raws], told_directions(raws)
+    if told is None:
+        return readers
     twins = [_reorienting_twin(raw, reader) for raw, reader in zip(raws, readers, strict=True)]
-    told = told_directions(raws)
-    if twins == readers or told is None:
+    if twins == readers:
         return readers
     if None in twins:
         logger.warning(f"{told}, and stay so: none of nnU-Net's readers that turn images is to read all of them")

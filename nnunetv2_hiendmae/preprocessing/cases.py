@@ -29,7 +29,7 @@ from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.files import is_disk_full
 from nnunetv2_hiendmae.planning.plans import CASE_FILES, CONFIGURATION
 from nnunetv2_hiendmae.planning.readers import BrokenCaseError, naming_reason
-from nnunetv2_hiendmae.volume_format import CT_SCHEME
+from nnunetv2_hiendmae.volume_format import CT_SCHEME, TORCH_FUNCTION
 
 # even a crop of one organ uses more of a window than CT that was scaled to [0, 1]
 SMALLEST_SHARE_OF_WINDOW = 0.01
@@ -164,18 +164,23 @@ def check_contrast(data: np.ndarray, channels: Sequence[str]) -> None:
 
 
 class _Configuration(ConfigurationManager):
-    """nnU-Net's; a segmentation of one value, as most are where there are no labels, is not resampled."""
+    """nnU-Net's, for images without labels, whose segmentation is -1 outside of the image and 0 in it: where it is
+    constant, nothing is resampled, and otherwise one image instead of two labels, with the same result."""
 
     @property
     def resampling_fn_seg(self):
         resample = super().resampling_fn_seg
 
-        def unless_constant(seg, new_shape, *spacings):
-            if seg.min() < seg.max():
+        def resample_mask(seg, new_shape, *spacings):
+            if seg.min() == seg.max():
+                return np.full((len(seg), *new_shape), seg.flat[0])
+            # nnU-Net's default does not decide as its interpolation of images
+            if self.configuration["resampling_fn_seg"] != TORCH_FUNCTION:
                 return resample(seg, new_shape, *spacings)
-            return np.full((len(seg), *new_shape), seg.flat[0])
+            outside = self.resampling_fn_probabilities(seg.astype(np.float32), new_shape, *spacings) <= -0.5
+            return np.where(outside, np.int8(-1), np.int8(0))
 
-        return unless_constant
+        return resample_mask
 
 
 class _CheckedPreprocessor(DefaultPreprocessor):
