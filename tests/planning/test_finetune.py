@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
-from nnunetv2_hiendmae.planning import finetune
+from nnunetv2_hiendmae.planning import finetune, labels
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.readers import choose_reader
@@ -366,27 +366,55 @@ def test_digits_are_labels_as_for_nnunet(nnunet, encoder_file):
     assert (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
 
 
-@pytest.mark.parametrize("labels", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
-def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, labels):
-    name = make_dataset(nnunet, 1, labels=labels)
+@pytest.mark.parametrize("named_values", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
+def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, named_values):
+    name = make_dataset(nnunet, 1, labels=named_values)
     monkeypatch.setattr(finetune, "extract_fingerprint", lambda *_: pytest.fail("long work began"))
     with pytest.raises(UserError, match=rf"{name}/dataset.json has the labels .*0 to .*renumber"):
         plan_finetuning(name, encoder_file)
 
 
 @pytest.mark.parametrize(
-    "labels", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
+    "named_values", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
 )
-def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, labels):
-    name = make_dataset(nnunet, 1, labels=labels)
+def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, named_values):
+    name = make_dataset(nnunet, 1, labels=named_values)
     path = nnunet.raw / name / "labelsTr" / "case_003.nii.gz"
     seg = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(np.where(seg.get_fdata() == 2, 7, 1).astype(np.uint8), seg.affine), path)
     for case in (0, 1, 2, 4):
         (nnunet.raw / name / "labelsTr" / f"case_{case:03d}.nii.gz").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"case_000.nii.gz has 7; .*and 2 more; relabel"):
+    named = ", ".join(rf"case_00{i}\.nii\.gz" for i in range(5))
+    with pytest.raises(UserError, match=rf"{named}: unknown 7; relabel"):
         plan_finetuning(name, encoder_file, num_processes=1)
-    assert not (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
+    assert not list(nnunet.preprocessed.rglob("*.json"))
+
+
+def test_label_values_are_checked_where_stock_nnunet_made_the_fingerprint(nnunet, toy, encoder_file, monkeypatch):
+    """All bad files in one line; good ones are not read again until one of them changes."""
+    folder = nnunet.raw / toy / "labelsTr"
+    intact = {i: (folder / f"case_00{i}.nii.gz").read_bytes() for i in (1, 3, 4)}
+    for case, value in ((1, 7), (3, 7)):
+        seg = nibabel.load(folder / f"case_00{case}.nii.gz")
+        changed = np.where(seg.get_fdata() == 2, value, 1).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(changed, seg.affine), seg.get_filename())
+    (folder / "case_004.nii.gz").write_bytes(intact[4][:-400])
+    told = rf"labels of {toy} .*case_001\.nii\.gz, case_003\.nii\.gz: unknown 7; case_004\.nii\.gz: unreadable \("
+    with pytest.raises(UserError, match=told) as e:
+        plan_finetuning(toy, encoder_file)
+    assert "\n" not in str(e.value) and not list(nnunet.preprocessed.rglob("nnUNetPlans*"))
+    for case, content in intact.items():
+        (folder / f"case_00{case}.nii.gz").write_bytes(content)
+    plan_finetuning(toy, encoder_file)
+
+    read_seg = labels._label_fault
+    monkeypatch.setattr(labels, "_label_fault", lambda *_: pytest.fail("read again"))
+    plan_finetuning(toy, encoder_file, from_scratch=True)
+    files = []
+    monkeypatch.setattr(labels, "_label_fault", lambda *a: files.append(a[-1]) or read_seg(*a))
+    (folder / "case_003.nii.gz").write_bytes(intact[1])
+    plan_finetuning(toy, encoder_file)
+    assert len(files) == 5
 
 
 @pytest.mark.parametrize(("cases", "splits", "fold"), [(5, False, "0"), (4, False, "all"), (4, True, "0")])
