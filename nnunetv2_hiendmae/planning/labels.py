@@ -3,6 +3,7 @@
 import hashlib
 import json
 import multiprocessing
+import shutil
 import sys
 from contextlib import suppress
 from functools import partial
@@ -13,8 +14,8 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 
 from nnunetv2_hiendmae.environment import dataset_id, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import is_disk_full, telling_disk_errors, write_text
-from nnunetv2_hiendmae.planning.dataset import RawDataset, prints_to_log
+from nnunetv2_hiendmae.files import is_disk_full, scratch_folder, telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.planning.dataset import FINGERPRINT, RawDataset, prints_to_log
 from nnunetv2_hiendmae.planning.readers import READER_KEY, BrokenCaseError, Reader, naming_reason
 
 # in the preprocessed folder: a digest of the label files that were found good
@@ -95,21 +96,25 @@ def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> 
     """
     check_label_files(raw, reader, num_processes)
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
-    try:
-        with prints_to_log():
-            extractor = DatasetFingerprintExtractor(raw.name, num_processes)
-            extractor.dataset_json[READER_KEY] = reader.__name__
-            extractor.show_progress_bar = sys.stderr.isatty()
-            extractor.run(overwrite_existing=True)
-    # whatever a reader raises about an image or a label
-    except Exception as e:
-        if is_disk_full(e):
-            with telling_disk_errors(folder):
-                raise
-        reason = (str(e).splitlines() or [type(e).__name__])[-1]
-        faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
-        told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
-        raise UserError(f"{told}; mend them, or run: {_verify(raw)}") from e
+    with scratch_folder(folder) as scratch:
+        try:
+            with prints_to_log():
+                extractor = DatasetFingerprintExtractor(raw.name, num_processes)
+                extractor.dataset_json[READER_KEY] = reader.__name__
+                extractor.show_progress_bar = sys.stderr.isatty()
+                # nnU-Net writes in place, into the folder of this name
+                extractor.dataset_name = f"{raw.name}/{scratch.name}"
+                extractor.run(overwrite_existing=True)
+        # whatever a reader raises about an image or a label
+        except Exception as e:
+            if is_disk_full(e):
+                with telling_disk_errors(folder):
+                    raise
+            reason = (str(e).splitlines() or [type(e).__name__])[-1]
+            faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
+            told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
+            raise UserError(f"{told}; mend them, or run: {_verify(raw)}") from e
+        write_with(folder / FINGERPRINT, partial(shutil.copyfile, scratch / FINGERPRINT))
 
 
 def _verify(raw: RawDataset) -> str:

@@ -5,8 +5,12 @@ import errno
 import json
 import logging
 import math
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -85,6 +89,54 @@ def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
     path.write_text(path.read_text()[:40])
     plan_finetuning("1", encoder_file, num_processes=1)
     assert len(json.loads(path.read_text())["spacings"]) == 5
+
+
+class Killed(BaseException):
+    """Nothing cleans up after it, as after kill -9."""
+
+
+@pytest.mark.parametrize("where", ["fingerprint", "dataset.json"])
+def test_killed_while_nnunet_writes(nnunet, toy, encoder_file, monkeypatch, where):
+    """nnU-Net writes both in place; what stood there stays, and the next run takes away what was left."""
+    folder = nnunet.preprocessed / toy
+    plan_finetuning("1", encoder_file, num_processes=1)
+    if where == "fingerprint":
+        write_fingerprint(nnunet, toy, extra={"hiendmae_label_free": True})
+    before = {name: (folder / name).read_bytes() for name in ("dataset.json", "dataset_fingerprint.json")}
+    halves = []
+
+    def half(*arguments):
+        path = next(Path(a) for a in arguments[::-1] if isinstance(a, str))
+        path.write_text('{"chan')
+        halves.append(path)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        module = "nnunetv2.experiment_planning."
+        patch.setattr(f"{module}dataset_fingerprint.fingerprint_extractor.save_json", half)
+        patch.setattr(f"{module}experiment_planners.default_experiment_planner.shutil.copy", half)
+        with pytest.raises(Killed):
+            plan_finetuning("1", encoder_file, num_processes=1)
+    assert [p.name for p in halves] == ["dataset_fingerprint.json" if where == "fingerprint" else where]
+    assert halves[0].exists() and {name: (folder / name).read_bytes() for name in before} == before
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    halves[0].parent.rename(halves[0].parent.with_name(f".scratch.{platform.node()}.{dead.pid}.tmp"))
+    assert read(plan_finetuning("1", encoder_file, num_processes=1))[0]["dataset_name"] == toy
+    assert (
+        not list(folder.glob(".scratch*")) and len(json.loads((folder / "dataset_fingerprint.json").read_text())) == 4
+    )
+
+
+def test_cut_short_splits_are_told(nnunet, toy, encoder_file):
+    """As nnU-Net leaves them when it is killed: it copies them in place."""
+    splits = [{"train": ["case_000"], "val": ["case_001"]}]
+    (nnunet.raw / toy / "splits_final.json").write_text(json.dumps(splits))
+    (nnunet.preprocessed / toy / "splits_final.json").write_text('[{"train": ["ca')
+    with pytest.raises(UserError, match=rf"{toy}/splits_final\.json .*remove it") as e:
+        plan_finetuning("1", encoder_file)
+    assert "\n" not in str(e.value)
 
 
 def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file, monkeypatch):
@@ -339,7 +391,7 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
     ran = []
     monkeypatch.setattr(
         "nnunetv2_hiendmae.planning.labels.DatasetFingerprintExtractor.run",
-        lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, name),
+        lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, self.dataset_name),
     )
     if before != "none":
         write_fingerprint(nnunet, name, extra={"hiendmae_label_free": True} if before == "label-free" else None)
