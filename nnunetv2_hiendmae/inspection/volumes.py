@@ -16,7 +16,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import resample_data_o
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import affine_transform
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
 from nnunetv2_hiendmae.training.grids import REVERSED, Grid, preprocessed_grid, reader_grid, steps_between
@@ -90,7 +90,11 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
     try:
         with naming_reason():
             check_files(names)
-            data, properties = _reader(names[0], volumes).read_images(names)
+            reader = _reader(names[0], volumes)
+        with naming_reason() as said:
+            data, properties = reader.read_images(names)
+        if told := " ".join(said.getvalue().split()):
+            logger.warning("the reader of %s says: %s", ", ".join(names), printable(told, LONGEST_ERROR))
         if len(data) != len(channels):
             raise _wrong_channels(len(data), channels)
         with naming_reason():
