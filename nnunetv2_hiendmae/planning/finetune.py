@@ -19,7 +19,7 @@ from nnunetv2_hiendmae.planning.dataset import (
     read_fingerprint,
     read_raw_dataset,
 )
-from nnunetv2_hiendmae.planning.labels import check_labels, extract_fingerprint
+from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, extract_fingerprint
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
     SPLITS,
@@ -120,9 +120,13 @@ def plan_finetuning(
         file = Path(encoder_file).resolve()
         section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
 
+    reader = find_reader(volume.image_reader_writer)
     if read_fingerprint(raw.name, with_labels=True) is None:
         logger.info("extracting the fingerprint of %s", raw.name)
-        extract_fingerprint(raw, find_reader(volume.image_reader_writer), options.num_processes)
+        extract_fingerprint(raw, reader, options.num_processes)
+    else:
+        # nnU-Net looks at label values only where it is asked to
+        check_label_files(raw, reader, options.num_processes)
     width, batch = values["decoder_width"], values["batch_size"]
     path = save_plans(make_plans(raw, plans_name, spec, volume, decoder_width=width, batch_size=batch, section=section))
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)

@@ -18,11 +18,11 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.schemas import Plans, read_json
+from nnunetv2_hiendmae.schemas import Folds, Plans, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat, interpolation_of, resampling
 
 CONFIGURATION = "3d_fullres"
@@ -68,8 +68,12 @@ def make_plans(
     # the arrays of pretraining have no labels, whether there are some or not
     fixed |= resampling(volume.interpolation, 0 if section is None else len(raw.dataset_json["labels"]))
     _copy_descriptions(raw)
-    with prints_to_log(), telling_disk_errors(nnunet_folder("nnUNet_preprocessed") / raw.name):
-        plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()
+    folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    with prints_to_log(), telling_disk_errors(folder), scratch_folder(folder) as scratch:
+        planner = _ViTPlanner(raw, plans_name, volume, fixed)
+        # nnU-Net copies dataset.json in place, into the folder of this name
+        planner.dataset_name = f"{raw.name}/{scratch.name}"
+        plans = {**planner.plan_experiment(), "dataset_name": raw.name}
     if section is not None:
         plans[PLANS_KEY] = asdict(section)
         plans["configurations"][CONFIGURATION]["data_identifier"] = _shared_identifier(plans)
@@ -87,8 +91,12 @@ def _shared_identifier(plans: dict[str, Any]) -> str:
 
 
 def _copy_descriptions(raw: RawDataset) -> None:
-    """What nnU-Net's planner copies in place, whole or not at all: on a full disk it leaves half of a file."""
+    """What nnU-Net's planner copies in place, whole or not at all: on a full disk, or killed, it leaves half a file."""
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    if (raw.folder / SPLITS).exists():
+        # nnU-Net compares them
+        for file in filter(Path.exists, (raw.folder / SPLITS, folder / SPLITS)):
+            read_json(file, Folds, f"mend or remove it; the one in {folder} is a copy, or made by nnUNetv2_train")
     for name in ("dataset.json", SPLITS):
         source = raw.folder / name
         if source.is_file() and not (name == SPLITS and (folder / SPLITS).exists()):
