@@ -85,10 +85,11 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
     if len(names) > len(channels):
         raise _wrong_channels(len(names), channels)
     try:
-        with naming_reason():
-            reader = _reader(names[0], volumes)
-        with checked_files(names) as checked, naming_reason() as said:
-            data, properties = reader.read_images(checked)
+        with checked_files(names) as checked:
+            with naming_reason():
+                reader = _reader(names[0], volumes)
+            with naming_reason() as said:
+                data, properties = reader.read_images(checked)
         if told := " ".join(said.getvalue().split()):
             logger.warning("the reader of %s says: %s", ", ".join(names), printable(told, LONGEST_ERROR))
         if len(data) != len(channels):

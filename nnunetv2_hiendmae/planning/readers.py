@@ -110,9 +110,11 @@ def _direction(images: Sequence[str]) -> str | None:
     header = sitk.ImageFileReader()
     header.SetFileName(images[0])
     try:
-        header.ReadImageInformation()
+        # what ITK says of it is told when the case is read
+        with naming_reason():
+            header.ReadImageInformation()
     # of no format of ITK's, or sheared
-    except RuntimeError:
+    except BrokenCaseError:
         return None
     axes, cosines = header.GetDimension(), header.GetDirection()
     if axes < 3:
