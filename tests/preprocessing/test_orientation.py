@@ -11,6 +11,7 @@ import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nnunet_data import make_dataset, save_tiny_encoder
 
+from nnunetv2_hiendmae import pretrain
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, checked_files
 from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
@@ -93,6 +94,20 @@ def test_directions_are_compared_over_all_datasets_of_a_run(nnunet):
     run(one, other)
     assert [reader(nnunet, name) for name in (one, other)] == ["NibabelIOWithReorient"] * 2
     np.testing.assert_allclose(arrays(nnunet, one)[0], arrays(nnunet, other)[0], atol=1e-6)
+
+
+def test_pretraining_warns_where_datasets_were_preprocessed_one_by_one(nnunet, caplog):
+    names = dataset(nnunet, [turned("LPS")] * 2), dataset(nnunet, [turned("RAS")] * 2, 2)
+    for name in names:
+        run(name)
+    crop = {"encoder": "vit_nano_p8", "crop_size": (16, 16, 16), "method": "mae3d"}
+    short = {"epochs": 1, "steps_per_epoch": 1, "batch_size": 2, "workers": 0, "device": "cpu"}
+    with caplog.at_level(logging.WARNING):
+        pretrain(names, **crop, **short)
+    assert f"{names[0]} SPL, {names[1]} SAR; hiendmae preprocess" in caplog.text
+    caplog.clear()
+    pretrain(names[:1], **crop, **short, name="one")
+    assert "directions" not in caplog.text
 
 
 def test_a_reader_that_dataset_json_asks_for_stays(nnunet, caplog):
