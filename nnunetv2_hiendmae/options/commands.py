@@ -17,7 +17,7 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AXES = ("xyz", "dhw")
 # names of `architectures.PRESETS`, known before torch is imported
 PRESETS = ("vit_nano_p8", "vit_tiny_p16", "vit_small_p16", "vit_base_p16", "vit_hiend_p12", "vit_hiend_p16")
-PRESETS += ("convvit_tiny", "convvit_base")
+PRESETS += ("convvit_tiny", "convvit_base", "primus_nano", "primus_s", "primus_b", "primus_m", "primus_l")
 # the first is the default, as in nnU-Net
 DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
