@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures.layers import Axes
 from nnunetv2_hiendmae.architectures.primus import PrimusEncoder
-from nnunetv2_hiendmae.architectures.spec import require
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec, require
 from nnunetv2_hiendmae.architectures.unetr import SegmentationNetwork
 
 
@@ -29,10 +29,14 @@ class PrimusNetwork(SegmentationNetwork):
         r"up_projection\..*\.bias": Axes.NONE,
     }
 
-    def build_decoder(self, input_channels: int, width: int) -> None:
-        patch = self.spec.patch_size
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        patch = spec.patch_size
         fits = max(patch) > 1 and not any(p & (p - 1) for p in patch)
         require(fits, f"PrimusNetwork needs a patch of powers of two, at least 2 along one axis, got {patch}")
+
+    def build_decoder(self, input_channels: int, width: int) -> None:
+        """Nothing: the head is all."""
 
     def build_head(self, width: int, num_classes: int) -> None:
         self.up_projection = PatchDecode(self.spec.patch_size, self.spec.embed_dim, num_classes)

@@ -129,13 +129,18 @@ class SegmentationNetwork(nn.Module):
             raise ValueError(f"{name} needs an encoder of kind {needed}, got '{kind}'")
         fields = {"in_channels": input_channels, **spec_kwargs, **encoder_class.finetuning}
         self.spec = EncoderSpec.from_dict(fields)
+        self.check_spec(self.spec)
         self.encoder = encoder_class(self.spec)
         width = self.default_width if decoder_width is None else decoder_width
         self.build_decoder(input_channels, width)
         self.build_head(width, num_classes)
 
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        """Refuses an encoder's spec that the network has no decoder for (ValueError)."""
+
     def build_decoder(self, input_channels: int, width: int) -> None:
-        """Adds the modules between encoder and head; ValueError where the spec does not fit them."""
+        """Adds the modules between encoder and head."""
         raise NotImplementedError
 
     def build_head(self, width: int, num_classes: int) -> None:
@@ -166,9 +171,12 @@ class ViTUNETR(SegmentationNetwork):
     encoder_classes = (ViTEncoder, PrimusEncoder)
     trainers = "nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
 
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        if len(spec.taps) != 3:
+            raise ValueError(f"ViTUNETR needs an encoder with three taps, got {spec.taps}")
+
     def build_decoder(self, input_channels: int, width: int) -> None:
-        if len(self.spec.taps) != 3:
-            raise ValueError(f"ViTUNETR needs an encoder with three taps, got {self.spec.taps}")
         e, w = self.spec.embed_dim, width
         early, last = upsampling_factors(self.spec.patch_size)
         self.image_block = residual_block(input_channels, w)

@@ -21,6 +21,8 @@ PRESETS += ("convvit_tiny", "convvit_base", "primus_nano", "primus_s", "primus_b
 # the first is the default, as in nnU-Net
 DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
+# segmentation networks of `hiendmae plan`: the one of every kind of encoder, and those that only some have
+UNETR, OWN_NETWORKS = "unetr", ("primus",)
 # how whole volumes are resized; runs and files of 0.1 say only RESIZE, and had no anti-aliasing
 ANTIALIASED = "antialiased"
 _DHW = ("D", "H", "W")
@@ -171,6 +173,9 @@ class PlanOptions(CommandOptions):
     reader: str | None = _from(
         _FILE, "nnU-Net image reader, it decides the orientation; auto: nnU-Net's choice", metavar="NAME"
     )
+    network: str | None = _from(
+        UNETR, "segmentation network; primus: the patch decoder that Primus has", choices=(UNETR, *OWN_NETWORKS)
+    )
     freeze_encoder: bool = option(False, 'train the decoder alone ("linear" in the papers)')
     layer_decay: float | None = _from("1", "factor of the learning rate per encoder layer", metavar="F")
     drop_path_rate: float | None = _from(
@@ -218,7 +223,10 @@ class ConvertOptions(CommandOptions):
     )
     use_teacher: bool = option(False, "take GL-MAE's momentum teacher instead of the student")
     method: str | None = option(
-        None, "whose fine-tuning recipe timm and monai weights get (default: mae3d)", metavar="NAME"
+        None,
+        "method of ours that pretrained timm, monai or primus weights: they get its recipe and trainer (default: those "
+        "for weights of other programs)",
+        metavar="NAME",
     )
 
     def __post_init__(self):
