@@ -322,7 +322,7 @@ def test_the_encoder_of_a_checkpoint_can_be_converted(make, nnunet, tmp_path, tr
     done = convert_checkpoint(source, tmp_path / "e.safetensors")
     assert all(torch.equal(v, done.state[k]) for k, v in trained.network.encoder.state_dict().items())
     metadata, plans = done.metadata, trained.plans_manager.plans
-    assert metadata.spec == trained.network.spec and metadata.method == (trainer.method or "mae3d")
+    assert metadata.spec == trained.network.spec and metadata.method == (trainer.method or "supervised")
     assert metadata.citations == (("@a{b}",) if trainer.method else ()) and trainer.__name__ in metadata.notes[0]
     known = (metadata.volume.spacing_mm, metadata.volume.image_reader_writer, metadata.volume.channel_names)
     assert known == ((1.5, 1.5, 1.5), plans["image_reader_writer"], ("CT",))

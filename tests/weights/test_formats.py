@@ -346,7 +346,7 @@ def test_monai_gives_the_same_tokens(tmp_path, proj_type, cls_token, qkv_bias):
     done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", options)
     encoder, metadata = load_encoder(done.path)
     assert metadata.spec.norm_eps == 1e-5 and metadata.spec.img_size == spec.img_size
-    assert metadata.method == "mae3d" and any("--method" in n for n in metadata.notes)
+    assert metadata.method == "monai" and any("--method" in n for n in metadata.notes)
     assert len(done.report.with_status("fresh")) == (0 if qkv_bias else spec.depth)
     x = torch.rand(2, 2, *spec.img_size)
     with torch.no_grad():
