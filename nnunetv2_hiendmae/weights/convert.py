@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -22,6 +23,7 @@ from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
+from nnunetv2_hiendmae.weights.export_nnssl import NNSSL_TARGET, export_nnssl
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder
 from nnunetv2_hiendmae.weights.nnssl import find_foreign, has_primus
 from nnunetv2_hiendmae.weights.nnunet import NETWORK, is_nnunet_checkpoint, nnunet_metadata
@@ -74,13 +76,13 @@ class Conversion:
 def convert_checkpoint(
     source: Path, output: Path, options: ConvertOptions | None = None, *, to: str | None = None, force: bool = False
 ) -> Conversion:
-    """Writes the encoder of a checkpoint as an encoder file, or under the names of timm or MONAI.
+    """Writes the encoder of a checkpoint as an encoder file, or under the names of timm, MONAI or nnssl.
 
     Takes as much memory as the file's encoder once, through the system's page cache; tensors that change are copied
     one at a time.
 
     Args:
-        to: "timm" or "monai"; None: an encoder file.
+        to: "timm", "monai" or "nnssl"; None: an encoder file.
         force: replace an existing output.
 
     Raises:
@@ -91,10 +93,11 @@ def convert_checkpoint(
     _check_output(source, output, force)
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        report, notes = export_encoder(output, to, done.state, done.metadata, done.report, new=not force)
+        export = export_nnssl if to == NNSSL_TARGET else partial(export_encoder, to)
+        report, notes = export(output, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
-        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
+        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm, monai or nnssl")
     encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 

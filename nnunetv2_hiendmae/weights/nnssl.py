@@ -220,7 +220,7 @@ _EVAMAE = "nnssl's class for it lays tokens out so in its default branch"
 def _order(arch: str | None, trainer: Any, found: ForeignEncoder) -> tuple[str, str]:
     """Order of the tokens, and why. UserError: the file cannot tell."""
     program = trainer if isinstance(trainer, str) else ""
-    if program.startswith("nnUNet"):
+    if _is_nnunets(program):
         told = "networks of nnU-Net's trainers have it since dynamic-network-architectures of June 2025"
         return WHD, f"{told}; of an older one say --token-order hwd"
     if arch == PRIMUS_X:
@@ -240,12 +240,17 @@ def _order(arch: str | None, trainer: Any, found: ForeignEncoder) -> tuple[str, 
     )
 
 
+def _is_nnunets(trainer: str) -> bool:
+    """Whether a trainer is nnU-Net's; those that start from nnssl's weights have names of their own."""
+    return trainer.startswith(("nnUNet", "PretrainedTrainer"))
+
+
 def _of_nnunet(content: Mapping[str, Any], found: ForeignEncoder, options: ConvertOptions) -> PrimusSource:
     """A Primus without a plan of nnssl's: of a checkpoint of nnU-Net, or bare."""
     trainer = content.get(TRAINER)
     order, why = _order(None, trainer, found) if options.token_order is None else (options.token_order, _SAID)
     plain = PrimusSource(found, order, why)
-    if not isinstance(trainer, str) or not trainer.startswith("nnUNet"):
+    if not isinstance(trainer, str) or not _is_nnunets(trainer):
         return plain
     notes = (f"the encoder of a network that {printable(trainer)} trained",)
     plain = replace(plain, method="supervised", citations=_CITATIONS[:1], notes=notes)

@@ -409,3 +409,80 @@ def test_the_command_tells_order_and_reason(tmp_path, capsys):
     training = PrimusFixture("nnssl_evamae").write(tmp_path / "t.pth", "checkpoint_training.pth")
     assert cli.main(["inspect", str(training), "--num-heads", "1"]) == 0
     assert "kind: foreign checkpoint" in capsys.readouterr().out
+
+
+def nnunet_checkpoint(content, crop, forward=(0, 1, 2), scheme="ZScoreNormalization"):
+    """What nnU-Net's trainer puts around a network's weights."""
+    configuration = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "patch_size": list(crop),
+        "spacing": [3.0, 1.0, 2.0],
+        "normalization_schemes": [scheme, scheme],
+        "architecture": {"network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet"},
+    }
+    stats = {"mean": 90.0, "std": 60.0, "percentile_00_5": -100.0, "percentile_99_5": 300.0}
+    plans = {
+        "dataset_name": "Dataset007_Liver",
+        "plans_name": "nnUNetPlans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": list(forward),
+        "foreground_intensity_properties_per_channel": {"0": stats, "1": stats},
+        "configurations": {"3d_fullres": configuration},
+    }
+    names = {"channel_names": {"0": "CT", "1": "MR"}}
+    arguments = {"plans": plans, "configuration": "3d_fullres", "fold": 0, "dataset_json": names}
+    return {**content, "init_args": arguments, "optimizer_state": {"state": {}}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("trainer", ["nnUNet_Primus_M_Trainer", "PretrainedTrainer_Primusx"])
+def test_nnunets_own_checkpoint_of_a_primus(tmp_path, trainer):
+    fixture = PrimusFixture("primus_dna", "plain")
+    content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size)
+    torch.save({**content, "trainer_name": trainer}, tmp_path / "c.pth")
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", ConvertOptions(num_heads=2))
+    fixture.check("features", load_encoder(done.path)[0].feature_maps(fixture.image)[-1])
+    metadata = done.metadata
+    assert (done.format, metadata.method) == ("primus", "supervised") and metadata.spec == fixture.spec
+    assert metadata.volume.spacing_mm == (3.0, 1.0, 2.0) and metadata.volume.channel_names == ("CT", "MR")
+    assert metadata.volume.scheme_of_all is None
+    assert any(f"{trainer} trained on Dataset007_Liver" in note for note in metadata.notes)
+    assert any("June 2025" in note for note in metadata.notes)
+
+
+@torch.no_grad()
+def test_nnunets_checkpoint_whose_plans_transpose(tmp_path):
+    fixture, forward = PrimusFixture("primus_dna", "plain"), (1, 2, 0)
+    content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size, forward)
+    torch.save(content, tmp_path / "c.pth")
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", ConvertOptions(num_heads=2))
+    back = (0, 1, *(2 + forward.index(i) for i in range(3)))
+    features = load_encoder(done.path)[0].feature_maps(fixture.image.permute(back))[-1]
+    fixture.check("features", features.permute(0, 1, *(2 + i for i in forward)))
+    assert done.metadata.volume.spacing_mm == (2.0, 3.0, 1.0)
+
+
+def test_damaged_plans_of_nnunet_and_older_tokens(tmp_path):
+    fixture = PrimusFixture("primus_dna", "plain")
+    content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size)
+    del content["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"]
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="damaged .*spacing"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
+    # of a grid whose first sides differ, the older order cannot be mended
+    content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size)
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"order hwd on a grid of \(4, 3, 2\)"):
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, token_order="hwd"))
+
+
+def test_parallel_and_compiled_networks_of_nnunet(tmp_path):
+    fixture = PrimusFixture("primus_dna", "plain")
+    content = fixture.content("checkpoint_plain.pth")
+    options = ConvertOptions(num_heads=2, img_size=fixture.spec.img_size)
+    plain = translate_checkpoint(fixture.write(tmp_path / "p.pth", "checkpoint_plain.pth"), options)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "network."):
+        weights = {f"{prefix}{k}": v for k, v in content["network_weights"].items()}
+        torch.save({**content, "network_weights": weights}, tmp_path / "c.pth")
+        done = translate_checkpoint(tmp_path / "c.pth", options)
+        assert all(torch.equal(v, done.state[k]) for k, v in plain.state.items())
