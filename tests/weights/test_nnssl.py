@@ -467,7 +467,7 @@ def test_damaged_plans_of_nnunet_and_older_tokens(tmp_path):
     content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size)
     del content["init_args"]["plans"]["configurations"]["3d_fullres"]["spacing"]
     torch.save(content, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="damaged .*spacing"):
+    with pytest.raises(UserError, match=r"damaged .*spacing"):
         translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
     # of a grid whose first sides differ, the older order cannot be mended
     content = nnunet_checkpoint(fixture.content("checkpoint_plain.pth"), fixture.spec.img_size)
