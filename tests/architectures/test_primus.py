@@ -51,10 +51,8 @@ def dna_network(spec, num_classes=2):
     ).eval()
 
 
-@pytest.mark.parametrize("tag", ["plain", "reg"])
-def test_dna_itself(tag):
-    """Registers, two channels, a grid of three different sides: blocks, output, logits of the whole network."""
-    fixture = PrimusFixture("primus_dna", tag)
+def whole_network(fixture, tag):
+    """A recorded network of DNA's, every block a tap."""
     spec = fixture.spec.with_(taps=(0, 1))
     state = fixture.content(f"checkpoint_{tag}.pth")["network_weights"]
     fields = {k: v for k, v in spec.to_dict().items() if k != "in_channels"}
@@ -62,9 +60,21 @@ def test_dna_itself(tag):
     network.encoder.load_state_dict(dna_state(state, spec))
     decoder = {k.removeprefix("up_projection."): v for k, v in state.items() if k.startswith("up_projection.")}
     network.up_projection.load_state_dict(decoder)
+    return network
+
+
+@pytest.mark.parametrize("tag", ["plain", "reg"])
+def test_dna_itself(tag):
+    """Registers, two channels, a grid of three different sides: blocks, output, logits of the whole network."""
+    fixture = PrimusFixture("primus_dna", tag)
+    network = whole_network(fixture, tag)
+    spec, last = network.spec, []
+    network.encoder.blocks[-1].register_forward_hook(lambda _, __, tokens: last.append(tokens))
     with torch.no_grad():
         *blocks, features = network.encoder.feature_maps(fixture.image)
         logits = network(fixture.image)
+        if spec.register_tokens:
+            fixture.check("registers", network.encoder.norm(last[0])[:, : spec.register_tokens])
     for i, block in enumerate(blocks):
         fixture.check(f"block_{i}", block)
     fixture.check("features", features)
@@ -73,13 +83,14 @@ def test_dna_itself(tag):
 
 def test_another_crop_is_what_a_network_rebuilt_for_it_gives():
     plain, other = PrimusFixture("primus_dna", "plain"), PrimusFixture("primus_dna", "plain_other")
-    encoder = build_encoder(plain.spec).eval()
-    encoder.load_state_dict(dna_state(plain.content("checkpoint_plain.pth")["network_weights"], plain.spec))
+    network = whole_network(plain, "plain")
     with torch.no_grad():
-        features = encoder.feature_maps(other.image)[-1]
-        positions = encoder.positions(other.config["grid"])
+        features = network.encoder.feature_maps(other.image)[-1]
+        positions = network.encoder.positions(other.config["grid"])
+        logits = network(other.image)
     other.check("features", features)
     other.check("pos_embed", positions)
+    other.check("logits", logits[:, :, ::2, 1::2, ::2])
 
 
 def test_as_many_tokens_in_another_shape_get_their_own_positions():

@@ -60,10 +60,7 @@ def test_features_are_the_recorded_ones(name, tag, file, order, knows_heads, tmp
     features = encoder.feature_maps(fixture.image)[-1]
     prefix = "full/" if "dna" not in name else ""
     fixture.check(f"{prefix}features", features)
-    every = {**encoder.spec.to_dict(), "taps": list(range(spec.depth))}
-    tapped = build_encoder(type(spec).from_dict(every)).eval()
-    tapped.load_state_dict(encoder.state_dict())
-    for i, block in enumerate(tapped.feature_maps(fixture.image)[:-1]):
+    for i, block in enumerate(every_block(encoder).feature_maps(fixture.image)[:-1]):
         if fixture[f"{prefix}block_{i}"] is not None:
             fixture.check(f"{prefix}block_{i}", block)
     if fixture["embed"] is not None:
@@ -71,6 +68,13 @@ def test_features_are_the_recorded_ones(name, tag, file, order, knows_heads, tmp
     naive = fixture["naive/features"]
     if naive is not None:
         assert (features - naive).norm() > 0.5 * naive.norm()
+
+
+def every_block(encoder):
+    """The same encoder, each of its blocks a tap."""
+    tapped = build_encoder(encoder.spec.with_(taps=tuple(range(encoder.spec.depth)))).eval()
+    tapped.load_state_dict(encoder.state_dict())
+    return tapped
 
 
 def patches(encoder):
@@ -86,7 +90,21 @@ def test_masked_passes(name, tag, file, order, knows_heads, tmp_path):
     keep = places(fixture, order)[fixture["masked/keep_indices"]]
     seen = torch.zeros_like(fixture["masked/visible"]).flatten(1).scatter(1, keep, 1)
     assert torch.equal(seen, fixture["masked/visible"].flatten(1))
-    fixture.check("masked/encoded", encoder(fixture.image, keep)[0])
+    tokens, blocks = every_block(encoder)(fixture.image, keep)
+    fixture.check("masked/encoded", tokens)
+    for i, block in enumerate(blocks):
+        if fixture[f"masked/block_{i}"] is not None:
+            fixture.check(f"masked/block_{i}", block)
+
+
+@torch.no_grad()
+def test_simmims_masked_image(tmp_path):
+    """Its mask tokens take the place of embedded patches; all tokens stay."""
+    fixture = PrimusFixture("nnssl_simmim")
+    _, encoder = converted(fixture, "checkpoint.pth", tmp_path, ConvertOptions(num_heads=2))
+    hidden, token = fixture["masked/visible"].flatten(1) == 0, fixture.content()["network_weights"]["mask_token"]
+    encoder.patch_embed.register_forward_hook(lambda _, __, tokens: torch.where(hidden[:, :, None], token, tokens))
+    fixture.check("masked/features", encoder.feature_maps(fixture.image)[-1])
 
 
 @torch.no_grad()
