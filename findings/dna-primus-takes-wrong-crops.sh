@@ -8,7 +8,7 @@
 # Seen, for a network built for (32, 24, 16) with patches of 8:
 #   crop (16, 16, 16): RuntimeError: The size of tensor a (8) must match the size of tensor b (24) at non-singleton dimension 1
 #   crop (16, 24, 32): runs; an error was to be expected
-#   difference from a network with the same weights that was built for it (positions resized), relative norm: 1.17
+#   difference from a network with the same weights that was built for it (positions resized), relative norm: 0.51
 set -euo pipefail
 venv=${FINDINGS_VENV:-$(mktemp -d)/venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
@@ -25,7 +25,9 @@ def network(crop):
 torch.manual_seed(0)
 built = network((32, 24, 16))
 for name, parameter in built.named_parameters():
-    torch.nn.init.normal_(parameter, std=1.0 if "pos_embed" in name else 0.3)
+    # norms and biases stay
+    if parameter.ndim > 1:
+        torch.nn.init.normal_(parameter, std=1.0 if "pos_embed" in name else 0.3)
 state = built.state_dict()
 with torch.no_grad():
     try:

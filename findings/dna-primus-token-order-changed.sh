@@ -3,12 +3,12 @@
 # names and shapes of all weights stayed the same: a checkpoint of one version loads strictly into the other, without a
 # word, and gives other features.
 #
-# Versions: dynamic-network-architectures 0.4.2 and 0.4.4, timm 1.0.16, torch 2.8.0, numpy 2.3.5 (Python 3.11, Linux, CPU)
+# Versions: dynamic-network-architectures 0.4.2 and 0.4.3, timm 1.0.16, torch 2.8.0, numpy 2.3.5 (Python 3.11, Linux, CPU)
 # Why it matters: learned positions and rotary angles belong to places in the sequence. Weights that were trained with the
 #   one order, which programs with a copy of the older class still have, see their first and second axis exchanged.
-# Seen, for the same weights and image on a grid of 4 x 4 x 4 tokens (positions as large as tokens, sharp attention):
-#   strict load: every key fits
-#   difference of the logits, relative norm: 0.26 (0 was to be expected)
+# Seen, for the same weights and image on a grid of 4 x 4 x 4 tokens (random weights, positions as large as tokens):
+#   strict load: <All keys matched successfully>
+#   difference of the logits, relative norm: 0.53 (0 was to be expected)
 #   after exchanging the positions' rows and a third of the channels of queries and keys with another: below 0.0001
 set -euo pipefail
 venv=${FINDINGS_VENV:-$(mktemp -d)/venv}
@@ -29,8 +29,9 @@ def network():
     built = Primus(1, WIDTH, (8, 8, 8), 2, eva_depth=3, eva_numheads=HEADS, input_shape=(8 * GRID,) * 3).eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in built.named_parameters():
-        large = "pos_embed" in name or "q_proj" in name or "k_proj" in name
-        torch.nn.init.normal_(parameter, std=1.0 if large else 0.3, generator=generator)
+        # norms and biases stay
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=1.0 if "pos_embed" in name else 0.3, generator=generator)
     return built
 
 
@@ -64,6 +65,6 @@ with torch.no_grad():
         assert difference > 0.1 and mended < 1e-4
 PYTHON
 "$venv/bin/python" -W ignore "$work/run.py" old "$work/old.pt"
-"$venv/bin/pip" install --quiet --no-deps dynamic-network-architectures==0.4.4
+"$venv/bin/pip" install --quiet --no-deps dynamic-network-architectures==0.4.3
 "$venv/bin/python" -W ignore "$work/run.py" new "$work/old.pt"
 echo "as described"
