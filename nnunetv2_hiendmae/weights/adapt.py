@@ -30,7 +30,7 @@ def check_size(spec: EncoderSpec, state: Mapping[str, Tensor]) -> None:
     kernel = spec.embed_dim * spec.patch_voxels if not spec.stem_dims else spec.in_channels * spec.stem_dims[0]
     # whether there are as many of both is a matter of the kind, which has checked it
     stem = sum(width**2 * blocks for width, blocks in zip(spec.stem_dims, spec.stem_depths, strict=False))
-    needed = spec.num_tokens * spec.embed_dim + spec.depth * block + kernel + stem
+    needed = (spec.num_tokens + spec.register_tokens) * spec.embed_dim + spec.depth * block + kernel + stem
     require(needed <= 8 * there, f"it describes an encoder of at least {needed} numbers, its tensors have {there}")
 
 

@@ -221,7 +221,7 @@ def _order(arch: str | None, trainer: Any, found: ForeignEncoder) -> tuple[str, 
     """Order of the tokens, and why. UserError: the file cannot tell."""
     program = trainer if isinstance(trainer, str) else ""
     if _is_nnunets(program):
-        told = "networks of nnU-Net's trainers have it since dynamic-network-architectures of June 2025"
+        told = "networks of nnU-Net's trainers have it since dynamic-network-architectures 0.4.3 of June 2025"
         return WHD, f"{told}; of an older one say --token-order hwd"
     if arch == PRIMUS_X:
         return WHD, "PrimusX is nnFoundation's, whose branch of nnssl lays tokens out so"

@@ -8,6 +8,7 @@ from primus_util import FULL_PRIMUS, TINY_PRIMUS, PrimusFixture
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec, PrimusNetwork, ViTUNETR, build_encoder
 from nnunetv2_hiendmae.architectures.primus import rotary_table
+from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.weights import permute_axes
 
 ORDERS = [(2, 1, 0), (1, 2, 0), (1, 0, 2)]
@@ -176,6 +177,22 @@ def test_networks_give_logits_and_every_tensor_learns(network):
     assert all(p.grad is not None for p in built.parameters())
 
 
+@pytest.mark.parametrize("network", [ViTUNETR, PrimusNetwork])
+def test_layers_of_learning_rate_decay(network):
+    """Registers and positions learn slowest, the decoder fastest; neither they nor LayerScale decay."""
+    fields = {k: v for k, v in FULL_PRIMUS.to_dict().items() if k != "in_channels"}
+    built = network(1, 3, decoder_width=4, **fields)
+    names = {id(p): name for name, p in built.named_parameters()}
+    found = {}
+    for group in parameter_groups(built, 0.05, 0.5):
+        found |= {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
+    assert found["encoder.register_tokens"] == found["encoder.pos_embed"] == (0.5**5, 0)
+    assert found["encoder.patch_embed.proj.weight"] == (0.5**5, 0.05)
+    assert found["encoder.blocks.0.gamma_1"] == (0.5**4, 0) and found["encoder.norm.weight"] == (1, 0)
+    decoder = [name for name in found if not name.startswith("encoder.") and name.endswith("weight")]
+    assert decoder and {found[name][0] for name in decoder} == {1}
+
+
 def test_the_patch_decoder_wants_powers_of_two():
     fields = {k: v for k, v in TINY_PRIMUS.to_dict().items() if k != "in_channels"}
     with pytest.raises(ValueError, match=r"powers of two.*\(12, 8, 8\)"):
@@ -236,6 +253,13 @@ def test_presets_have_the_papers_sizes():
         counted = sum(p.numel() for p in built.parameters())
         dna = dna_network(PRESETS["primus_m"])
     assert counted == sum(p.numel() for p in dna.parameters()) - sum(p.numel() for p in dna.up_projection.parameters())
+    # as counted in nnssl's own networks: OpenMind's, and nnFoundation's two
+    crop = {"img_size": (192, 192, 192)}
+    large = PRESETS["primus_l"].with_(depth=40, **crop)
+    small = PRESETS["primus_m"].with_(layer_scale=None, inner_norm=False, **crop)
+    for spec, millions in ((PRESETS["primus_m"], 151), (large, 551), (small, 156)):
+        with torch.device("meta"):
+            assert round(sum(p.numel() for p in build_encoder(spec).parameters()) / 1e6) == millions
 
 
 def test_specs_that_are_no_primus():

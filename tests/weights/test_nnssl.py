@@ -465,7 +465,7 @@ def test_nnunets_own_checkpoint_of_a_primus(tmp_path, trainer):
     assert metadata.volume.spacing_mm == (3.0, 1.0, 2.0) and metadata.volume.channel_names == ("CT", "MR")
     assert metadata.volume.scheme_of_all is None
     assert any(f"{trainer} trained on Dataset007_Liver" in note for note in metadata.notes)
-    assert any("June 2025" in note for note in metadata.notes)
+    assert any("0.4.3 of June 2025" in note for note in metadata.notes)
 
 
 @torch.no_grad()
@@ -504,3 +504,17 @@ def test_parallel_and_compiled_networks_of_nnunet(tmp_path):
         torch.save({**content, "network_weights": weights}, tmp_path / "c.pth")
         done = translate_checkpoint(tmp_path / "c.pth", options)
         assert all(torch.equal(v, done.state[k]) for k, v in plain.state.items())
+
+
+@pytest.mark.parametrize("field", [{"register_tokens": 10**9}, {"depth": 10**6}, {"embed_dim": 6 * 10**8}])
+def test_a_header_of_absurd_sizes_builds_nothing(tmp_path, field):
+    from foreign_files import PRIMUS, random_state
+    from safetensors.torch import save_file
+
+    from nnunetv2_hiendmae.weights import EncoderMetadata, read_metadata
+
+    spec = PRIMUS.with_(taps=(0, 0, 0), **field)
+    header = {"hiendmae": EncoderMetadata(spec, "nnssl").to_json()}
+    save_file(random_state(PRIMUS), tmp_path / "e.safetensors", header)
+    with pytest.raises(UserError, match="it describes an encoder of"):
+        read_metadata(tmp_path / "e.safetensors")
