@@ -41,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hiendmae {args.command}: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except Stopped as e:
-        print(f"hiendmae {args.command}: {e}", file=sys.stderr)
+        if not _is_told_elsewhere():
+            print(f"hiendmae {args.command}: {e}", file=sys.stderr)
         return e.exit_code
     except KeyboardInterrupt:
         print(f"hiendmae {args.command}: interrupted", file=sys.stderr)
@@ -49,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _is_told_elsewhere() -> bool:
-    """Whether this is one of several processes that all found the same before they joined; the first one tells it."""
+    """Whether this is one of several processes that all found the same, before they joined or after they parted; the
+    first one tells it."""
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
     distributed = sys.modules.get("torch.distributed")
     return rank > 0 and not (distributed and distributed.is_initialized())

@@ -15,6 +15,14 @@ class UserError(Exception):
     """
 
 
+class DiskFull(UserError):
+    """A disk is full. `told`: of which file, and to free some space; `again`: what to do then."""
+
+    def __init__(self, told: str, again: str = "run the same command again"):
+        super().__init__(f"{told} and {again}")
+        self.told = told
+
+
 class Stopped(Exception):
     """A signal ended the work at a good place; the message says where, and how to go on. The command line prints it and
     ends as a process that the signal ended."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import DiskFull, UserError
 
 # files of a run's folder
 SETTINGS, CHECKPOINT, LOG, LOCK = "run.json", "checkpoint_latest.pth", "log.jsonl", ".lock"
@@ -104,8 +104,7 @@ def telling_disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as e:
         if is_disk_full(e):
-            free = f"free some (see: df -h {Path(path).parent}) and run the same command again"
-            raise UserError(f"no space left on the disk for {path}; {free}") from e
+            raise DiskFull(f"no space left on the disk for {path}; free some (see: df -h {Path(path).parent})") from e
         raise UserError(f"cannot write {path}: {e.strerror or e}; choose a writable folder") from e
 
 

@@ -1,7 +1,8 @@
 """Commands that stop themselves at a defined point, so that no test has to hit the right moment to kill them.
 
 As a script: `stopped.py METHOD CALLS SCRIPT ARGUMENTS…` runs the console script until METHOD (`module:Class.name`) was
-called so often.
+called so often; then it stops, or gets the signal that the variable STOPPED_BY names. Of several processes the last one
+does.
 """
 
 import faulthandler
@@ -15,6 +16,7 @@ from importlib.metadata import entry_points
 
 # a command that never gets there tells where it is and ends
 CEILING_S = 300
+STOPPED_BY = "STOPPED_BY"
 
 
 def run_and_kill(method: str, calls: int, command: list[str], env: Mapping[str, str]) -> None:
@@ -41,8 +43,8 @@ def _stop_after(method: str, calls: int) -> None:
         nonlocal made
         result = original(*arguments, **more)
         made += 1
-        if made == calls:
-            os.kill(os.getpid(), signal.SIGSTOP)
+        if made == calls and os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1):
+            os.kill(os.getpid(), signal.Signals[os.environ.get(STOPPED_BY, "SIGSTOP")])
         return result
 
     setattr(owner, name, counted)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +22,8 @@ from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.runlog import RunLog
+from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
 
@@ -167,6 +170,7 @@ def train(
     Raises:
         UserError: bad options, labels or data, the encoder does not fit, a folder in use, a full disk, or a loss that
             is not finite.
+        Stopped: Ctrl-C or SIGTERM ended it; the last step is saved.
     """
     options = replace(options or ClassifyOptions(), **changes)
     task = build_task(datasets, labels_file, encoder_file, options)
@@ -225,20 +229,27 @@ def _run(
     parts = {"network": network, "optimizer": optimizer, "precision": fabric.strategy.precision}
     before = run.restore_state(run_dir, parts, epoch=0, best=None) if settings.resume else {"epoch": 0, "best": None}
     best, epochs = before["best"], range(before["epoch"], settings.epochs)
+    # of an epoch that a signal cut: its finished steps, and the sum of their losses
+    cut, total = before.get("steps", 0), before.get("total", 0.0)
 
     draw = partial(settings.inputs.draw, augment=settings.augmentation)
     samples = SampleDataset(task.subset(split.train), draw, settings.seed, case_in_key=True)
     keys = net.epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
-    batches = load_batches(fabric, samples, keys, settings.workers)
+    batches = load_batches(fabric, samples, islice(keys, cut, None), settings.workers)
     steps = math.ceil(len(split.train) / settings.batch_size)
     weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
-    with closing(run.RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log:
+    with (
+        closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log,
+        noting_stop_signals() as noted,
+    ):
         for epoch in epochs:
             done, last = epoch + 1, epoch + 1 == settings.epochs
             model.train()
-            total = 0.0
-            for step in range(epoch * steps, done * steps):
-                lr = settings.lr * warmup_cosine(step, settings.warmup_epochs * steps, settings.epochs * steps)
+            lrs = [
+                settings.lr * warmup_cosine(step, settings.warmup_epochs * steps, settings.epochs * steps)
+                for step in range(epoch * steps, done * steps)
+            ]
+            for finished, lr in enumerate(lrs[cut:], cut + 1):
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batch = next(batches)
@@ -247,8 +258,15 @@ def _run(
                 optimizer.step()
                 optimizer.zero_grad()
                 total += loss.item() * len(batch["case"])
-            line = {"epoch": epoch, "loss": round(total / len(split.train), 7), "lr": lr}
-            told = f"epoch {done}/{settings.epochs} loss {line['loss']:.4f} lr {lr:.2e}"
+                where = f"after step {finished} of {steps} in epoch {done} of {settings.epochs}"
+                save = partial(run.save_state, run_dir, parts, epoch=epoch, best=best, steps=finished, total=total)
+                check_still_there(run_dir, where, save)
+                # a signal in the last step finds nothing to stop
+                if (finished < steps or not last) and (number := noted()):
+                    save()
+                    raise stopped(number, where)
+            line = {"epoch": epoch, "loss": round(total / len(split.train), 7), "lr": lrs[-1]}
+            told = f"epoch {done}/{settings.epochs} loss {line['loss']:.4f} lr {lrs[-1]:.2e}"
             if split.val and (last or done % settings.validate_epochs == 0):
                 found = compute_probabilities(fabric, model, task.subset(split.val), settings.inputs, settings.workers)
                 line["validation"] = measured = measure(task.labels, split.val, found)
@@ -262,6 +280,7 @@ def _run(
                 net.save_classifier(run_dir / net.LAST, network, replace(metadata, epoch=epoch))
             if last or done % settings.checkpoint_epochs == 0:
                 run.save_state(run_dir, parts, epoch=done, best=best)
+            cut, total = 0, 0.0
         return log.last
 
 

@@ -12,10 +12,18 @@ HELP = "pretrain an encoder on preprocessed images"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_datasets(parser)
     add_options(parser, PretrainOptions)
+    about = "check everything, do three steps, say what time, memory and disk space the run takes; writes nothing"
+    parser.add_argument("--dry-run", action="store_true", help=about)
 
 
 def run(args: argparse.Namespace) -> None:
     options = from_arguments(PretrainOptions, args)
+    if args.dry_run:
+        from nnunetv2_hiendmae.pretraining.dry_run import dry_run
+
+        if found := dry_run(args.datasets, options):
+            print(found.text())
+        return
     from nnunetv2_hiendmae.pretraining.loop import pretrain
 
     encoder = pretrain(args.datasets, options)

@@ -1,33 +1,30 @@
-"""Pretraining: one readable loop on Lightning Fabric (devices, DDP, precision, accumulation)."""
+"""Pretraining: one readable loop, from the options to the encoder file."""
 
 import logging
-import math
-import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
-from nnunetv2_hiendmae.errors import Stopped, UserError, some
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import ENCODER, STATE, STEP
-from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, draw_reconstruction
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, build_settings, extended, run_name
+from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.grids import case_edges
-from nnunetv2_hiendmae.training.views import step_keys, unaugmented
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches, warn_if_padded
+from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
+from nnunetv2_hiendmae.training.views import unaugmented
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, warn_if_padded
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, save_encoder
 
 logger = logging.getLogger(__name__)
@@ -50,6 +47,7 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
     Raises:
         UserError: bad options or data, a folder in use, a full disk, or a loss that is not finite.
+        Stopped: Ctrl-C or SIGTERM ended it; the last step is saved.
     """
     options = replace(options or PretrainOptions(), **changes)
     settings, data = build_settings(datasets, options)
@@ -59,6 +57,28 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
     """`pretrain` with settings that are decided, into `run_dir`."""
+    fabric, method = prepare(settings)
+    with ExitStack() as held:
+
+        def claim() -> None:
+            warn_if_padded(data.cases, method.views().padded_below)
+            run.check_free_disk(run_dir, method)
+            held.enter_context(run.claimed(run_dir, settings, data.digest()))
+
+        run.on_first_process(fabric, claim)
+        with telling_full_memory(settings):
+            _run(fabric, settings, data, method, run_dir)
+    part_processes(fabric)
+    return run_dir / ENCODER if fabric.is_global_zero else None
+
+
+def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
+    """This process as one of several, and the method as it starts.
+
+    Raises:
+        UserError: a batch that processes and micro-batches do not divide, an encoder file that does not fit, or no such
+            device.
+    """
     processes, accumulate = run.num_processes(), settings.accumulate
     if settings.batch_size % (processes * accumulate):
         raise UserError(
@@ -69,32 +89,12 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
     if settings.start and not settings.resume:
         report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
         logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")
-    fabric = run.launch(settings.device, settings.precision)
-    with ExitStack() as held:
-
-        def claim() -> None:
-            warn_if_padded(data.cases, method.views().padded_below)
-            run.check_free_disk(run_dir, method)
-            held.enter_context(run.claimed(run_dir, settings, data.digest()))
-
-        run.on_first_process(fabric, claim)
-        try:
-            _run(fabric, settings, data, method, run_dir)
-        except torch.OutOfMemoryError as e:
-            raise UserError(
-                f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
-                "raise --accumulate (same result, less memory), or lower --batch-size"
-            ) from e
-    _part(fabric)
-    return run_dir / ENCODER if fabric.is_global_zero else None
+    return run.launch(settings.device, settings.precision), method
 
 
 def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:
-    optimizer = torch.optim.AdamW(parameter_groups(method, settings.weight_decay), lr=settings.lr, betas=settings.betas)
-    model, optimizer = fabric.setup(method, optimizer)
-    # what a checkpoint holds besides the step
-    parts = {STATE: method, "optimizer": optimizer, "precision": fabric.strategy.precision}
-    first_step = run.restore_state(run_dir, parts, **{STEP: 0})[STEP] if settings.resume else 0
+    learner = Learner.set_up(fabric, settings, method)
+    first_step, parts = learner.restore(run_dir), learner.parts
     if first_step == settings.total_steps:
         logger.info(f"{run_dir} was already finished")
         if fabric.is_global_zero and not (run_dir / ENCODER).exists():
@@ -103,40 +103,28 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
     if settings.resume and fabric.is_global_zero:
         logger.info(f"{run_dir} goes on at step {first_step} of {settings.total_steps}")
     steps = range(first_step, settings.total_steps)
-    dataset = SampleDataset(data, method.views().draw, settings.seed)
-    keys = step_keys(steps, settings.batch_size, settings.accumulate, fabric.global_rank, fabric.world_size)
-    batches = load_batches(fabric, dataset, keys, settings.workers)
+    batches = learner.batches(data, steps)
     with (
         closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log,
-        run.noting_stop_signals() as noted,
+        noting_stop_signals(fabric.is_global_zero) as noted,
     ):
         for step in steps:
-            lr = settings.lr * settings.lr_factor(step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            losses = _backward(fabric, method, model, islice(batches, settings.accumulate), settings.accumulate, step)
-            optimizer.step()
-            optimizer.zero_grad()
-            method.synchronize(lambda tensor: _mean_over_processes(fabric, tensor))
-            method.after_step((step + 1) / settings.total_steps)
+            measured = learner.step(step, batches)
+            where = f"after step {step + 1} of {settings.total_steps}"
+            save = partial(_save, settings, run_dir, parts, data, step + 1)
             if log:
-                log.step(step, {**losses, "lr": lr})
+                check_still_there(run_dir, where, save)
+                log.step(step, measured)
             if log and (step + 1) % settings.steps_per_epoch == 0:
-                _end_epoch(fabric, settings, run_dir, parts, dataset, step + 1)
+                _end_epoch(fabric, settings, run_dir, parts, data, step + 1)
                 log.end_epoch(last=step + 1 == settings.total_steps)
-            if number := _noted_anywhere(fabric, noted()):
+            # a signal in the last step finds nothing to stop
+            if step + 1 < settings.total_steps and (number := _noted_anywhere(fabric, noted())):
                 if log:
-                    _save(settings, run_dir, parts, data, step + 1)
+                    save()
                 # nobody ends before the checkpoint is whole
-                _part(fabric)
-                raise _stopped(number, step + 1, settings)
-
-
-def _part(fabric: Fabric) -> None:
-    """Waits for all processes and ends their group: one that Python takes down at its end may abort the process."""
-    if fabric.world_size > 1:
-        fabric.barrier()
-        torch.distributed.destroy_process_group()
+                part_processes(fabric)
+                raise stopped(number, where)
 
 
 def _noted_anywhere(fabric: Fabric, number: int) -> int:
@@ -146,61 +134,21 @@ def _noted_anywhere(fabric: Fabric, number: int) -> int:
     return int(fabric.all_reduce(torch.tensor(float(number), device=fabric.device), reduce_op="max").item())
 
 
-def _stopped(number: int, step: int, settings: PretrainSettings) -> Stopped:
-    told = f"stopped by {signal.Signals(number).name} after step {step} of {settings.total_steps}, which is saved"
-    return Stopped(number, f"{told}; continue with the same command and --c")
-
-
-def _backward(
-    fabric: Fabric, method: Method, model: Any, batches: Iterator[Batch], accumulate: int, step: int
-) -> dict[str, float]:
-    """Gradients of one optimizer step; losses summed over the method's parts, mean over micro-batches and processes. A
-    loss that is not finite in any process is a UserError; weights are as before the step."""
-    totals: dict[str, Tensor] = {}
-    parts = range(method.num_parts)
-    left = accumulate * len(parts)
-    for batch, part in ((batch, part) for batch in batches for part in parts):
-        left -= 1
-        with fabric.no_backward_sync(model, enabled=left > 0):
-            losses = model(batch, part)
-            mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
-            if not math.isfinite(mean["loss"].item()):
-                raise _not_finite(losses["loss"].item(), batch, f"at step {step}, weights are unchanged")
-            fabric.backward(losses["loss"] / accumulate)
-        for key, value in mean.items():
-            totals[key] = totals.get(key, 0.0) + value / accumulate
-    return {k: round(v.item(), 7) for k, v in totals.items()}
-
-
-def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
-    # all_reduce works in place
-    return fabric.all_reduce(tensor.clone(), reduce_op="mean")
-
-
-def _not_finite(loss: float, batch: Batch, when: str) -> UserError:
-    if math.isfinite(loss):
-        return UserError(f"the loss is not finite in another process {when}; see its message")
-    return UserError(
-        f"the loss is {loss} {when}; cases in this batch: {', '.join(sorted(set(batch['case'])))}; look for broken "
-        "intensities in them, or lower --lr, or use --precision fp32"
-    )
-
-
 def _end_epoch(
-    fabric: Fabric, settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], dataset: SampleDataset, step: int
+    fabric: Fabric, settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], data: CaseSet, step: int
 ) -> None:
     method, epoch, last = parts[STATE], step // settings.steps_per_epoch, step == settings.total_steps
     if last or epoch % settings.picture_epochs == 0:
-        batch, edges = _picture_samples(dataset.data, method, settings)
+        batch, edges = _picture_samples(data, method, settings)
         method.eval()
         with fabric.autocast():
             made = method.reconstruct(fabric.to_device(batch))
         method.train()
         for view, pictures in made.items():
             path = run_dir / RECONSTRUCTIONS / f"epoch_{epoch:04d}_{view}.png"
-            draw_reconstruction(path, pictures, batch["case"], dataset.data.format, edges)
+            draw_reconstruction(path, pictures, batch["case"], data.format, edges)
     if last or epoch % settings.checkpoint_epochs == 0:
-        _save(settings, run_dir, parts, dataset.data, step)
+        _save(settings, run_dir, parts, data, step)
 
 
 def _picture_samples(data: CaseSet, method: Method, settings: PretrainSettings) -> tuple[Batch, list[str]]:

@@ -11,7 +11,7 @@ import numpy as np
 from nnunetv2_hiendmae.figures import MontageRow, draw_montage, grey_limits
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
-from nnunetv2_hiendmae.training.run import RunLog, read_log
+from nnunetv2_hiendmae.training.runlog import RunLog, read_log
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -15,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
-from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
@@ -61,6 +62,8 @@ class _ViTTrainer(nnUNetTrainer):
 
     # pretraining method that the plans must name, None: trained from scratch
     method: str | None = None
+    # whether the weights are those of a checkpoint, which may be of epoch 0
+    continues: bool = False
 
     def __init__(
         self,
@@ -120,6 +123,10 @@ class _ViTTrainer(nnUNetTrainer):
         if self.section.encoder_file is not None:
             self._fresh_kernel = self._input_kernel().detach().clone()
 
+    def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        super().load_checkpoint(filename_or_checkpoint)
+        self.continues = True
+
     def set_deep_supervision_enabled(self, enabled: bool):
         """Nothing to switch: the network has one output."""
 
@@ -146,7 +153,7 @@ class _ViTTrainer(nnUNetTrainer):
         # first, before data loaders start their processes
         if not self.was_initialized:
             self.initialize()
-        if self.current_epoch == 0:
+        if self.current_epoch == 0 and not self.continues:
             self._load_encoder()
             for citation in self.section.citations:
                 self.print_to_log_file(f"Please cite:\n{citation}", add_timestamp=False)
@@ -159,23 +166,44 @@ class _ViTTrainer(nnUNetTrainer):
             self._plain_network().encoder.eval()
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]):
-        """Ends the training where no loss of an epoch was finite: it has not learned, and would not.
+        """Ends the training where no loss of an epoch was finite in any process: it has not learned, and would not.
 
         Raises:
-            RuntimeError: so; `checkpoint_latest.pth` has the weights from before.
+            RuntimeError: so, in all processes; `checkpoint_latest.pth` has the weights from before.
         """
         super().on_train_epoch_end(train_outputs)
-        losses = [float(output["loss"]) for output in train_outputs]
+        losses = self._of_all_processes([float(output["loss"]) for output in train_outputs])
         if any(map(math.isfinite, losses)):
             return
         epoch, lr = self.current_epoch, self.optimizer.param_groups[0]["lr"]
         # as after the epoch before
         self.current_epoch -= 1
-        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        kept = self._keep_weights()
         raise RuntimeError(
-            f"all {len(losses)} losses of epoch {epoch} are {losses[-1]} (lr {lr:g}), the weights from before are in "
-            f"{self.output_folder}/checkpoint_latest.pth; look for broken intensities, or run: {PLAN_COMMAND} --lr ..."
+            f"all {len(losses)} losses of epoch {epoch} are {losses[-1]} (lr {lr:g}), {kept}; look for broken "
+            f"intensities, or run: {PLAN_COMMAND} --lr ..."
         )
+
+    def _of_all_processes(self, losses: list[float]) -> list[float]:
+        if not self.is_ddp:
+            return losses
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, losses)
+        return [loss for part in gathered for loss in part]
+
+    def _keep_weights(self) -> str:
+        """Writes checkpoint_latest.pth, unless the weights are broken too; says where the weights from before are."""
+        path = Path(self.output_folder) / "checkpoint_latest.pth"
+        whole = all(p.isfinite().all() for p in self._plain_network().parameters())
+        if whole and not self.disable_checkpointing and self.local_rank == 0:
+            write_with(path, lambda temporary: self.save_checkpoint(str(temporary)))
+        if self.is_ddp:
+            # nnU-Net ends all processes with the first that fails
+            dist.barrier()
+        if whole and not self.disable_checkpointing:
+            return f"the weights from before are in {path}"
+        why = "checkpoints are disabled" if whole else "the weights are not finite either"
+        return f"nothing was saved, as {why}"
 
     def _load_encoder(self) -> None:
         if self.section.encoder_file is None:

@@ -1,38 +1,33 @@
-"""How a run is carried out: device, processes and precision; and its folder, kept for one process, with its settings,
-its log, and checkpoints that a kill leaves whole."""
+"""How a run is carried out: device, processes and precision; and its folder, kept for one process, with its settings
+and checkpoints that a kill leaves whole."""
 
+import io
 import json
 import logging
 import os
 import shutil
-import signal
-import sys
-import threading
 import warnings
 import zipfile
 import zlib
 from abc import ABC
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
-from tqdm import tqdm
 
 from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import check_device, nnunet_folder
-from nnunetv2_hiendmae.errors import UserError, printable
+from nnunetv2_hiendmae.errors import DiskFull, UserError, printable
 from nnunetv2_hiendmae.options.commands import PRECISIONS
-from nnunetv2_hiendmae.schemas import LogLine, validated
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
-# nnU-Net's own switch
-WANDB_VARIABLE = "nnUNet_wandb_enabled"
+_IN_USE = "{} is in use by another process; wait for it, or choose another --name or -o"
 
 
 def num_processes() -> int:
@@ -72,35 +67,6 @@ def choose_precision(asked: str, device: str) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-@contextmanager
-def noting_stop_signals() -> Iterator[Callable[[], int]]:
-    """The first Ctrl-C or SIGTERM inside is only noted, so that work ends at a good place; a second acts at once.
-
-    Gives a function that tells the signal's number, 0 for none. Outside the main thread nothing changes.
-    """
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: 0
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, _: Any) -> None:
-        noted.append(number)
-        restore()
-        logger.warning(f"{signal.Signals(number).name}: stopping at the end of this step; again stops at once")
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: noted[0] if noted else 0
-    finally:
-        restore()
-
-
 def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
     """Runs `work` on the first process; its UserError ends all of them, so that none waits, and is told once."""
     told = None
@@ -123,11 +89,19 @@ def check_free_disk(run_dir: Path, network: nn.Module) -> None:
         UserError: less than that is free.
     """
     needed = 2 * 3 * 4 * sum(p.numel() for p in network.parameters())
-    existing = next(p for p in (run_dir, *run_dir.resolve().parents) if p.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(run_dir)
     if free < needed:
         told = f"{free / 1e9:.1f} GB are free for {run_dir}, its checkpoints need {needed / 1e9:.1f} GB"
         raise UserError(f"{told}; free some, or choose another disk with -o")
+
+
+def free_disk(run_dir: Path) -> int:
+    """Bytes that are free for a folder, which need not exist yet."""
+    return shutil.disk_usage(_existing(run_dir)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(p for p in (folder, *folder.resolve().parents) if p.is_dir())
 
 
 class RunSettings(ABC):
@@ -172,27 +146,54 @@ def claimed(run_dir: Path, settings: RunSettings, data_digest: str) -> Iterator[
 
     Raises:
         UserError: another process uses the folder, it holds a run that is not to be resumed, there is nothing to
-            resume, or settings or data differ.
+            resume, or settings or data differ; the disk became full inside, or the folder was removed.
     """
-    in_use = f"{run_dir} is in use by another process; wait for it, or choose another --name or -o"
-    with files.locked(run_dir / files.LOCK, in_use):
+    with files.locked(run_dir / files.LOCK, _IN_USE.format(run_dir)):
         # the folder is ours, so whoever was writing these is dead
         for leftover in run_dir.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
-        there = [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
-        if there and not (run_dir / files.SETTINGS).exists():
-            told = f"{run_dir} holds {there[0]} but has lost its {files.SETTINGS}"
-            raise UserError(f"{told}: put that back to continue, or choose another --name or -o")
-        if settings.resume:
-            _check_same(run_dir, settings, data_digest)
-            _record(run_dir, settings, data_digest)
-        elif there:
-            raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
-        else:
-            if (run_dir / files.LOG).exists():
-                logger.warning(f"{run_dir} was stopped before its first checkpoint: its log begins anew")
-            _record(run_dir, settings, data_digest)
-        yield
+        check_folder(run_dir, settings, data_digest)
+        if not settings.resume and (run_dir / files.LOG).exists():
+            logger.warning(f"{run_dir} was stopped before its first checkpoint: its log begins anew")
+        _record(run_dir, settings, data_digest)
+        try:
+            yield
+        except DiskFull as e:
+            # with what is on the disk by now, the same command may be refused
+            needs_flag = _of_a_run(run_dir) and not settings.resume
+            again = "continue with the same command and --c" if needs_flag else "run the same command again"
+            raise DiskFull(e.told, again) from e
+        if not (run_dir / files.SETTINGS).exists():
+            told = f"{run_dir / files.SETTINGS}, or the folder with it, was removed while its run went on"
+            raise UserError(f"{told}; what it wrote afterwards is there, but without that it cannot be continued")
+
+
+def check_folder(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
+    """What `claimed` checks of a folder that nobody else uses; writes nothing."""
+    there = _of_a_run(run_dir)
+    if there and not (run_dir / files.SETTINGS).exists():
+        told = f"{run_dir} holds {there[0]} but has lost its {files.SETTINGS}"
+        raise UserError(f"{told}: put that back to continue, or choose another --name or -o")
+    if settings.resume:
+        _check_same(run_dir, settings, data_digest)
+    elif there:
+        raise UserError(f"{run_dir} already holds a run; continue it with --c, or choose another --name or -o")
+
+
+def check_claimable(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
+    """Raises what `claimed` would for a run that starts now; leaves everything as it is."""
+    existing = _existing(run_dir)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {run_dir}: {existing} is not writable; choose a writable folder")
+    if (run_dir / files.LOCK).exists():
+        with files.locked(run_dir / files.LOCK, _IN_USE.format(run_dir)):
+            pass
+    check_folder(run_dir, settings, data_digest)
+
+
+def _of_a_run(run_dir: Path) -> list[str]:
+    """What is there that a new run must not replace."""
+    return [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
 
 
 def _record(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
@@ -227,7 +228,7 @@ def save_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> None:
     Raises:
         UserError: the disk is full; the former checkpoint is untouched.
     """
-    state = {**values, **{name: part.state_dict() for name, part in parts.items()}}
+    state = _state(parts, values)
     # through a Python file, so that a full disk is an OSError and not an abort inside torch's writer
     with files.replacing(run_dir / files.CHECKPOINT) as temporary, temporary.open("wb") as f:
         try:
@@ -235,6 +236,27 @@ def save_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> None:
         except RuntimeError as e:
             # closing the archive fails too, and hides what went wrong first
             raise e.__context__ if isinstance(e.__context__, OSError) else e from None
+
+
+def _state(parts: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {**values, **{name: part.state_dict() for name, part in parts.items()}}
+
+
+class _Counter(io.RawIOBase):
+    """A file that only counts what is written to it."""
+
+    size = 0
+
+    def write(self, data: Any) -> int:
+        self.size += memoryview(data).nbytes
+        return memoryview(data).nbytes
+
+
+def state_size(parts: Mapping[str, Any], **values: Any) -> int:
+    """Bytes of the file that `save_state` would write."""
+    counter = _Counter()
+    torch.save(_state(parts, values), counter)
+    return counter.size
 
 
 def restore_state(run_dir: Path, parts: Mapping[str, Any], **values: Any) -> dict[str, Any]:
@@ -271,72 +293,3 @@ def load_checkpoint(run_dir: Path, keys: Collection[str]) -> dict[str, Any] | No
         # nnU-Net's own checkpoints have the same name
         raise UserError(f"{path} is no checkpoint of such a run (no {', '.join(missing)}); give the folder of one")
     return state
-
-
-class RunLog:
-    """log.jsonl, one JSON object per step or epoch; a progress bar on a terminal, log lines elsewhere.
-
-    Args:
-        unit: "step" or "epoch", the key of a line's number; lines from `first` on are dropped: a run was killed.
-        total: for the bar.
-        wandb_config: of the run in Weights & Biases, `wandb` where nnU-Net's variable turns it on; None: not used.
-
-    Raises:
-        UserError: the file cannot be written, or W&B is not installed.
-    """
-
-    def __init__(self, run_dir: Path, unit: str, first: int, total: int, wandb_config: dict[str, Any] | None = None):
-        self.run_dir, self.first, self.total = run_dir, first, total
-        kept = [line for line in read_log(run_dir, unit) if line[unit] < first]
-        self.last = kept[-1] if kept else None
-        files.write_text(run_dir / files.LOG, "".join(json.dumps(line) + "\n" for line in kept))
-        with files.telling_disk_errors(run_dir / files.LOG):
-            self._file = (run_dir / files.LOG).open("a", encoding="utf-8")
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=first, unit=unit, disable=not self._terminal, dynamic_ncols=True)
-        asked = wandb_config is not None and os.environ.get(WANDB_VARIABLE, "0") in ("1", "True", "true")
-        self.wandb = _wandb_logger(run_dir, first > 0, wandb_config) if asked else None
-
-    def add(self, line: dict[str, Any], told: str = "", **shown: str) -> None:
-        """Records a finished step or epoch; `told` is logged where there is no terminal, `shown` stands beside the
-        bar."""
-        self.last = line
-        with files.telling_disk_errors(self.run_dir / files.LOG):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
-        if told and not self._terminal:
-            logger.info(told)
-
-    def close(self) -> None:
-        """Ends the bar and the file."""
-        self._bar.close()
-        # what could not be written was told before; closing tries again
-        with suppress(OSError):
-            self._file.close()
-
-
-def read_log(run_dir: Path, unit: str) -> list[dict[str, Any]]:
-    """Lines of log.jsonl that are whole, by their number, the value of `unit`; none where there is no such file."""
-    path = run_dir / files.LOG
-    lines = {}
-    for text in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            line = validated(LogLine, text)
-            lines[int(line[unit])] = json.loads(text)
-        except (ValueError, KeyError, TypeError):
-            # a kill may cut the last line; the step is done again
-            logger.warning(f"dropped a damaged line of {path}")
-    return [lines[number] for number in sorted(lines)]
-
-
-def _wandb_logger(run_dir: Path, resume: bool, config: dict[str, Any]) -> Any:
-    from nnunetv2.training.logging.nnunet_logger import WandbLogger
-
-    try:
-        wandb = WandbLogger(str(run_dir), resume)
-    except RuntimeError as e:
-        raise UserError(f"{WANDB_VARIABLE} is set, but {e} Or run: unset {WANDB_VARIABLE}") from e
-    wandb.update_config(config)
-    return wandb

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from nnunetv2_hiendmae.classification.network import (
     weighted_cross_entropy,
 )
 from nnunetv2_hiendmae.classification.predict import compute_probabilities, measure, predict
-from nnunetv2_hiendmae.classification.train import train
+from nnunetv2_hiendmae.classification.train import _loss, train
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import CHECKPOINT
 from nnunetv2_hiendmae.training.run import launch
@@ -248,6 +251,54 @@ def test_continuing_equals_an_undisturbed_run(small, more, monkeypatch):
     before = (stopped / LAST).read_bytes()
     small.train("stopped", *more, "--c")
     assert (stopped / LAST).read_bytes() == before
+
+
+def at_step(patch: pytest.MonkeyPatch, step: int, do: Callable[[], None]) -> None:
+    """Does something within that training step (0-based, in this process)."""
+    module = "nnunetv2_hiendmae.classification.train._loss"
+    original, calls = _loss, []
+
+    def loss(*arguments):
+        calls.append(step)
+        if len(calls) == step + 1:
+            do()
+        return original(*arguments)
+
+    patch.setattr(module, loss)
+
+
+# of 8 steps in each of 4 epochs
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 0), (signal.SIGINT, 11), (signal.SIGTERM, 15)])
+def test_a_signal_loses_no_step(small, capsys, number, step):
+    batch = ("--batch-size", 2)
+    whole, stopped = small.train("whole", *batch), small.folder / "stopped"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), number))
+        assert cli.main(small.arguments("stopped", *batch)) == 128 + number
+    told = capsys.readouterr().err.splitlines()[-1]
+    where = f"after step {step % 8 + 1} of 8 in epoch {step // 8 + 1} of 4"
+    assert where in told and told.endswith("continue with the same command and --c")
+    small.train("stopped", *batch, "--c")
+    for name in (BEST, LAST, "log.jsonl", "metrics.json", "predictions.csv"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_a_signal_in_the_last_step_stops_nothing(small):
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 31, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run = small.train("run", "--batch-size", 2)
+    assert len(read_log(run)) == 4 and (run / "metrics.json").is_file()
+
+
+def test_a_log_that_is_removed_in_mid_run_is_noticed(small, capsys):
+    whole, log = small.train("whole"), small.folder / "run" / "log.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 2, log.unlink)
+        assert cli.main(small.arguments("run")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{log} was removed" in told and "in epoch 2 of 4" in told and "--c" in told
+    small.train("run", "--c")
+    assert (small.folder / "run" / LAST).read_bytes() == (whole / LAST).read_bytes()
 
 
 def test_a_frozen_encoder_stays_as_it_was(small):

@@ -1,24 +1,31 @@
 """Runs that were stopped by a signal, that start from an encoder file, or that get more epochs."""
 
+import errno
 import json
 import os
+import pkgutil
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import stopped
 import torch
 from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_OPTIONS, write_preprocessed
-from test_loop import read_log, run
+from test_loop import environment, free_port, read_log, run
 
 from nnunetv2_hiendmae import cli, load_encoder, pretrain
 from nnunetv2_hiendmae.errors import Stopped, UserError
-from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS, telling_disk_errors
 from nnunetv2_hiendmae.pretraining import METHODS, loop
 from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.pretraining.progress import StepLog
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.training.run import noting_stop_signals
-from nnunetv2_hiendmae.training.run import read_log as read_lines
+from nnunetv2_hiendmae.training.runlog import read_log as read_lines
+from nnunetv2_hiendmae.training.stopping import noting_stop_signals
 
 COMMAND = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--workers", "0", "--batch-size", "2", "--lr", "1e-3"]
 COMMAND += ["--method", "mae3d", "--encoder", "vit_nano_p8", "--crop-size", "16", "16", "16", "--steps-per-epoch", "3"]
@@ -30,17 +37,21 @@ def preprocessed(nnunet):
     return write_preprocessed(nnunet.preprocessed, {"a": (20, 24, 28), "b": (18, 20, 22)})
 
 
-def asked_to_stop(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
-    """A signal reaches this process within that step (0-based)."""
+def each_step(patch: pytest.MonkeyPatch, do: Callable[[int], None]) -> None:
+    """Calls that within every step, with its number (0-based, in this process)."""
     original, calls = Method.after_step, []
 
     def after_step(self, progress):
         calls.append(progress)
-        if len(calls) == step + 1:
-            os.kill(os.getpid(), number)
+        do(len(calls) - 1)
         original(self, progress)
 
     patch.setattr(Method, "after_step", after_step)
+
+
+def asked_to_stop(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """A signal reaches this process within that step (0-based)."""
+    each_step(patch, lambda now: os.kill(os.getpid(), number) if now == step else None)
 
 
 @pytest.mark.parametrize(
@@ -50,26 +61,127 @@ def asked_to_stop(patch: pytest.MonkeyPatch, number: int, step: int) -> None:
         (signal.SIGTERM, 4, 2),
         (signal.SIGINT, 5, 0),
         (signal.SIGINT, 7, 2),
-        (signal.SIGTERM, 8, 0),
     ],
 )
 def test_a_signal_loses_no_step(tmp_path, number, step, workers):
     run(tmp_path / "whole", workers=workers)
-    stopped = tmp_path / "stopped"
+    run_dir = tmp_path / "stopped"
     with pytest.raises(Stopped, match=rf"after step {step + 1} of 9.* --c") as e, pytest.MonkeyPatch.context() as patch:
         asked_to_stop(patch, number, step)
-        run(stopped, workers=workers)
+        run(run_dir, workers=workers)
     assert e.value.exit_code == 128 + number
-    assert torch.load(stopped / CHECKPOINT, weights_only=True)["step"] == step + 1 == len(read_log(stopped))
-    run(stopped, workers=workers, resume=True)
-    assert (stopped / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
-    assert [line["loss"] for line in read_log(stopped)] == [line["loss"] for line in read_log(tmp_path / "whole")]
+    assert torch.load(run_dir / CHECKPOINT, weights_only=True)["step"] == step + 1 == len(read_log(run_dir))
+    run(run_dir, workers=workers, resume=True)
+    assert (run_dir / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+    assert [line["loss"] for line in read_log(run_dir)] == [line["loss"] for line in read_log(tmp_path / "whole")]
 
 
 def test_the_command_ends_as_the_signal_ends_a_process(tmp_path, capsys, monkeypatch):
     asked_to_stop(monkeypatch, signal.SIGTERM, 1)
     assert cli.main([*COMMAND, "--epochs", "2", "-o", str(tmp_path / "run")]) == 143
     assert "after step 2 of 6" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_signal_in_the_last_step_stops_nothing(tmp_path):
+    run(tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        asked_to_stop(patch, signal.SIGTERM, 8)
+        run(tmp_path / "stopped")
+    assert (tmp_path / "stopped" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+
+
+@pytest.mark.parametrize("lost", [LOG, SETTINGS, "the folder"])
+def test_what_is_removed_in_mid_run_is_noticed(tmp_path, capsys, lost):
+    command = [*COMMAND, "--epochs", "2"]
+    assert cli.main([*command, "-o", str(tmp_path / "whole")]) == 0
+    run_dir, aside = tmp_path / "run", tmp_path / "aside"
+    there = run_dir if lost == "the folder" else run_dir / lost
+
+    def steal(step: int) -> None:
+        if step == 1:
+            there.rename(aside)
+
+    with pytest.MonkeyPatch.context() as patch:
+        each_step(patch, steal)
+        assert cli.main([*command, "-o", str(run_dir)]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert f"{there} was removed" in told and "after step 2 of 6" in told and "--c" in told
+    if lost == "the folder":
+        assert not run_dir.exists() and "nothing is saved" in told
+    else:
+        assert torch.load(run_dir / CHECKPOINT, weights_only=True)["step"] == 2 and "weights are saved" in told
+    if lost != LOG:
+        aside.rename(there)
+    assert cli.main([*command, "-o", str(run_dir), "--c"]) == 0
+    assert (run_dir / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+
+
+def test_a_folder_that_is_removed_after_the_last_step_is_noticed(tmp_path, capsys, monkeypatch):
+    original = StepLog.end_epoch
+
+    def end_epoch(self, last):
+        original(self, last)
+        (tmp_path / "run").rename(tmp_path / "aside")
+
+    monkeypatch.setattr(StepLog, "end_epoch", end_epoch)
+    assert cli.main([*COMMAND, "--epochs", "1", "-o", str(tmp_path / "run")]) == 2
+    assert "run.json, or the folder with it, was removed" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("full", "epoch", "advice"),
+    [
+        ("export_encoder", 1, "run the same command again"),
+        ("run.save_state", 1, "continue with the same command and --c"),
+        ("export_encoder", 2, "continue with the same command and --c"),
+    ],
+)
+def test_what_helps_after_a_full_disk(tmp_path, capsys, full, epoch, advice):
+    """The advice is followed, and leads to the same encoder."""
+    command = [*COMMAND, "--epochs", "3", "--checkpoint-every", "1", "-o"]
+    assert cli.main([*command, str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        disk_is_full(patch, f"nnunetv2_hiendmae.pretraining.loop.{full}", epoch)
+        assert cli.main([*command, str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"and {advice}")
+    more = ["--c"] if "--c" in advice else []
+    with pytest.MonkeyPatch.context() as patch:
+        disk_is_full(patch, f"nnunetv2_hiendmae.pretraining.loop.{full}", 1)
+        assert cli.main([*command, str(tmp_path / "run"), *more]) == 2
+    # which has --c by now where it is needed
+    assert capsys.readouterr().err.splitlines()[-1].endswith("and run the same command again")
+    assert cli.main([*command, str(tmp_path / "run"), *more]) == 0
+    assert (tmp_path / "run" / ENCODER).read_bytes() == (tmp_path / "whole" / ENCODER).read_bytes()
+
+
+def disk_is_full(patch: pytest.MonkeyPatch, writer: str, call: int) -> None:
+    """That call of a function (1-based) meets a full disk."""
+    owner, _, name = writer.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    original, calls = getattr(owner, name), []
+
+    def write(run_dir, *arguments, **more):
+        calls.append(run_dir)
+        if len(calls) == call:
+            with telling_disk_errors(run_dir / "file"):
+                raise OSError(errno.ENOSPC, "full")
+        return original(run_dir, *arguments, **more)
+
+    patch.setattr(owner, name, write)
+
+
+@pytest.mark.slow
+def test_several_processes_tell_once_where_they_stopped(nnunet, tmp_path):
+    """The signal reaches one of them, and not the first."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    driver = [stopped.__file__, "nnunetv2_hiendmae.pretraining.method:Method.after_step", "2", "hiendmae"]
+    command = [*launcher, *driver, *COMMAND, "--epochs", "2", "-o", str(tmp_path / "run")]
+    environ = {**environment(nnunet), stopped.STOPPED_BY: "SIGTERM"}
+    done = subprocess.run(command, env=environ, capture_output=True, encoding="utf-8")
+    # torchrun's own exit code, whatever that of the processes is
+    assert done.returncode == 1 and "exitcode  : 143" in done.stderr
+    assert done.stderr.count("stopped by SIGTERM after step 2 of 6") == 1 and "Traceback" not in done.stdout
+    assert torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)["step"] == 2
 
 
 def test_a_second_signal_acts_at_once():

@@ -395,7 +395,8 @@ def test_a_full_disk_keeps_the_former_checkpoint(preprocessed, tmp_path):
     before = (folder / CHECKPOINT).read_bytes()
     code = (
         "import resource, signal, torch, sys; from pathlib import Path\n"
-        "from nnunetv2_hiendmae.training.run import RunLog, save_state\n"
+        "from nnunetv2_hiendmae.training.run import save_state\n"
+        "from nnunetv2_hiendmae.training.runlog import RunLog\n"
         "from nnunetv2_hiendmae.errors import UserError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"

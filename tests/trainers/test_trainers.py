@@ -4,12 +4,14 @@ import inspect
 import json
 import math
 import os
+from datetime import timedelta
 from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -381,3 +383,61 @@ def test_an_epoch_without_a_finite_loss_ends_the_training(make, good_steps):
     saved = torch.load(Path(trainer.output_folder) / "checkpoint_latest.pth", weights_only=False)
     assert saved["current_epoch"] == 1
     assert all(torch.equal(v, before[k]) for k, v in saved["network_weights"].items())
+
+
+def broken_epoch(trainer, good_steps: int = 0) -> list[dict]:
+    """Outputs of an epoch of two steps, of which so many are good."""
+    broken = batch()
+    broken["data"][:] = torch.nan
+    return [trainer.train_step(batch() if step < good_steps else broken) for step in range(2)]
+
+
+def test_a_failure_in_the_first_epoch_can_be_continued(make, encoder_file):
+    trainer = make()
+    trainer.on_train_start()
+    with pytest.raises(RuntimeError, match=r"all 2 losses of epoch 0 "):
+        trainer.on_train_epoch_end(broken_epoch(trainer))
+    encoder_file.unlink()
+    again = make.from_plans(nnUNetTrainer_HiEndMAE, trainer.plans_manager.plans)
+    again.load_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
+    again.on_train_start()
+    assert again.current_epoch == 0
+    again.on_train_epoch_end([again.train_step(batch())])
+    assert math.isfinite(again.logger.get_value("train_losses", 0))
+
+
+def test_weights_that_are_not_finite_are_not_kept(make):
+    trainer = make()
+    trainer.on_train_start()
+    with torch.no_grad():
+        trainer.network.encoder.norm.weight[0] = torch.inf
+    with pytest.raises(RuntimeError, match=r"nothing was saved, as the weights are not finite either.*--lr"):
+        trainer.on_train_epoch_end(broken_epoch(trainer))
+    assert not (Path(trainer.output_folder) / "checkpoint_latest.pth").exists()
+
+
+@pytest.mark.parametrize("good_steps", [1, 0])
+def test_processes_stop_together(make, tmp_path, good_steps):
+    """Two gloo processes; in the first one every loss is NaN, in the second one `good_steps` are not."""
+    trainer = make()
+    trainer.on_train_start()
+    trainer.is_ddp = True
+    child = os.fork()
+    trainer.local_rank = rank = 0 if child else 1
+    stopped = 2
+    try:
+        store = dist.FileStore(str(tmp_path / "store"), 2)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+        outputs = broken_epoch(trainer, good_steps * rank)
+        trainer.network = DistributedDataParallel(trainer.network)
+        trainer.on_train_epoch_end(outputs)
+        stopped = 0
+    except RuntimeError as e:
+        stopped = 1 if "all 4 losses of epoch 0 are nan" in str(e) else 3
+    finally:
+        if not child:
+            os._exit(stopped)
+        dist.destroy_process_group()
+    expected = 0 if good_steps else 1
+    assert stopped == expected == os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert (Path(trainer.output_folder) / "checkpoint_latest.pth").exists() == bool(expected)

@@ -1,0 +1,129 @@
+"""What one optimizer step of pretraining does, on Lightning Fabric (devices, DDP, precision, accumulation)."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import STATE, STEP
+from nnunetv2_hiendmae.optim import parameter_groups
+from nnunetv2_hiendmae.pretraining.method import Batch, Method
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.views import step_keys
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches
+
+
+def part_processes(fabric: Fabric) -> None:
+    """Waits for all processes and ends their group: one that Python takes down at its end may abort the process."""
+    if fabric.world_size > 1:
+        fabric.barrier()
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def telling_full_memory(settings: PretrainSettings) -> Iterator[None]:
+    """Raises UserError: the GPU's memory became full inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as e:
+        raise UserError(
+            f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
+            "raise --accumulate (same result, less memory), or lower --batch-size"
+        ) from e
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A method that learns, in this process as one of several.
+
+    Args:
+        model: the method as Fabric wraps it.
+    """
+
+    fabric: Fabric
+    settings: PretrainSettings
+    method: Method
+    model: Any
+    optimizer: Any
+
+    @classmethod
+    def set_up(cls, fabric: Fabric, settings: PretrainSettings, method: Method) -> "Learner":
+        """Puts the method on its device, with a fresh optimizer."""
+        groups = parameter_groups(method, settings.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        return cls(fabric, settings, method, *fabric.setup(method, optimizer))
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the step."""
+        return {STATE: self.method, "optimizer": self.optimizer, "precision": self.fabric.strategy.precision}
+
+    def restore(self, run_dir: Path) -> int:
+        """Puts back the last checkpoint of a run that is continued; the next step."""
+        return run.restore_state(run_dir, self.parts, **{STEP: 0})[STEP] if self.settings.resume else 0
+
+    def batches(self, data: CaseSet, steps: range) -> Iterator[Batch]:
+        """This process's micro-batches of those steps, on its device."""
+        dataset = SampleDataset(data, self.method.views().draw, self.settings.seed)
+        rank, processes = self.fabric.global_rank, self.fabric.world_size
+        keys = step_keys(steps, self.settings.batch_size, self.settings.accumulate, rank, processes)
+        return load_batches(self.fabric, dataset, keys, self.settings.workers)
+
+    def step(self, step: int, batches: Iterator[Batch]) -> dict[str, float]:
+        """One optimizer step, 0-based; its losses and learning rate.
+
+        Raises:
+            UserError: a loss is not finite in any process; weights are as before.
+        """
+        settings, method = self.settings, self.method
+        lr = settings.lr * settings.lr_factor(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = self._backward(islice(batches, settings.accumulate), step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        method.synchronize(partial(_mean_over_processes, self.fabric))
+        method.after_step((step + 1) / settings.total_steps)
+        return {**losses, "lr": lr}
+
+    def _backward(self, batches: Iterator[Batch], step: int) -> dict[str, float]:
+        """Gradients; losses summed over the method's parts, mean over micro-batches and processes."""
+        fabric, accumulate = self.fabric, self.settings.accumulate
+        totals: dict[str, Tensor] = {}
+        parts = range(self.method.num_parts)
+        left = accumulate * len(parts)
+        for batch, part in ((batch, part) for batch in batches for part in parts):
+            left -= 1
+            with fabric.no_backward_sync(self.model, enabled=left > 0):
+                losses = self.model(batch, part)
+                mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
+                if not math.isfinite(mean["loss"].item()):
+                    raise _not_finite(losses["loss"].item(), batch, f"at step {step}, weights are unchanged")
+                fabric.backward(losses["loss"] / accumulate)
+            for key, value in mean.items():
+                totals[key] = totals.get(key, 0.0) + value / accumulate
+        return {k: round(v.item(), 7) for k, v in totals.items()}
+
+
+def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
+    # all_reduce works in place
+    return fabric.all_reduce(tensor.clone(), reduce_op="mean")
+
+
+def _not_finite(loss: float, batch: Batch, when: str) -> UserError:
+    if math.isfinite(loss):
+        return UserError(f"the loss is not finite in another process {when}; see its message")
+    return UserError(
+        f"the loss is {loss} {when}; cases in this batch: {', '.join(sorted(set(batch['case'])))}; look for broken "
+        "intensities in them, or lower --lr, or use --precision fp32"
+    )
