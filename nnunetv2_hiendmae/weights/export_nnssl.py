@@ -24,7 +24,7 @@ NNSSL_TARGET = "nnssl"
 # what nnssl's list of citations calls such an entry
 _CITED = "Pre-Training Method"
 _ZSCORE = "ZScoreNormalization"
-# nnU-Net's default, as nnssl's planner writes it
+# nnU-Net's default, as nnssl's planner writes it; how this encoder's images were resampled, nnU-Net's door does not ask
 _RESAMPLING = {"order_z": 0, "force_separate_z": None}
 
 

@@ -18,6 +18,8 @@ from nnunetv2_hiendmae.weights.formats import NNSSL, PRIMUS, UNKNOWN, ForeignEnc
 from nnunetv2_hiendmae.weights.nnunet import NETWORK, TRAINER, plans_of
 from nnunetv2_hiendmae.weights.primus import check_stem
 
+# of nnU-Net's normalisations, those that look at nothing but the image
+_SCHEMES = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization")
 _BLOCK = re.compile(r"(.*?)eva\.blocks\.\d+\.")
 # of the programs, where a file names none
 _CITATIONS = (
@@ -139,6 +141,7 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
     _check_crop(crop, found)
     forward = pretraining.get("transpose_forward") or [0, 1, 2]
     scheme, style = configuration["normalization_schemes"][0], configuration.get("spacing_style")
+    known = scheme in _SCHEMES
     spacing, masked = configuration.get("spacing"), configuration.get("use_mask_for_norm")
     reader, recommended = pretraining.get("image_reader_writer"), plan.get("recommended_downstream_patchsize")
     notes = {
@@ -146,7 +149,9 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
         f"{printable(pretraining['dataset_name'])}; network {arch}": True,
         f"the spacing of pretraining was every image's own ({printable(style)}): hiendmae plan takes the dataset's, by "
         "nnU-Net's rule; --spacing says otherwise": spacing is None,
-        f"images were normalised by {printable(scheme)} whatever they were, CT too; hiendmae plan does the same": True,
+        f"images were normalised by {printable(scheme)} whatever they were, CT too; hiendmae plan does the same": known,
+        f"images were normalised by {printable(scheme)}, which plans of nnU-Net cannot do without more: hiendmae plan "
+        "goes by the dataset; --window says otherwise": not known,
         "their normalisation looked at the foreground alone, that of hiendmae plan looks at all voxels": (
             any(masked) if isinstance(masked, list) else bool(masked)
         ),
@@ -158,7 +163,8 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
         spacing and tuple(spacing),
         image_reader_writer=reader,
         # of all channels alike, whatever they are called: see `VolumeFormat.scheme_of_all`
-        normalization_schemes=(scheme,),
+        normalization_schemes=(scheme,) if known else (),
+        # and resampled by nnU-Net's default function, as nnssl's planner writes it
         orientation=f"as {reader} reads it" if reader else UNKNOWN,
     )
     back, volume = _transposed(forward, volume)

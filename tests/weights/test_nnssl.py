@@ -178,6 +178,17 @@ def test_what_the_plan_says_of_images_licence_and_citations(tmp_path):
     assert any("2503.01835" in text for text in cited) and any("2412.17041" in text for text in cited)
 
 
+@pytest.mark.parametrize("scheme", ["NoNormalization", "CTNormalization", "SomethingElse"])
+def test_normalisations_that_nnunet_cannot_do_alike(tmp_path, scheme):
+    def change(content):
+        next(iter(plan_of(content)["pretrain_plan"]["configurations"].values()))["normalization_schemes"] = [scheme]
+
+    source = changed(PrimusFixture("nnssl_evamae"), tmp_path, change)
+    metadata = translate_checkpoint(source, ConvertOptions(num_heads=3)).metadata
+    assert metadata.volume.scheme_of_all == (scheme if scheme == "NoNormalization" else None)
+    assert sum(scheme in note for note in metadata.notes) == 1
+
+
 def changed(fixture, tmp_path, change, file="checkpoint.pth"):
     """A file of a fixture after `change(content)`, which may give another content."""
     content = fixture.content(file)
