@@ -27,7 +27,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,10 +36,10 @@ import blosc2
 import nibabel
 import numpy as np
 import torch
+from machine import HERE, worktree
 from matplotlib.image import imread
 from safetensors import safe_open
 
-HERE = Path(__file__).resolve().parents[1]
 NOW, THEN = "now", "then"
 NOT_COMPARED = {
     "*/progress.png": "shows speeds and times",
@@ -89,17 +88,6 @@ def run_programme(tree: Path, folder: Path, checkpoints: Path) -> float:
     if code := subprocess.run(script, env={**environment, variable: value}, cwd=folder).returncode:
         sys.exit(f"the programme ended with {code} by the package in {tree}, see above")
     return time.perf_counter() - start
-
-
-@contextmanager
-def worktree(revision: str, folder: Path) -> Iterator[Path]:
-    """A commit's files in a folder, which is gone afterwards."""
-    git = ["git", "-C", str(HERE), "worktree"]
-    subprocess.run([*git, "add", "--quiet", "--detach", str(folder), revision], check=True)
-    try:
-        yield folder
-    finally:
-        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
 def unpack_checkpoints(folder: Path) -> None:

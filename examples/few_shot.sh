@@ -116,8 +116,11 @@ plan() {
   logged "$OUTPUT/plan_$name.log" hiendmae plan -d "$LABELLED" -w "$encoder" --name "$name" --epochs "$EPOCHS" \
     --iterations-per-epoch "$ITERATIONS" --val-iterations-per-epoch 2 --batch-size "$BATCH" --lr "$LR" \
     --weight-decay 1e-5 --drop-path 0 --grad-clip 12 --decoder-width "$WIDTH" -np "$PROCESSES" "$@"
-  logged "$OUTPUT/preprocess_$name.log" nnUNetv2_preprocess -d "$LABELLED" -plans_name "$name" -c 3d_fullres \
-    -np "$PROCESSES"
+  # the arrays of the first candidate are those of all: then plan prints no such line
+  if grep -q '^  nnUNetv2_preprocess' "$OUTPUT/plan_$name.log"; then
+    logged "$OUTPUT/preprocess_$name.log" nnUNetv2_preprocess -d "$LABELLED" -plans_name "$name" -c 3d_fullres \
+      -np "$PROCESSES"
+  fi
   touch "$OUTPUT/planned_$name"
 }
 

@@ -23,7 +23,7 @@ class MethodRecipe:
 
     trainer: str
     citations: tuple[str, ...]
-    volume: VolumeFormat = field(default_factory=lambda: VolumeFormat((1.5, 1.5, 1.5), (-175.0, 250.0)))
+    volume: VolumeFormat = VolumeFormat((1.5, 1.5, 1.5), (-175.0, 250.0), interpolation="linear")
     decoder_width: int = 32
     batch_size: int = 4
     drop_path_rate: float = 0.0
@@ -49,7 +49,7 @@ RECIPES: dict[str, MethodRecipe] = {
             "Analysis}, author={Zhuang, Jiaxin and Wu, Linshan and Wang, Qiong and Fei, Peng and Vardhanabhuti, "
             "Varut and Luo, Lin and Chen, Hao}, journal={arXiv preprint arXiv:2404.15580}, year={2024}}",
         ),
-        volume=VolumeFormat(None, (-1000.0, 1000.0)),
+        volume=VolumeFormat(None, (-1000.0, 1000.0), interpolation="linear"),
         decoder_width=48,
         drop_path_rate=0.2,
         # lr unpublished: ours
@@ -63,7 +63,7 @@ RECIPES: dict[str, MethodRecipe] = {
             "Masked Autoencoder}, author={Zhuang, Jia-Xin and Luo, Luyang and Chen, Hao}, journal={arXiv "
             "preprint arXiv:2306.08913}, year={2023}}",
         ),
-        volume=VolumeFormat(None, (-1000.0, 1000.0)),
+        volume=VolumeFormat(None, (-1000.0, 1000.0), interpolation="linear"),
         # its global views have 160³ voxels
         crop_limit=(96, 96, 96),
         finetune=FinetuneRecipe(lr=3e-4),

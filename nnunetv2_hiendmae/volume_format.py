@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -24,6 +24,55 @@ _KEYS = (
 )
 _DERIVED = ("foreground_above", "foreground_channel")
 
+# linear: the published methods'; cubic: the closest to the image, and slow; nnunet: nnU-Net's own, which is cubic
+# within slices and repeats slices that are much thicker than their pixels
+Interpolation = Literal["linear", "cubic", "nnunet"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+DEFAULT_INTERPOLATION: Interpolation = "linear"
+# nnU-Net's functions: of its default planner and of its planners with "torchres" in their names
+_DEFAULT_FUNCTION, TORCH_FUNCTION = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
+# the second one holds every label of a volume at once, in two bytes a voxel
+_MOST_LABELS_OF_TORCH = 32
+
+
+def resampling(interpolation: Interpolation, labels: int = 0) -> dict[str, Any]:
+    """Entries of nnU-Net's plans that make it resample images so. Segmentations and predicted probabilities are
+    interpolated linearly, along the same axes as the images: the edge of a label stays where its image's edge is.
+
+    Args:
+        labels: how many the segmentations have.
+    """
+    separate_z = None if interpolation == "nnunet" else False
+
+    def default(order: int) -> tuple[str, dict[str, Any]]:
+        return _DEFAULT_FUNCTION, {"order": order, "order_z": 0, "force_separate_z": separate_z}
+
+    linear = default(1) if interpolation == "nnunet" else (TORCH_FUNCTION, {"force_separate_z": False})
+    functions = {
+        "data": linear if interpolation == "linear" else default(3),
+        "seg": linear if labels <= _MOST_LABELS_OF_TORCH else default(1),
+        "probabilities": linear,
+    }
+    entries = {}
+    for what, (name, arguments) in functions.items():
+        entries[f"resampling_fn_{what}"] = name
+        entries[f"resampling_fn_{what}_kwargs"] = {"is_seg": what == "seg", **arguments}
+    return entries
+
+
+def interpolation_of(configuration: dict[str, Any]) -> Interpolation | None:
+    """What a configuration of nnU-Net's plans does to images; None: something else."""
+    own = resampling("nnunet")
+    name = configuration.get("resampling_fn_data", own["resampling_fn_data"])
+    arguments = configuration.get("resampling_fn_data_kwargs", own["resampling_fn_data_kwargs"])
+    # without what only changes speed, or segmentations
+    arguments = {k: v for k, v in arguments.items() if k not in ("num_threads", "memefficient_seg_resampling")}
+    for interpolation in INTERPOLATIONS:
+        entries = resampling(interpolation)
+        if (name, arguments) == (entries["resampling_fn_data"], entries["resampling_fn_data_kwargs"]):
+            return interpolation
+    return None
+
 
 @dataclass(frozen=True)
 class VolumeFormat:
@@ -39,6 +88,8 @@ class VolumeFormat:
         normalization_schemes: nnU-Net's scheme of every input channel.
         channel_names: of every input channel.
         orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
+        interpolation: how images are resampled to the spacing; that of files that do not say it, which are of 0.1, is
+            nnU-Net's.
 
     Raises:
         ValueError: a number is impossible; the message names it.
@@ -53,6 +104,7 @@ class VolumeFormat:
     normalization_schemes: tuple[str, ...] = ()
     channel_names: tuple[str, ...] = ()
     orientation: str = "as stored"
+    interpolation: Interpolation | None = "nnunet"
 
     def __post_init__(self):
         for name, (fits, needed) in _CHECKS.items():
@@ -64,10 +116,15 @@ class VolumeFormat:
                 object.__setattr__(self, name, tuple(map(float, value)))
 
     def overridden(
-        self, spacing_mm: Sequence[float] | None = None, window_hu: Sequence[float] | None = None
+        self,
+        spacing_mm: Sequence[float] | None = None,
+        window_hu: Sequence[float] | None = None,
+        interpolation: Interpolation | None = None,
     ) -> "VolumeFormat":
         """With what the user gave; a window that is given becomes [0, 1]."""
         given = {} if spacing_mm is None else {"spacing_mm": tuple(spacing_mm)}
+        if interpolation is not None:
+            given["interpolation"] = interpolation
         if window_hu is not None:
             given |= {"window_hu": tuple(window_hu), "intensity_offset": None, "intensity_scale": None}
         return replace(self, **given)
@@ -131,6 +188,7 @@ class VolumeFormat:
             normalization_schemes=schemes,
             channel_names=tuple(map(str, names)),
             orientation=f"as {reader} reads it",
+            interpolation=interpolation_of(configuration),
         )
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
         properties = plans["foreground_intensity_properties_per_channel"]
@@ -147,7 +205,9 @@ class VolumeFormat:
 
     def to_dict(self) -> dict[str, Any]:
         """What decides the arrays, for classifier files and the digest of a run's data; tuples stay tuples."""
-        return {key: getattr(self, key) for key in _KEYS}
+        described = {key: getattr(self, key) for key in _KEYS}
+        # runs of 0.1 go on: their digests know no interpolation
+        return described if self.interpolation == "nnunet" else {**described, "interpolation": self.interpolation}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "VolumeFormat":

@@ -52,7 +52,7 @@ def fold_1(workplace, planned):
 def interrupted(workplace, planned, fold_1):
     """Fold 0, killed in its last epoch; afterwards the encoder file is gone."""
     folder = workplace.results(planned, 0)
-    script, dataset, configuration, fold, *rest = planned.next_commands[1].split()
+    script, dataset, configuration, fold, *rest = planned.next_commands[-2].split()
     command = [script, dataset, configuration, fold, *rest, "-device", "cpu"]
     begins = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer.on_epoch_start"
     run_and_kill(begins, EPOCHS, command, workplace.environment)

@@ -46,12 +46,14 @@ class Workplace:
         return forked.run([script, *arguments], self.environment, start=start, fails=fails)
 
     def preprocess(self, planned: PlannedFinetuning) -> None:
-        """The first of the printed commands, as it was printed."""
-        self.run(*planned.next_commands[0].split())
+        """The first of the printed commands, as it was printed, if it preprocesses: the arrays may be there already."""
+        script, *arguments = planned.next_commands[0].split()
+        if script == "nnUNetv2_preprocess":
+            self.run(script, *arguments)
 
     def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
-        """The second of the printed commands, on the CPU, for any fold."""
-        script, dataset, configuration, _, *rest = planned.next_commands[1].split()
+        """The last but one of the printed commands, on the CPU, for any fold."""
+        script, dataset, configuration, _, *rest = planned.next_commands[-2].split()
         return self.run(script, dataset, configuration, fold, *rest, "-device", "cpu", *options, fails=fails)
 
     def results(self, planned: PlannedFinetuning, fold: object) -> Path:

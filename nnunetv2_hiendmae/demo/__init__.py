@@ -244,10 +244,14 @@ def _finetune(demo: _Demo, name: str) -> tuple[Path, Path]:
     """Returns the folder of the trained fold, and that of the segmentations which the Dice values belong to."""
     data, plans, trainer = demo.data, f"Demo_{name}", TRAINERS.get(name, TRAINERS[None])
     dataset, model = data.finetuning_id, ("-p", plans, "-tr", trainer, "-device", demo.device)
-    demo.run(
-        f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", plans, "-c", CONFIGURATION,
-        "-np", demo.num_processes,
-    )  # fmt: skip
+    # plans with the same settings share their arrays
+    preprocessed = demo.output / "nnUNet_preprocessed" / data.finetuning.name
+    planned = json.loads((preprocessed / f"{plans}.json").read_text(encoding="utf-8"))["configurations"]
+    if not (preprocessed / planned[CONFIGURATION]["data_identifier"]).is_dir():
+        demo.run(
+            f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", plans, "-c", CONFIGURATION,
+            "-np", demo.num_processes,
+        )  # fmt: skip
     demo.run(f"train_{name}", "nnUNetv2_train", dataset, CONFIGURATION, FOLD, *model, seed=demo.seed)
     results = demo.output / "nnUNet_results" / data.finetuning.name
     fold = results / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{FOLD}"

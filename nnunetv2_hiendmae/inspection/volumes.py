@@ -12,15 +12,14 @@ import numpy as np
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.imageio import reader_writer_registry as readers
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-from nnunetv2.preprocessing.resampling.default_resampling import resample_data_or_seg_to_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import affine_transform
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import write_with
-from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_files, check_volume, naming_reason
+from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_volume, checked_files, naming_reason
 from nnunetv2_hiendmae.training.grids import REVERSED, Grid, preprocessed_grid, reader_grid, steps_between
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat, resampling
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 SITK_READER_AXES = "RAS"
 # nnU-Net's for everything that is not CT
 USUAL_NORMALIZATION = "ZScoreNormalization"
-# as in every plans file of nnU-Net's planner
-RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
 
 def resample(values: np.ndarray, source: Grid, target: Grid) -> np.ndarray:
@@ -88,9 +85,13 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
     if len(names) > len(channels):
         raise _wrong_channels(len(names), channels)
     try:
-        with naming_reason():
-            check_files(names)
-            data, properties = _reader(names[0], volumes).read_images(names)
+        with checked_files(names) as checked:
+            with naming_reason():
+                reader = _reader(names[0], volumes)
+            with naming_reason() as said:
+                data, properties = reader.read_images(checked)
+        if told := " ".join(said.getvalue().split()):
+            logger.warning("the reader of %s says: %s", ", ".join(names), printable(told, LONGEST_ERROR))
         if len(data) != len(channels):
             raise _wrong_channels(len(data), channels)
         with naming_reason():
@@ -111,10 +112,7 @@ def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid
             "spacing": [float(s) for s in spacing],
             "normalization_schemes": list(volumes.normalization_schemes),
             "use_mask_for_norm": [False] * len(image.data),
-            "resampling_fn_data": resample_data_or_seg_to_shape.__name__,
-            "resampling_fn_data_kwargs": RESAMPLING,
-            "resampling_fn_seg": resample_data_or_seg_to_shape.__name__,
-            "resampling_fn_seg_kwargs": {**RESAMPLING, "is_seg": True, "order": 1},
+            **resampling(volumes.interpolation or DEFAULT_INTERPOLATION),
         }
     )
     intensities = {str(c): volumes.ct_statistics for c in range(len(image.data))}

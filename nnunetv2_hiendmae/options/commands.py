@@ -1,6 +1,7 @@
 """What a user may set of every command with many options; None: found out, or as a file, method or recipe says."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared, flag, option
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES
+from nnunetv2_hiendmae.volume_format import INTERPOLATIONS
 
 # with Fabric's names
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -66,6 +68,10 @@ def _configuration(default: str | None = "3d_fullres", **about: Any) -> Any:
     return option(default, "configuration of those plans", flag="-c", metavar="CONFIG", **about)
 
 
+def _interpolation(whose: str) -> Any:
+    return _from(whose, "how images are resampled; nnunet repeats slices that are thick", choices=INTERPOLATIONS)
+
+
 def _resume() -> Any:
     return option(False, "continue from the last checkpoint", flag="--c")
 
@@ -105,7 +111,25 @@ class PreprocessOptions(CommandOptions):
         **_WINDOW,
         default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
     )
+    interpolation: str | None = _interpolation("that of --like; all methods: linear")
+    part: str | None = option(
+        None, "take every N-th case only, from the K-th on: one part per machine, at the same time", metavar="K/N"
+    )
     num_processes: int = _count(4, "processes", flag="-np")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.part is not None and not re.fullmatch(r"[1-9]\d*/[1-9]\d*", self.part):
+            raise UserError(f"--part is {self.part}, needed K/N such as 1/4")
+        number, parts = self.number_of_parts
+        if number > parts:
+            raise UserError(f"--part is {self.part}, needed a number from 1 to {parts} before the /{parts}")
+
+    @property
+    def number_of_parts(self) -> tuple[int, int]:
+        """K and N of the part; (1, 1) for everything."""
+        number, parts = (self.part or "1/1").split("/")
+        return int(number), int(parts)
 
 
 @dataclass(frozen=True)
@@ -172,6 +196,7 @@ class PlanOptions(CommandOptions):
     patch_size: tuple[int, int, int] | None = _from(_FILE, "crop in voxels", metavar=_DHW)
     spacing_mm: tuple[float, float, float] | None = _from(_FILE, "target spacing in mm", flag="--spacing", metavar=_DHW)
     window_hu: tuple[float, float] | None = _from(_FILE, "CT window in HU", **_WINDOW)
+    interpolation: str | None = _interpolation(_FILE)
     reader: str | None = _from(
         _FILE, "nnU-Net image reader, it decides the orientation; auto: nnU-Net's choice", metavar="NAME"
     )

@@ -20,13 +20,21 @@ from nnunetv2_hiendmae.planning.dataset import (
     read_fingerprint,
     read_raw_dataset,
 )
-from nnunetv2_hiendmae.planning.labels import check_labels, extract_fingerprint
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION, SPLITS, check_plans_name, make_plans, save_plans
-from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
+from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, extract_fingerprint
+from nnunetv2_hiendmae.planning.plans import (
+    CONFIGURATION,
+    SPLITS,
+    check_plans_name,
+    data_folder,
+    is_preprocessed,
+    make_plans,
+    save_plans,
+)
+from nnunetv2_hiendmae.planning.readers import REORIENTING, choose_reader, find_reader, told_directions
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 
 WARMUP_FRACTION = 0.1
@@ -56,7 +64,8 @@ class PlannedFinetuning:
     Args:
         path: of the plans.
         messages: what was decided and why, a line each.
-        next_commands: stock nnU-Net commands that preprocess, train fold 0 and predict.
+        next_commands: stock nnU-Net commands that preprocess (where the arrays are not there yet), train fold 0 and
+            predict.
     """
 
     path: Path
@@ -114,9 +123,13 @@ def plan_finetuning(
         file = Path(encoder_file).resolve()
         section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
 
+    reader = find_reader(volume.image_reader_writer)
     if read_fingerprint(raw.name, with_labels=True) is None:
         logger.info("extracting the fingerprint of %s", raw.name)
-        extract_fingerprint(raw, find_reader(volume.image_reader_writer), options.num_processes)
+        extract_fingerprint(raw, reader, options.num_processes)
+    else:
+        # nnU-Net looks at label values only where it is asked to
+        check_label_files(raw, reader, options.num_processes)
     if options.network in ENCODERS[spec.kind].own_networks:
         values["decoder_width"] = None
     plans = make_plans(
@@ -132,8 +145,16 @@ def plan_finetuning(
     path = save_plans(plans)
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
     number = dataset_id(raw.name)
-    commands = _next_commands(raw, number, plans_name, trainer, options.num_processes, _first_fold(raw, path.parent))
-    return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, commands)
+    preprocess, *commands = _next_commands(
+        raw, number, plans_name, trainer, options.num_processes, _first_fold(raw, path.parent)
+    )
+    folder = data_folder(path)
+    if all(is_preprocessed(folder, case) for case in raw.cases):
+        told = f"arrays: those in {folder.name} are complete and fit; where images or labels changed since, run"
+        messages = (*messages, f"{told}: {preprocess}")
+    else:
+        commands = [preprocess, *commands]
+    return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, tuple(commands))
 
 
 def _known_metadata(encoder_file: Path) -> EncoderMetadata:
@@ -212,7 +233,11 @@ def _check_channels(metadata: EncoderMetadata, volume: VolumeFormat, names: tupl
 def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> VolumeFormat:
     """How the dataset's volumes become arrays: as in pretraining where the dataset allows it."""
     reader = choose_reader(raw, seen.image_reader_writer, options.reader)
-    volume = replace(seen.overridden(options.spacing_mm, options.window_hu), image_reader_writer=reader.__name__)
+    if reader.__name__ not in REORIENTING and (told := told_directions([raw])):
+        logger.warning(f"{told}, and {reader.__name__} leaves them so; --reader {REORIENTING[0]} turns them all to RAS")
+    volume = seen.overridden(options.spacing_mm, options.window_hu, options.interpolation)
+    interpolation = volume.interpolation or DEFAULT_INTERPOLATION
+    volume = replace(volume, image_reader_writer=reader.__name__, interpolation=interpolation)
     if any(map(is_ct, raw.channels)):
         return volume
     if volume.window_hu is not None:
@@ -239,12 +264,16 @@ def _messages(
         window = f"intensities by {volume.scheme_of_all} whatever the channel, CT too"
     spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else f"spacing {_NNUNETS_RULE}"
     reader, of_file = volume.image_reader_writer, seen.image_reader_writer or ""
+    # slices that are much thicker than their pixels are repeated
+    own = " (nnU-Net's own, which files of 0.1 mean too: it repeats thick slices)"
+    interpolation = f"{volume.interpolation} interpolation{own if volume.interpolation == 'nnunet' else ''}"
     # option, where it comes from unless it was given, what it is
     facts = [
         ("encoder", _FILE, f"{weights} ({spec.kind}, {spec.depth} blocks of width {spec.embed_dim})"),
         *([("network", _GIVEN, f"network {values['network']}")] if "network" in given else []),
         ("patch_size", _FILE if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
         ("spacing_mm", _FILE if seen.spacing_mm else _DATASET, spacing),
+        ("interpolation", _FILE if seen.interpolation else recipe, interpolation),
         (
             "window_hu" if volume.window_hu else "",
             _FILE if volume.window_hu or volume.scheme_of_all else _DATASET,

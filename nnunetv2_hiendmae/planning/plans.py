@@ -1,5 +1,6 @@
 """nnU-Net plans for our networks: nnU-Net's own planner with the architecture, patch and window put in."""
 
+import hashlib
 import json
 import logging
 import re
@@ -17,12 +18,12 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.schemas import Plans, read_json
-from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat
+from nnunetv2_hiendmae.schemas import Folds, Plans, read_json
+from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat, interpolation_of, resampling
 
 CONFIGURATION = "3d_fullres"
 SPLITS = "splits_final.json"
@@ -30,6 +31,8 @@ SPLITS = "splits_final.json"
 _INTENSITIES = "foreground_intensity_properties_per_channel"
 # mm per voxel, finer than any scanner of bodies
 _SMALLEST_MM = 0.01
+# of a preprocessed case; the image comes last: where it stands, the case is finished
+CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +70,38 @@ def make_plans(
     class_name = network or ENCODERS[spec.kind].network
     architecture = {"network_class_name": class_name, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": architecture}
+    # the arrays of pretraining have no labels, whether there are some or not
+    fixed |= resampling(volume.interpolation, 0 if section is None else len(raw.dataset_json["labels"]))
     _copy_descriptions(raw)
-    with prints_to_log(), telling_disk_errors(nnunet_folder("nnUNet_preprocessed") / raw.name):
-        plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()
+    folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    with prints_to_log(), telling_disk_errors(folder), scratch_folder(folder) as scratch:
+        planner = _ViTPlanner(raw, plans_name, volume, fixed)
+        # nnU-Net copies dataset.json in place, into the folder of this name
+        planner.dataset_name = f"{raw.name}/{scratch.name}"
+        plans = {**planner.plan_experiment(), "dataset_name": raw.name}
     if section is not None:
         plans[PLANS_KEY] = asdict(section)
+        plans["configurations"][CONFIGURATION]["data_identifier"] = _shared_identifier(plans)
     return json.loads(json.dumps(plans))
 
 
+def _shared_identifier(plans: dict[str, Any]) -> str:
+    """Folder of the arrays: the same for all plans that make the same ones; plans that are made anew keep theirs."""
+    settings = json.loads(json.dumps(array_settings(plans)))
+    old = read_plans(check_plans_name(plans["dataset_name"], plans["plans_name"]))
+    if old is not None and array_settings(old) == settings:
+        return old["configurations"][CONFIGURATION]["data_identifier"]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"hiendmae_{CONFIGURATION}_{digest[:8]}"
+
+
 def _copy_descriptions(raw: RawDataset) -> None:
-    """What nnU-Net's planner copies in place, whole or not at all: on a full disk it leaves half of a file."""
+    """What nnU-Net's planner copies in place, whole or not at all: on a full disk, or killed, it leaves half a file."""
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    if (raw.folder / SPLITS).exists():
+        # nnU-Net compares them
+        for file in filter(Path.exists, (raw.folder / SPLITS, folder / SPLITS)):
+            read_json(file, Folds, f"mend or remove it; the one in {folder} is a copy, or made by nnUNetv2_train")
     for name in ("dataset.json", SPLITS):
         source = raw.folder / name
         if source.is_file() and not (name == SPLITS and (folder / SPLITS).exists()):
@@ -93,16 +117,17 @@ def save_plans(plans: dict[str, Any]) -> Path:
     """
     path = check_plans_name(plans["dataset_name"], plans["plans_name"])
     old = read_plans(path)
+    folder = None if old is None else data_folder(path)
     write_text(path, json.dumps(plans, indent=4) + "\n")
-    if old is None:
+    if folder is None or not folder.is_dir():
         return path
-    folder = data_folder(path)
     # other statistics may mean other images
     before, now = ((array_settings(p), p[_INTENSITIES]) for p in (old, plans))
-    if folder.is_dir() and before != now:
+    if before != now:
         again = f"-d {dataset_id(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
         told = f"{folder} was preprocessed with other settings than {path.name} now has"
-        logger.warning(f"{told}; run: nnUNetv2_preprocess {again}")
+        other = "" if data_folder(path) == folder else " (into another folder; delete this one if no plans name it)"
+        logger.warning(f"{told}; run: nnUNetv2_preprocess {again}{other}")
     return path
 
 
@@ -116,6 +141,11 @@ def data_folder(path: Path) -> Path:
     return path.parent / read_plans(path)["configurations"][CONFIGURATION]["data_identifier"]
 
 
+def is_preprocessed(folder: Path, case: str) -> bool:
+    """Whether a folder of arrays holds a case."""
+    return all((folder / f"{case}{end}").is_file() for end in CASE_FILES)
+
+
 def array_settings(plans: dict[str, Any]) -> dict[str, Any]:
     """What in plans decides how a volume becomes an array."""
     configuration = plans["configurations"][CONFIGURATION]
@@ -127,6 +157,7 @@ def array_settings(plans: dict[str, Any]) -> dict[str, Any]:
         "use_mask_for_norm": configuration["use_mask_for_norm"],
         # nnU-Net's other schemes look at the image alone
         "CT window": [[plans[_INTENSITIES][str(i)][k] for k in used] for i, s in enumerate(schemes) if s == CT_SCHEME],
+        "interpolation": interpolation_of(configuration),
         "reader": plans["image_reader_writer"],
         "axes": plans["transpose_forward"],
     }

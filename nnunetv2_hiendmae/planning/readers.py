@@ -3,20 +3,22 @@ and preprocessing share. It decides the orientation of the arrays."""
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.planning.dataset import RawDataset
 
 NNUNETS_CHOICE = "auto"
 # whose arrays are the same: the first of two also reads sheared files, the second more file endings and (X, Y, Z, 1)
-_REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
 _AS_STORED = ("NibabelIO", "SimpleITKIO")
 READER_KEY = "overwrite_image_reader_writer"
 
@@ -64,6 +66,73 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
     return reader
 
 
+def choose_readers(raws: Sequence[RawDataset], wanted: str | None = None) -> list[Reader]:
+    """The reader of every dataset of a run: where their images lie in different directions, one that turns them.
+
+    Args:
+        wanted: as `choose_reader`.
+
+    Raises:
+        UserError: as `choose_reader`.
+    """
+    readers, told = [choose_reader(raw, wanted) for raw in raws], told_directions(raws)
+    if told is None:
+        return readers
+    twins = [_reorienting_twin(raw, reader) for raw, reader in zip(raws, readers, strict=True)]
+    if twins == readers:
+        return readers
+    if None in twins:
+        logger.warning(f"{told}, and stay so: none of nnU-Net's readers that turn images is to read all of them")
+        return readers
+    logger.warning(f"{told}: {' and '.join(dict.fromkeys(t.__name__ for t in twins))} turns them all to RAS")
+    return twins
+
+
+def told_directions(raws: Iterable[RawDataset]) -> str | None:
+    """In which directions images lie, in words; None where all lie in the same one. Only reads headers."""
+    found: dict[str, list[str]] = {}
+    for raw in raws:
+        for case, images in raw.cases.items():
+            if (axes := _direction(images[:1])) is not None:
+                found.setdefault(axes, []).append(f"{raw.name}/{case}")
+    if len(found) < 2:
+        return None
+    listed = (f"{len(cases)} {axes} ({some(cases, 2)})" for axes, cases in found.items())
+    return f"images lie in different directions: {', '.join(listed)}"
+
+
+def _direction(images: Sequence[str]) -> str | None:
+    """How an image lies: "LPS" for instance, first file axis first, the nearest one where it is oblique; None: its
+    header does not say."""
+    # a pipe would be waited for
+    if not images or not Path(images[0]).is_file():
+        return None
+    header = sitk.ImageFileReader()
+    header.SetFileName(images[0])
+    try:
+        # what ITK says of it is told when the case is read
+        with naming_reason():
+            header.ReadImageInformation()
+    # of no format of ITK's, or sheared
+    except BrokenCaseError:
+        return None
+    axes, cosines = header.GetDimension(), header.GetDirection()
+    if axes < 3:
+        return None
+    spatial = [cosines[row * axes + column] for row in range(3) for column in range(3)]
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(spatial)
+
+
+def _reorienting_twin(raw: RawDataset, reader: Reader) -> Reader | None:
+    """The reader that turns every image to one orientation, in place of `reader`; `reader` if it does so; None: there
+    is none for these files, or dataset.json asks for another one."""
+    if reader.__name__ in REORIENTING:
+        return reader
+    if raw.dataset_json.get(READER_KEY, "None") != "None":
+        return None
+    return _first_that_reads(raw, map(find_reader, REORIENTING))
+
+
 def find_reader(name: str) -> Reader:
     """nnU-Net's reader of that name.
 
@@ -73,7 +142,7 @@ def find_reader(name: str) -> Reader:
     try:
         return recursive_find_reader_writer_by_name(name)
     except RuntimeError as e:
-        known = ", ".join((*_AS_STORED, *_REORIENTING))
+        known = ", ".join((*_AS_STORED, *REORIENTING))
         told = f"nnU-Net has no image reader '{name}', needed one such as {known}"
         raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json") from e
 
@@ -84,9 +153,12 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
     `images` where `reader` cannot; nothing is printed. Hands out what would have been."""
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+        with _itk_to(printed), redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
             # of every case, not only of the first
             warnings.simplefilter("always")
+            # of libraries that tried to open a file: nothing about the image
+            for kind in (ResourceWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)
             yield printed
     except BrokenCaseError:
         raise
@@ -97,6 +169,31 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
         said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
         reason = said[-1].strip() if said else type(e).__name__
         raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images) if reader else ''}") from e
+
+
+class _ITKText(sitk.LoggerBase):
+    """Takes what ITK, in C++, would write to the terminal, without places in its source and without repetitions."""
+
+    def __init__(self, printed: io.StringIO):
+        super().__init__()
+        self.printed = printed
+
+    def DisplayText(self, text: str) -> None:
+        told = re.sub(r"(WARNING: )?In \S+, line \d+\s+\w+ \(0x[0-9a-f]+\): ", r"\1", text.strip())
+        if told not in self.printed.getvalue():
+            self.printed.write(f"{told}\n")
+
+    DisplayErrorText = DisplayWarningText = DisplayGenericOutputText = DisplayDebugText = DisplayText
+
+
+@contextmanager
+def _itk_to(printed: io.StringIO) -> Iterator[None]:
+    ours = _ITKText(printed)
+    before = ours.SetAsGlobalITKLogger()
+    try:
+        yield
+    finally:
+        before.SetAsGlobalITKLogger()
 
 
 def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
@@ -111,7 +208,7 @@ def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
 
 def _twins(name: str) -> tuple[str, ...]:
     """The reader and those whose arrays are the same."""
-    same = next((group for group in (_REORIENTING, _AS_STORED) if name in group), ())
+    same = next((group for group in (REORIENTING, _AS_STORED) if name in group), ())
     return (name, *(other for other in same if other != name))
 
 
@@ -132,7 +229,8 @@ def _reads(reader: Reader, images: Sequence[str]) -> bool:
     if not images or not all(Path(image).is_file() for image in images):
         return False
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        said = io.StringIO()
+        with _itk_to(said), redirect_stdout(said), redirect_stderr(said):
             reader().read_images(list(images))
     # whatever a reader raises
     except Exception:

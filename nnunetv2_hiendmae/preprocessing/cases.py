@@ -1,5 +1,6 @@
 """Cases: what makes one unusable, how one becomes an array, and work on all of them at once."""
 
+import gzip
 import logging
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -16,21 +18,19 @@ from typing import Any, TypeVar
 import nibabel
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
-from nibabel.openers import ImageOpener
 from nibabel.spatialimages import HeaderDataError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunetv2_hiendmae.environment import end_with_parent
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
-from nnunetv2_hiendmae.planning.plans import CONFIGURATION
+from nnunetv2_hiendmae.files import is_disk_full
+from nnunetv2_hiendmae.planning.plans import CASE_FILES, CONFIGURATION
 from nnunetv2_hiendmae.planning.readers import BrokenCaseError, naming_reason
-from nnunetv2_hiendmae.volume_format import CT_SCHEME
+from nnunetv2_hiendmae.volume_format import CT_SCHEME, TORCH_FUNCTION
 
-# the image comes last: where it stands, the case is finished
-CASE_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 # even a crop of one organ uses more of a window than CT that was scaled to [0, 1]
 SMALLEST_SHARE_OF_WINDOW = 0.01
 # range of nearly all voxels, as a share of the largest value
@@ -47,37 +47,72 @@ BrokenCase = tuple[str, str, str]
 Result = TypeVar("Result")
 
 
-def check_files(images: Sequence[str]) -> None:
-    """Raises BrokenCaseError: a channel file is missing, or a NIfTI file ends early or holds NaN or infinite values."""
+@contextmanager
+def checked_files(images: Sequence[str], scratch: Path | None = None) -> Iterator[list[str]]:
+    """Checks files, and hands out what to read instead of them: of a compressed NIfTI file the inflated one, in a
+    folder of its own in `scratch`, because both the check and the reader would have to inflate it.
+
+    Raises:
+        BrokenCaseError: a channel file is missing, or a NIfTI file ends early or holds NaN or infinite values.
+        OSError: the disk is full.
+    """
     if not images:
         raise BrokenCaseError("no channel file such as CASE_0000")
-    for image in images:
-        path = Path(image)
-        if not path.is_file():
-            raise BrokenCaseError(f"{path.name} is {'a pipe or folder, no file' if path.exists() else 'missing'}")
-        if path.name.endswith((".nii", ".nii.gz")):
-            _check_nifti(path)
+    with TemporaryDirectory(dir=scratch) as inflated:
+        readable = []
+        for image in images:
+            path = Path(image)
+            if not path.is_file():
+                raise BrokenCaseError(f"{path.name} is {'a pipe or folder, no file' if path.exists() else 'missing'}")
+            plain = _inflate(path, Path(inflated)) if path.name.endswith(".nii.gz") else path
+            if plain.suffix == ".nii":
+                _check_nifti(plain, path.name)
+            readable.append(str(plain))
+        try:
+            yield readable
+        except BrokenCaseError as e:
+            # a reader names the file that it was given
+            raise BrokenCaseError(str(e).replace(f"{inflated}{os.sep}", "")) from e
 
 
-def _check_nifti(path: Path) -> None:
+def _inflate(path: Path, folder: Path) -> Path:
+    """A compressed NIfTI file, inflated; itself where it is not compressed."""
+    plain = folder / path.name.removesuffix(".gz")
+    try:
+        with gzip.open(path) as source, plain.open("wb") as f:
+            shutil.copyfileobj(source, f, 1 << 20)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+        # bytes behind the compressed ones are not the image's
+        if isinstance(e, gzip.BadGzipFile) and "Not a gzipped file" in str(e):
+            return plain if plain.stat().st_size else path
+        raise BrokenCaseError(f"{path.name} is truncated or damaged: {str(e).splitlines()[0]}") from e
+    except OSError as e:
+        if is_disk_full(e):
+            raise
+        raise BrokenCaseError(f"{path.name} cannot be read: {e.strerror or e}") from e
+    return plain
+
+
+def _check_nifti(path: Path, name: str) -> None:
     # nnU-Net reads NIfTI through ITK, which puts zeros for NaN and for the missing end of a truncated file
     # and says nothing
     try:
         image = nibabel.load(path)
         # as it stands there: nibabel, as ITK, takes 1 mm for 0
-        with ImageOpener(str(path)) as file:
+        with path.open("rb") as file:
             header = image.header_class.from_fileobj(file, check=False)
         stored = image.dataobj
-    except (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error):
+    except (ImageFileError, HeaderDataError, OSError, ValueError):
         # not even a header: the reader tells what it is
         return
     voxel_mm = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))]
     if not np.all(np.abs(voxel_mm) > 0):
-        raise BrokenCaseError(f"{path.name} has voxels of {' × '.join(f'{s:g}' for s in voxel_mm)} mm in its header")
+        raise BrokenCaseError(f"{name} has voxels of {' × '.join(f'{s:g}' for s in voxel_mm)} mm in its header")
     try:
+        # mapped: numbers that cannot be NaN are not read
         values = stored.get_unscaled()
-    except (EOFError, OSError, ValueError, zlib.error) as e:
-        raise BrokenCaseError(f"{path.name} is truncated or damaged: {str(e).splitlines()[0]}") from e
+    except (OSError, ValueError) as e:
+        raise BrokenCaseError(f"{name} is truncated or damaged: {str(e).splitlines()[0]}") from e
     if values.dtype.kind == "f":
         check_finite(values)
 
@@ -102,9 +137,10 @@ def check_volume(data: np.ndarray, spacing: Sequence[float], channels: Sequence[
 
 def check_finite(data: np.ndarray) -> None:
     """Raises BrokenCaseError: NaN or infinite voxels; one of them makes a whole pretraining run NaN."""
-    wrong = data.size - int(np.isfinite(data).sum())
-    if wrong:
-        raise BrokenCaseError(f"{wrong} voxels are NaN or infinite")
+    # both are NaN where one voxel is
+    if np.isfinite(data.min()) and np.isfinite(data.max()):
+        return
+    raise BrokenCaseError(f"{data.size - int(np.isfinite(data).sum())} voxels are NaN or infinite")
 
 
 def check_window(channel: np.ndarray, low: float, high: float) -> None:
@@ -127,19 +163,39 @@ def check_contrast(data: np.ndarray, channels: Sequence[str]) -> None:
             raise BrokenCaseError(f"{told}, which reach {least:.3g} and {most:.3g}); look for wrong voxels")
 
 
-class _CheckedPreprocessor(DefaultPreprocessor):
-    """nnU-Net's preprocessor; whatever is wrong with the images is a BrokenCaseError."""
+class _Configuration(ConfigurationManager):
+    """nnU-Net's, for images without labels, whose segmentation is -1 outside of the image and 0 in it: where it is
+    constant, nothing is resampled, and otherwise one image instead of two labels, with the same result."""
 
-    def __init__(self, channels: tuple[str, ...]):
+    @property
+    def resampling_fn_seg(self):
+        resample = super().resampling_fn_seg
+
+        def resample_mask(seg, new_shape, *spacings):
+            if seg.min() == seg.max():
+                return np.full((len(seg), *new_shape), seg.flat[0])
+            # nnU-Net's default does not decide as its interpolation of images
+            if self.configuration["resampling_fn_seg"] != TORCH_FUNCTION:
+                return resample(seg, new_shape, *spacings)
+            outside = self.resampling_fn_probabilities(seg.astype(np.float32), new_shape, *spacings) <= -0.5
+            return np.where(outside, np.int8(-1), np.int8(0))
+
+        return resample_mask
+
+
+class _CheckedPreprocessor(DefaultPreprocessor):
+    """nnU-Net's preprocessor; whatever is wrong with the images is a BrokenCaseError. `scratch`: for inflated files."""
+
+    def __init__(self, channels: tuple[str, ...], scratch: Path):
         super().__init__(verbose=False)
-        self.channels = channels
+        self.channels, self.scratch = channels, scratch
         # what the reader said of a case that it could read
         self.said = ""
 
     def run_case(self, image_files, seg_file, plans_manager, *args, **kwargs):
-        with naming_reason(plans_manager.image_reader_writer_class, image_files) as self._printed:
-            check_files(image_files)
-            data, seg, properties = super().run_case(image_files, seg_file, plans_manager, *args, **kwargs)
+        reader = plans_manager.image_reader_writer_class
+        with checked_files(image_files, self.scratch) as files, naming_reason(reader, image_files) as self._printed:
+            data, seg, properties = super().run_case(files, seg_file, plans_manager, *args, **kwargs)
             check_finite(data)
             check_contrast(data, self.channels)
             return data, seg, properties
@@ -171,11 +227,11 @@ def preprocess_case(
         UserError: the disk is full or not writable.
     """
     plans = PlansManager(str(plans_file))
-    configuration = plans.get_configuration(CONFIGURATION)
+    configuration = _Configuration(plans.get_configuration(CONFIGURATION).configuration)
     try:
         with TemporaryDirectory(dir=unfinished) as temporary:
             written = Path(temporary) / case
-            preprocessor = _CheckedPreprocessor(channels)
+            preprocessor = _CheckedPreprocessor(channels, unfinished)
             # the segmentation is None, always: no label may reach pretraining
             preprocessor.run_case_save(str(written), list(images), None, plans, configuration, {})
             for end in CASE_FILES:

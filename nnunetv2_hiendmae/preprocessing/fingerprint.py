@@ -4,15 +4,16 @@ import json
 import logging
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
-from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.files import telling_disk_errors, write_text
 from nnunetv2_hiendmae.planning import dataset
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_fingerprint
 from nnunetv2_hiendmae.planning.labels import extract_fingerprint
@@ -22,6 +23,8 @@ from nnunetv2_hiendmae.preprocessing.cases import BrokenCase
 
 # between air with most of the lung and everything else, in HU
 CT_BODY_HU = -500.0
+# of nnU-Net's draw of voxels for statistics
+_NNUNET_SEED = 1234
 # over all cases together: enough for half-percent percentiles, and small enough for any machine
 STATISTIC_VOXELS = 1_000_000
 
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 def ensure_fingerprint(
-    raw: RawDataset, num_processes: int, reader: Reader | None = None
+    raw: RawDataset, num_processes: int, reader: Reader | None = None, scratch: Path | None = None
 ) -> tuple[dict[str, Any], list[BrokenCase]]:
     """The dataset's fingerprint, made and written to `$nnUNet_preprocessed/<dataset>/` if there is none yet.
 
@@ -42,6 +45,7 @@ def ensure_fingerprint(
 
     Args:
         reader: of the images; None: nnU-Net's choice.
+        scratch: folder for inflated files; None: the system's.
 
     Returns:
         The fingerprint and the broken cases; none are named when an existing fingerprint is reused.
@@ -55,7 +59,7 @@ def ensure_fingerprint(
     if existing is not None:
         return existing, []
     reader = reader or choose_reader(raw)
-    analyse = partial(_analyse, reader, raw.channels, max(1, STATISTIC_VOXELS // len(raw.cases)))
+    analyse = partial(_analyse, reader, scratch, raw.channels, max(1, STATISTIC_VOXELS // len(raw.cases)))
     jobs = {(raw.name, case): partial(analyse, images) for case, images in raw.cases.items()}
     analyses, broken = cases.map_cases(jobs, num_processes, f"{raw.name} fingerprint")
     if not analyses:
@@ -86,19 +90,21 @@ def body_mask(channel: np.ndarray, name: str) -> np.ndarray:
     return mask if mask.any() else np.ones_like(mask)
 
 
-def _analyse(reader: Reader, channels: tuple[str, ...], samples: int, images: Sequence[str]) -> Analysis:
-    with naming_reason(reader, images):
-        cases.check_files(images)
-        data, properties = reader().read_images(list(images))
+def _analyse(
+    reader: Reader, scratch: Path | None, channels: tuple[str, ...], samples: int, images: Sequence[str]
+) -> Analysis:
+    space = telling_disk_errors(scratch / "inflated" if scratch else Path(gettempdir()) / "inflated")
+    with space, cases.checked_files(images, scratch) as files, naming_reason(reader, images):
+        data, properties = reader().read_images(files)
         cases.check_volume(data, properties["spacing"], channels)
         whole = data[0].size
-        data, _, _ = crop_to_nonzero(data)
+        # the box of nnU-Net's crop_to_nonzero, which fills holes, too: that changes no box
+        box = bounding_box_to_slice(get_bbox_from_mask((data != 0).any(axis=0)))
+        data = data[(slice(None), *box)]
         intensities = []
         for channel, name in zip(data, channels, strict=True):
-            # a mask of its own for each channel: the body of a CT says little about a PET
-            (values,), _ = DatasetFingerprintExtractor.collect_foreground_intensities(
-                body_mask(channel, name)[None], channel[None], num_samples=samples
-            )
+            # a mask of its own for each channel: the body of a CT says little about a PET; drawn as nnU-Net draws them
+            values = np.random.RandomState(_NNUNET_SEED).choice(channel[body_mask(channel, name)], samples)
             intensities.append(values)
         return list(data.shape[1:]), [float(s) for s in properties["spacing"]], intensities, data[0].size / whole
 

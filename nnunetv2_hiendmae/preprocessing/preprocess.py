@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,16 +19,17 @@ from nnunetv2_hiendmae.files import locked, write_text
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
+    CONFIGURATION,
     array_settings,
     check_plans_name,
     data_folder,
+    is_preprocessed,
     make_plans,
     read_plans,
     save_plans,
 )
-from nnunetv2_hiendmae.planning.readers import choose_reader
+from nnunetv2_hiendmae.planning.readers import Reader, choose_readers
 from nnunetv2_hiendmae.preprocessing.cases import (
-    CASE_FILES,
     BrokenCase,
     Key,
     map_cases,
@@ -37,7 +38,7 @@ from nnunetv2_hiendmae.preprocessing.cases import (
 )
 from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import read_metadata
 
 # of the encoder that the plans name, where no file does
@@ -45,6 +46,8 @@ DEFAULT_PRESET = "vit_base_p16"
 RULE = "nnU-Net's rule"
 # factor between the spacing of images and of arrays
 FAR = 3
+# how long to wait for a lock that is held only to be looked at
+_LOOK_S = 10
 
 logger = logging.getLogger(__name__)
 
@@ -92,43 +95,67 @@ def preprocess_datasets(
     spec, recipe = _wanted(options, channels)
     for raw in raws:
         check_plans_name(raw.name, options.plans_name, for_pretraining=True)
+    readers = choose_readers(raws, recipe.volume.image_reader_writer)
     with ExitStack() as stack:
         for raw in raws:
-            lock = nnunet_folder("nnUNet_preprocessed") / raw.name / f".{options.plans_name}.lock"
-            in_use = f"another process is preprocessing {raw.name} with {options.plans_name}; wait for it to end"
-            stack.enter_context(locked(lock, in_use))
-        return _preprocess(raws, options, spec, recipe, stack)
+            _keep_for_this_process(raw, options, stack)
+        scratches = {raw.name: _scratch(raw, options, stack) for raw in raws}
+        with ExitStack() as planning:
+            for raw in raws if options.part else ():
+                folder, name = _folder(raw), options.plans_name
+                # the first part makes fingerprint and plans, the others wait for it
+                planning.enter_context(locked(folder / f".{name}.planning.lock", "", timeout_s=-1))
+            planned = [
+                _plan(raw, reader, options, spec, recipe, scratches[raw.name])
+                for raw, reader in zip(raws, readers, strict=True)
+            ]
+        return _preprocess(planned, options, scratches)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A dataset whose plans are written; `broken`: what the fingerprint found."""
+
+    raw: RawDataset
+    plans: Path
+    broken: list[BrokenCase]
+
+
+def _plan(
+    raw: RawDataset, reader: Reader, options: PreprocessOptions, spec: EncoderSpec, recipe: MethodRecipe, scratch: Path
+) -> _Planned:
+    """Fingerprint and plans of a dataset: whatever can be refused is refused before hours of work begin."""
+    volume = replace(recipe.volume, image_reader_writer=reader.__name__)
+    logger.info("%s: %s", raw.name, _told_settings(raw, volume, options, recipe.volume.image_reader_writer))
+    fingerprint, broken = ensure_fingerprint(raw, options.num_processes, reader, scratch)
+    with_labels = not fingerprint.get(LABEL_FREE_KEY)
+    by_dataset = recipe.volume.window_hu is None and recipe.volume.scheme_of_all is None
+    if by_dataset and with_labels and any(map(is_ct, raw.channels)):
+        raise UserError(
+            f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
+            f"pretraining must not see labels; give --window LO HI"
+        )
+    _warn_if_far(raw, fingerprint, volume, options.spacing_mm)
+    return _Planned(raw, _ensure_plans(raw, options.plans_name, spec, replace(recipe, volume=volume)), broken)
 
 
 def _preprocess(
-    raws: list[RawDataset], options: PreprocessOptions, spec: EncoderSpec, recipe: MethodRecipe, stack: ExitStack
+    planned: list[_Planned], options: PreprocessOptions, scratches: Mapping[str, Path]
 ) -> PreprocessSummary:
     jobs: dict[Key, Callable[[], str]] = {}
     finished: set[Key] = set()
     broken: list[BrokenCase] = []
-    # everything that can be refused is refused before hours of work begin
-    for raw in raws:
-        reader = choose_reader(raw, recipe.volume.image_reader_writer)
-        volume = replace(recipe.volume, image_reader_writer=reader.__name__)
-        logger.info("%s: %s", raw.name, _told_settings(raw, volume, options, recipe.volume.image_reader_writer))
-        fingerprint, found = ensure_fingerprint(raw, options.num_processes, reader)
-        broken += found
-        with_labels = not fingerprint.get(LABEL_FREE_KEY)
-        by_dataset = recipe.volume.window_hu is None and recipe.volume.scheme_of_all is None
-        if by_dataset and with_labels and any(map(is_ct, raw.channels)):
-            raise UserError(
-                f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
-                f"pretraining must not see labels; give --window LO HI"
-            )
-        _warn_if_far(raw, fingerprint, volume, options.spacing_mm)
-        plans = _ensure_plans(raw, options.plans_name, spec, replace(recipe, volume=volume))
+    number, parts = options.number_of_parts
+    for raw, plans, found in ((p.raw, p.plans, p.broken) for p in planned):
         folder = data_folder(plans)
-        unfinished = _unfinished_folder(folder, stack)
-        for case, images in raw.cases.items():
-            if all((folder / f"{case}{end}").is_file() for end in CASE_FILES):
+        folder.mkdir(exist_ok=True)
+        mine = list(raw.cases)[number - 1 :: parts]
+        broken += [b for b in found if b[1] in mine]
+        for case in mine:
+            if is_preprocessed(folder, case):
                 finished.add((raw.name, case))
                 continue
-            job = partial(preprocess_case, case, images, raw.channels, plans, folder, unfinished)
+            job = partial(preprocess_case, case, raw.cases[case], raw.channels, plans, folder, scratches[raw.name])
             jobs[raw.name, case] = job
     if finished:
         logger.info("%d cases are finished already", len(finished))
@@ -139,10 +166,52 @@ def _preprocess(
     for (name, case), said in done.items():
         if said:
             logger.warning("%s %s: its reader says: %s", name, case, said)
-    for raw in raws:
-        if raw.name not in {name for name, _ in (*finished, *done)}:
-            refuse_if_nothing_left(raw.name, [b for b in broken if b[0] == raw.name])
+    for name in (p.raw.name for p in planned):
+        of_this = [b for b in broken if b[0] == name]
+        if of_this and name not in {n for n, _ in (*finished, *done)} and parts == 1:
+            refuse_if_nothing_left(name, of_this)
     return PreprocessSummary(len(done), len(finished), tuple(broken))
+
+
+def _keep_for_this_process(raw: RawDataset, options: PreprocessOptions, stack: ExitStack) -> None:
+    """Locks a dataset's arrays, or one part of them, until `stack` ends. A part keeps its own lock and looks at that of
+    the whole, the whole keeps its own and looks at those of the parts: whoever comes second is refused."""
+    folder, name = _folder(raw), options.plans_name
+    whole = folder / f".{name}.lock"
+    busy = f"another process is preprocessing {raw.name} with {name}; wait for it to end"
+    if options.part is None:
+        stack.enter_context(locked(whole, f"{busy}, or share the work: --part K/N"))
+        for lock in folder.glob(f".{name}.part-*.lock"):
+            with locked(lock, busy):
+                pass
+        return
+    part = f"part-{'-of-'.join(map(str, options.number_of_parts))}"
+    own = f"another process is preprocessing part {options.part} of {raw.name} with {name}; wait for it to end"
+    stack.enter_context(locked(folder / f".{name}.{part}.lock", own))
+    # other parts hold it for a moment
+    with locked(whole, busy, timeout_s=_LOOK_S):
+        pass
+
+
+def _folder(raw: RawDataset) -> Path:
+    return nnunet_folder("nnUNet_preprocessed") / raw.name
+
+
+def _scratch(raw: RawDataset, options: PreprocessOptions, stack: ExitStack) -> Path:
+    """Where cases are written before they are moved: nnU-Net allows nothing but cases in the folder of the arrays."""
+    ours = f".{options.plans_name}_{CONFIGURATION}"
+    scratch = _folder(raw) / f"{ours}.partial"
+    # the lock is ours, so what lies there was left by a process that was killed
+    left = [scratch, *_folder(raw).glob(f"{ours}.part-*.partial")]
+    if options.part is not None:
+        number, parts = options.number_of_parts
+        scratch = scratch.with_name(f"{ours}.part-{number}-of-{parts}.partial")
+        left = [scratch]
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+    return scratch
 
 
 def _common_channels(raws: list[RawDataset]) -> tuple[str, ...]:
@@ -167,13 +236,14 @@ def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[Enco
     else:
         raise UserError(f"--like '{like}' is neither a method ({', '.join(RECIPES)}) nor an existing encoder file")
     try:
-        volume = recipe.volume.overridden(options.spacing_mm, options.window_hu)
+        volume = recipe.volume.overridden(options.spacing_mm, options.window_hu, options.interpolation)
     except (ValueError, TypeError) as e:
         raise UserError(f"{e}; check --spacing and --window") from e
     others = [name for name in channels if not is_ct(name)]
     if volume.window_hu is not None and others:
         window = "the window {:g} to {:g} HU is for CT channels".format(*volume.window_hu)
         logger.warning(f"{window}; nnU-Net's normalisation stays for: {', '.join(others)}")
+    volume = replace(volume, interpolation=volume.interpolation or DEFAULT_INTERPOLATION)
     return spec.with_(in_channels=len(channels)), replace(recipe, volume=volume)
 
 
@@ -189,7 +259,7 @@ def _told_settings(raw: RawDataset, volume: VolumeFormat, options: PreprocessOpt
     if any(map(is_ct, raw.channels)):
         told = "window {:g} to {:g} HU".format(*window) if window else volume.scheme_of_all or "window of the dataset"
         facts.append((told, options.window_hu, window or volume.scheme_of_all))
-    facts.append(("cubic interpolation, nearest between thick slices", None, None))
+    facts.append((f"{volume.interpolation} interpolation", options.interpolation, volume.interpolation))
     facts.append((f"reader {volume.image_reader_writer}", None, volume.image_reader_writer == wanted))
     return "; ".join(f"{what} ({'given' if given else whose if likes else RULE})" for what, given, likes in facts)
 
@@ -230,14 +300,3 @@ def _ensure_plans(raw: RawDataset, plans_name: str, spec: EncoderSpec, recipe: M
         told = ", ".join(f"{key} {old[key]}, now {new[key]}" for key in changed)
         raise UserError(f"{folder} was made with other settings: {told}; choose another name with -p or delete it")
     return save_plans(plans)
-
-
-def _unfinished_folder(folder: Path, stack: ExitStack) -> Path:
-    """Where cases are written before they are moved to `folder`: nnU-Net allows nothing but cases in there."""
-    folder.mkdir(exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    # the lock is ours, so what lies there was left by a process that was killed
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
-    return unfinished

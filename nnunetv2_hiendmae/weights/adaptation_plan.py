@@ -37,6 +37,8 @@ class _Configuration(TypedDict):
     patch_size: NotRequired[Shape | None]
     normalization_schemes: Annotated[list[str], Field(min_length=1)]
     use_mask_for_norm: NotRequired[bool | list[bool] | None]
+    resampling_fn_data: NotRequired[str]
+    resampling_fn_data_kwargs: NotRequired[dict[str, Any]]
 
 
 class _PretrainPlan(TypedDict):

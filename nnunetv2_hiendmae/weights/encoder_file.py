@@ -29,7 +29,7 @@ _DTYPES |= {torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool:
 _KEYS = (
     *("spec", "method", "spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer"),
     *("orientation", "citations", "intensity_offset", "intensity_scale", "licence", "source", "source_sha256"),
-    *("training", "notes", "version"),
+    *("training", "notes", "version", "interpolation"),
 )
 
 

@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec, PrimusEncoder
 from nnunetv2_hiendmae.architectures.primus import MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat, resampling
 from nnunetv2_hiendmae.weights.adaptation_plan import CITATIONS, PLAN, PRIMUS_X
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY
@@ -24,8 +24,6 @@ NNSSL_TARGET = "nnssl"
 # what nnssl's list of citations calls such an entry
 _CITED = "Pre-Training Method"
 _ZSCORE = "ZScoreNormalization"
-# nnU-Net's default, as nnssl's planner writes it; how this encoder's images were resampled, nnU-Net's door does not ask
-_RESAMPLING = {"order_z": 0, "force_separate_z": None}
 
 
 def export_nnssl(
@@ -87,17 +85,15 @@ def _plan(spec: EncoderSpec, seen: VolumeFormat) -> dict[str, Any]:
     spacing = None if seen.spacing_mm is None else list(seen.spacing_mm)
     # nnssl's names of a style; with each the spacing that counts stands beside it
     style = "noresample" if spacing is None else "onemmiso" if set(spacing) == {1.0} else "median"
-    resample = "resample_data_or_seg_to_shape"
+    entries = resampling(seen.interpolation or DEFAULT_INTERPOLATION)
     configuration = {
         "data_identifier": f"nnsslPlans_{style}",
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": style,
         "normalization_schemes": [*seen.normalization_schemes] or [_ZSCORE] * channels,
         "use_mask_for_norm": False,
-        "resampling_fn_data": resample,
-        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **_RESAMPLING},
-        "resampling_fn_mask": resample,
-        "resampling_fn_mask_kwargs": {"is_seg": True, "order": 1, **_RESAMPLING},
+        # nnssl's masks are nnU-Net's segmentations
+        **{key.replace("_seg", "_mask", 1): value for key, value in entries.items() if "probabilities" not in key},
         "spacing": spacing,
         "patch_size": crop,
     }

@@ -78,7 +78,7 @@ class WeightFormat:
     value: Callable[[str, Tensor, EncoderSpec], tuple[Tensor, str]] | None = None
     dropped: tuple[tuple[str, str], ...] = _MAE_DROPPED
     library: bool = False
-    seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
+    seen: VolumeFormat = VolumeFormat(orientation=UNKNOWN, interpolation=None)
     licence: str = "not known"
     only: Callable[[str, str, Collection[str]], bool] = lambda _key, _prefix, _names: True
     prefix: str = ""

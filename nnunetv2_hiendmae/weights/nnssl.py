@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.options.commands import HWD, WHD, ConvertOptions
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import VolumeFormat, interpolation_of
 from nnunetv2_hiendmae.weights.adaptation_plan import PLAN, PRIMUS_X, checked_kwargs, citations_in, read_plan
 from nnunetv2_hiendmae.weights.checkpoint_io import is_weight
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata
@@ -54,7 +54,7 @@ class PrimusSource:
     num_heads: int | None = None
     img_size: tuple[int, int, int] | None = None
     order: tuple[int, ...] | None = None
-    volume: VolumeFormat = VolumeFormat(orientation=UNKNOWN)
+    volume: VolumeFormat = VolumeFormat(orientation=UNKNOWN, interpolation=None)
     citations: tuple[str, ...] = ()
     licence: str = "not stated in the file"
     method: str | None = None
@@ -164,8 +164,9 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
         image_reader_writer=reader,
         # of all channels alike, whatever they are called: see `VolumeFormat.scheme_of_all`
         normalization_schemes=(scheme,) if known else (),
-        # and resampled by nnU-Net's default function, as nnssl's planner writes it
         orientation=f"as {reader} reads it" if reader else UNKNOWN,
+        # the functions have nnU-Net's names
+        interpolation=interpolation_of(configuration),
     )
     back, volume = _transposed(forward, volume)
     return PrimusSource(

@@ -41,7 +41,7 @@ def test_nnunet_reads_the_plans_and_builds_the_network(nnunet, toy, capsys):
     configuration = manager.get_configuration("3d_fullres")
     assert list(manager.available_configurations) == ["3d_fullres"]
     assert configuration.patch_size == [24, 24, 24] and configuration.batch_size == 3
-    assert configuration.data_identifier == "P_3d_fullres"
+    assert configuration.data_identifier.startswith("hiendmae_3d_fullres_")
     assert manager.transpose_forward == [0, 1, 2]
     assert manager.experiment_planner_class.__name__ == "ExperimentPlanner"
     network = get_network_from_plans(

@@ -101,6 +101,9 @@ def test_the_plan_has_every_key_of_nnssls(tmp_path):
     plan = ours["nnssl_adaptation_plan"]
     configuration = plan["pretrain_plan"]["configurations"]["onemmiso"]
     assert configuration["spacing"] == [1.0, 1.0, 1.0] and configuration["patch_size"] == [16, 24, 32]
+    recorded = theirs["nnssl_adaptation_plan"]["pretrain_plan"]["configurations"]["noresample"]
+    for key in (key for key in recorded if key.startswith("resampling")):
+        assert configuration[key] == recorded[key], key
     assert plan["architecture_plans"]["arch_class_name"] == "PrimusX"
     assert ours["citations"][0]["bibtex_citations"] == ["@a{b}"]
     assert json.loads(json.dumps(plan)) == plan

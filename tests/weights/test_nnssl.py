@@ -178,6 +178,17 @@ def test_what_the_plan_says_of_images_licence_and_citations(tmp_path):
     assert any("2503.01835" in text for text in cited) and any("2412.17041" in text for text in cited)
 
 
+@pytest.mark.parametrize(("order", "interpolation"), [(3, "nnunet"), (2, None)])
+def test_how_images_were_resampled(tmp_path, order, interpolation):
+    def change(content):
+        configuration = next(iter(plan_of(content)["pretrain_plan"]["configurations"].values()))
+        configuration["resampling_fn_data_kwargs"]["order"] = order
+
+    source = changed(PrimusFixture("nnssl_evamae"), tmp_path, change)
+    metadata = translate_checkpoint(source, ConvertOptions(num_heads=3)).metadata
+    assert metadata.volume.interpolation == interpolation
+
+
 @pytest.mark.parametrize("scheme", ["NoNormalization", "CTNormalization", "SomethingElse"])
 def test_normalisations_that_nnunet_cannot_do_alike(tmp_path, scheme):
     def change(content):
