@@ -169,7 +169,7 @@ class ViTUNETR(SegmentationNetwork):
     """
 
     encoder_classes = (ViTEncoder, PrimusEncoder)
-    trainers = "nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
+    trainers = "nnUNetTrainer_Pretrained, nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
 
     @classmethod
     def check_spec(cls, spec: EncoderSpec) -> None:

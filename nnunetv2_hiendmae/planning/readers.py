@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.planning.dataset import RawDataset
 
 NNUNETS_CHOICE = "auto"
@@ -36,7 +36,7 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
 
     Args:
         wanted: name of the one that the encoder was trained with; it or its twin is taken where that reads the first
-            readable image, unless dataset.json asks for another one.
+            readable image, unless dataset.json asks for another one. One that nnU-Net does not have is warned about.
         given: what the user asks for, `NNUNETS_CHOICE` or a name.
 
     Raises:
@@ -49,15 +49,19 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
             raise UserError(f"reader {given} cannot read {ending}; leave --reader out to let nnU-Net choose")
         return reader
     if given is None and wanted is not None:
+        # the text of a file that nobody vouches for
+        wanted = printable(wanted)
         if own not in ("None", *_twins(wanted)):
             told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
             mend = f"check that it gives the same orientation, or let {READER_KEY} in dataset.json be {wanted}"
             logger.warning(f"{told}: the dataset's is used, {mend}")
-        elif own == "None" and (reader := _first_that_reads(raw, map(find_reader, _twins(wanted)))):
-            return reader
         elif own == "None":
+            known = [reader for name in _twins(wanted) if (reader := _reader_of(name))]
+            if reader := _first_that_reads(raw, known):
+                return reader
+            told = f"{wanted} cannot read {ending}" if known else f"nnU-Net has no reader {wanted}"
             mend = "check that the orientation is the same as in pretraining"
-            logger.warning(f"{wanted} cannot read {ending}: nnU-Net's own reader is used, {mend}")
+            logger.warning(f"{told}: nnU-Net's own reader is used, {mend}")
     if own != "None":
         return find_reader(own)
     reader = _first_that_reads(raw, LIST_OF_IO_CLASSES)
@@ -139,12 +143,19 @@ def find_reader(name: str) -> Reader:
     Raises:
         UserError: there is none.
     """
+    if reader := _reader_of(name):
+        return reader
+    known = ", ".join((*_AS_STORED, *REORIENTING))
+    told = f"nnU-Net has no image reader '{printable(name)}', needed one such as {known}"
+    raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json")
+
+
+def _reader_of(name: str) -> Reader | None:
+    """nnU-Net's reader of that name; None: there is none."""
     try:
         return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as e:
-        known = ", ".join((*_AS_STORED, *REORIENTING))
-        told = f"nnU-Net has no image reader '{name}', needed one such as {known}"
-        raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json") from e
+    except RuntimeError:
+        return None
 
 
 @contextmanager

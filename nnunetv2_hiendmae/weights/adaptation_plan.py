@@ -81,6 +81,9 @@ def checked_kwargs(plan: AdaptationPlan, found: ForeignEncoder) -> dict[str, Any
         kwargs = validated(_Kwargs, json.dumps(architecture.get("arch_kwargs") or {}, default=str))
     except ValueError as e:
         raise UserError(f"the arch_kwargs in its {PLAN} are damaged ({e}); download the file again") from e
+    if kwargs["embed_dim"] % kwargs["encoder_eva_numheads"]:
+        told = f"{kwargs['encoder_eva_numheads']} heads at width {kwargs['embed_dim']}"
+        raise UserError(f"the arch_kwargs in its {PLAN} are damaged ({told}); download the file again")
     blocks = {match[0] for match in map(re.compile(r"eva\.blocks\.\d+\.").match, found.names) if match}
     kernel = found.names.get("down_projection.proj.weight")
     shape = tuple(found.state[kernel].shape) if kernel else ()
@@ -97,6 +100,8 @@ def citations_in(content: Mapping[str, Any]) -> tuple[str, ...]:
     """All texts of nnssl's list of citations, BibTeX or not."""
     listed = content.get(CITATIONS)
     entries = [entry for entry in listed if isinstance(entry, Mapping)] if isinstance(listed, list | tuple) else []
-    kinds = ("bibtex_citations", "apa_citations")
-    texts = [text for entry in entries for kind in kinds for text in entry.get(kind) or () if isinstance(text, str)]
-    return tuple(dict.fromkeys(printable(text, 2000) for text in texts))
+    found = [entry.get(kind) for entry in entries for kind in ("bibtex_citations", "apa_citations")]
+    # a text alone, where nnssl has a list of them
+    texts = [[texts] if isinstance(texts, str) else texts for texts in found if isinstance(texts, str | list | tuple)]
+    told = (text for listed in texts for text in listed if isinstance(text, str))
+    return tuple(dict.fromkeys(printable(text, 2000) for text in told))

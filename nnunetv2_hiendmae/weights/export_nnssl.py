@@ -44,7 +44,7 @@ def export_nnssl(
     spec = metadata.spec
     _check(spec)
     content = {
-        NETWORK: {theirs(name): tensor.detach().contiguous() for name, tensor in state.items()},
+        NETWORK: {theirs(name): _alone(tensor) for name, tensor in state.items()},
         PLAN: _plan(spec, metadata.volume),
         CITATIONS: [
             {"type": "Pre-Training Method", "name": metadata.method, "bibtex_citations": [*metadata.citations]}
@@ -64,6 +64,12 @@ def export_nnssl(
         "the plan says noresample: this encoder saw images at spacings of their own": seen.spacing_mm is None,
     }
     return replace(report, records=records), tuple(note for note, applies in notes.items() if applies)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """A tensor without the rest of the storage that it is a view of, which `torch.save` would write too."""
+    plain = tensor.detach().contiguous()
+    return plain if plain.untyped_storage().nbytes() == plain.numel() * plain.element_size() else plain.clone()
 
 
 def _check(spec: EncoderSpec) -> None:

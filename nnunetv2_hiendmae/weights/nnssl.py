@@ -43,6 +43,7 @@ class PrimusSource:
     Args:
         token_order: one of `TOKEN_ORDERS`; `why` says who decided.
         num_heads, img_size: in the file's axes; None: it does not say.
+        planned: whether there is a plan, which says how arrays lie.
         order: old axis of each axis of the volume, where the program transposed what it read; None: it did not.
         volume: how images became arrays, in the axes of the volume.
         notes: what a user should look at, in sentences.
@@ -53,6 +54,7 @@ class PrimusSource:
     why: str
     num_heads: int | None = None
     img_size: tuple[int, int, int] | None = None
+    planned: bool = False
     order: tuple[int, ...] | None = None
     volume: VolumeFormat = VolumeFormat(orientation=UNKNOWN, interpolation=None)
     citations: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ class PrimusSource:
 
     def options(self, said: ConvertOptions) -> ConvertOptions:
         """What was said and what the file says, in one; UserError where they contradict each other."""
-        if said.axes == "xyz" and self.img_size is not None:
+        if said.axes == "xyz" and self.planned:
             raise UserError("--axes xyz: the plan in the file says how its arrays lie; leave it out")
         for name in ("num_heads", "img_size"):
             ours, theirs = getattr(said, name), getattr(self, name)
@@ -135,10 +137,9 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
     check_stem(list(found.names))
     kwargs = checked_kwargs(plan, found) if arch == PRIMUS_X else {}
     crops = (plan.get("pretrain_patch_size"), kwargs.get("input_shape"), configuration.get("patch_size"))
-    crop = options.img_size or next((tuple(crop) for crop in crops if crop), None)
+    crop = _crop(next((tuple(crop) for crop in crops if crop), None), options.img_size, found)
     trainer = content.get(TRAINER)
     order, why = _order(arch, trainer, found) if options.token_order is None else (options.token_order, _SAID)
-    _check_crop(crop, found)
     forward = pretraining.get("transpose_forward") or [0, 1, 2]
     scheme, style = configuration["normalization_schemes"][0], configuration.get("spacing_style")
     known = scheme in _SCHEMES
@@ -175,8 +176,9 @@ def _of_nnssl(content: Mapping[str, Any], options: ConvertOptions) -> PrimusSour
         why,
         kwargs.get("encoder_eva_numheads"),
         crop,
-        back,
-        volume,
+        planned=True,
+        order=back,
+        volume=volume,
         citations=citations_in(content) or _CITATIONS,
         licence=_NNFOUNDATION if arch == PRIMUS_X else _OPENMIND,
         notes=tuple(note for note, applies in notes.items() if applies),
@@ -205,19 +207,29 @@ def _under_the_plans_key(content: Mapping[str, Any], key: str | None) -> Foreign
     return ForeignEncoder(NNSSL, (NETWORK,), wanted, names, outside, state)
 
 
-def _check_crop(crop: tuple[int, ...] | None, found: ForeignEncoder) -> None:
-    """Refuses a plan's crop whose grid has not the positions of the file (UserError)."""
+def _crop(
+    planned: tuple[int, ...] | None, said: tuple[int, ...] | None, found: ForeignEncoder
+) -> tuple[int, ...] | None:
+    """The plan's crop; that which was said where the plan's has not the positions of the file. UserError: neither
+    has."""
     table, kernel = (found.names.get(name) for name in ("eva.pos_embed", "down_projection.proj.weight"))
+    crop = planned or said
     if crop is None or table is None or kernel is None:
-        return
+        return crop
     rows, patch = found.state[table].shape, found.state[kernel].shape[2:]
-    if len(rows) == 3 and len(patch) == 3 and min(patch) > 0:
-        grid = [size / p for size, p in zip(crop, patch, strict=True)]
-        if math.prod(grid) != rows[1] or any(g % 1 for g in grid):
-            raise UserError(
-                f"the crop {crop} gives no grid of the {rows[1]} positions in the file with patches of {tuple(patch)} "
-                "voxels; give the crop that it was pretrained on with --img-size D H W, or download it again"
-            )
+    if len(rows) != 3 or len(patch) != 3 or min(patch) == 0:
+        return crop
+    tokens = found.state[found.names["register_tokens"]] if "register_tokens" in found.names else None
+    # rows of register tokens come first
+    count = rows[1] - (tokens.shape[1] if tokens is not None and tokens.ndim == 3 else 0)
+    for crop in filter(None, (planned, said)):
+        sides = [divmod(size, p) for size, p in zip(crop, patch, strict=True)]
+        if math.prod(whole for whole, _ in sides) == count and not any(rest for _, rest in sides):
+            return crop
+    raise UserError(
+        f"the crop {crop} gives no grid of the {count} positions in the file with patches of {tuple(patch)} voxels; "
+        "give the crop that it was pretrained on with --img-size D H W, or download it again"
+    )
 
 
 _SAID = "you said so"
@@ -265,11 +277,10 @@ def _of_nnunet(content: Mapping[str, Any], found: ForeignEncoder, options: Conve
     if not isinstance(arguments, Mapping) or "plans" not in arguments:
         return plain
     plans, configuration, volume = plans_of(arguments)
-    crop = tuple(configuration["patch_size"])
-    _check_crop(crop, found)
+    crop = _crop(tuple(configuration["patch_size"]), options.img_size, found)
     back, volume = _transposed(plans["transpose_forward"], volume)
     notes = (f"{notes[0]} on {printable(plans['dataset_name'])}",)
-    return replace(plain, img_size=crop, order=back, volume=volume, notes=notes)
+    return replace(plain, img_size=crop, planned=True, order=back, volume=volume, notes=notes)
 
 
 def _transposed(forward: list[int], volume: VolumeFormat) -> tuple[tuple[int, ...] | None, VolumeFormat]:

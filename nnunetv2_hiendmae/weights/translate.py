@@ -144,7 +144,8 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
         raise UserError("; ".join(needed))
     if options.token_order == HWD:
         _reorder_tokens(translation, spec)
-    formula = is_sincos(translation.state["pos_embed"], spec.grid)
+    # of a kind that trains its positions they may be anything, the formula too
+    formula = spec.pos_embed != "learned" and is_sincos(translation.state["pos_embed"], spec.grid)
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")
     if options.axes == "xyz":

@@ -29,7 +29,7 @@ from nnunetv2_hiendmae.planning import finetune, labels
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.plans import CASE_FILES
-from nnunetv2_hiendmae.planning.readers import choose_reader
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.weights import load_encoder, save_encoder
@@ -256,6 +256,16 @@ def test_reader_of_the_file_is_used_where_it_can_read(toy, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert read(plan_finetuning(toy, tif))[0]["image_reader_writer"] == "SimpleITKIO"
     assert "Tiff3DIO cannot read .nii.gz" in caplog.text
+
+
+def test_a_reader_that_nnunet_does_not_have_is_warned_about(toy, tmp_path, caplog):
+    """Other programs have readers of their own; what they call them goes to no terminal as it is."""
+    file = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="BloscIO\x1b[31m")
+    with caplog.at_level(logging.WARNING):
+        assert read(plan_finetuning(toy, file))[0]["image_reader_writer"] == "SimpleITKIO"
+    assert r"nnU-Net has no reader BloscIO\x1b[31m: nnU-Net's own reader is used" in caplog.text
+    with pytest.raises(UserError, match=r"no image reader 'No\\x1bthing'"):
+        find_reader("No\x1bthing")
 
 
 def test_an_orientation_is_kept_by_whichever_reader_can(nnunet, tmp_path, caplog):

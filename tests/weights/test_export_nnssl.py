@@ -138,6 +138,22 @@ def test_the_command_tells_what_nnunets_door_does_to_images(tmp_path, capsys):
     assert first == (tmp_path / "n.pth").read_bytes()
 
 
+def test_views_of_a_larger_storage_are_written_alone(tmp_path):
+    """A program may keep all its numbers in one storage, the decoder's and others among them."""
+    from nnunetv2_hiendmae.weights import ConvertOptions
+
+    content = PrimusFixture("nnssl_simmim").content()
+    weights, storage, at = content["network_weights"], torch.full((1_000_000,), 7.0), 0
+    for name, tensor in weights.items():
+        part = storage[at : at + tensor.numel()].view(tensor.shape)
+        weights[name], at = part.copy_(tensor), at + tensor.numel()
+    torch.save(content, tmp_path / "c.pth")
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "n.pth", ConvertOptions(num_heads=2), to="nnssl")
+    assert done.path.stat().st_size < 4 * at + 50_000
+    exported = torch.load(done.path, weights_only=True)["network_weights"]
+    assert exported and all(torch.equal(tensor, weights[name]) for name, tensor in exported.items())
+
+
 def test_foreign_weights_can_go_on_to_nnssl(tmp_path):
     """OpenMind's own file in nnU-Net's order: the way to its door with right positions."""
     fixture = PrimusFixture("nnssl_evamae")

@@ -11,6 +11,7 @@ from primus_util import PrimusFixture
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import build_encoder
+from nnunetv2_hiendmae.architectures.tokens import sincos_positions
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import ConvertOptions, convert_checkpoint, load_encoder, load_into
@@ -321,6 +322,60 @@ def test_damaged_plans_and_other_networks_are_named(tmp_path, change, told):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [(16, 16, 128), (64, 16, 32)])
+def test_a_crop_that_contradicts_the_plans(tmp_path, size):
+    """As many tokens in another shape: every position would belong to another place."""
+    fixture = PrimusFixture("nnssl_evamae")
+    source = fixture.write(tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"--img-size .*: the plan in the file says \(32, 32, 32\)"):
+        translate_checkpoint(source, ConvertOptions(num_heads=3, img_size=size))
+    # a plan whose own crop cannot be is corrected by what is said
+    plain = translate_checkpoint(source, ConvertOptions(num_heads=3))
+
+    def broken(content):
+        next(iter(plan_of(content)["pretrain_plan"]["configurations"].values()))["patch_size"] = [40, 32, 32]
+
+    source = changed(fixture, tmp_path, broken)
+    said = translate_checkpoint(source, ConvertOptions(num_heads=3, img_size=(32, 32, 32)))
+    assert all(torch.equal(v, said.state[k]) for k, v in plain.state.items())
+
+
+def test_axes_are_the_plans_also_without_a_crop(tmp_path):
+    def change(content):
+        del next(iter(plan_of(content)["pretrain_plan"]["configurations"].values()))["patch_size"]
+
+    source = changed(PrimusFixture("nnssl_evamae"), tmp_path, change)
+    with pytest.raises(UserError, match="--axes xyz: the plan"):
+        translate_checkpoint(source, ConvertOptions(num_heads=3, axes="xyz"))
+
+
+@torch.no_grad()
+def test_register_tokens_of_a_file_with_plans(tmp_path):
+    fixture = PrimusFixture("primus_dna", "reg")
+    content = nnunet_checkpoint(fixture.content("checkpoint_reg.pth"), fixture.spec.img_size)
+    torch.save({**content, "trainer_name": "nnUNet_Primus_M_Trainer"}, tmp_path / "c.pth")
+    done = convert_checkpoint(tmp_path / "c.pth", tmp_path / "e.safetensors", ConvertOptions(num_heads=2))
+    fixture.check("features", load_encoder(done.path)[0].feature_maps(fixture.image)[-1])
+
+
+def test_positions_that_are_the_formula(tmp_path):
+    """A Primus trains its positions, whatever they started from."""
+    table = sincos_positions((4, 4, 4), 36)
+    change = lambda c: c["network_weights"].update({"eva.pos_embed": table})  # noqa: E731
+    source = changed(PrimusFixture("nnssl_evamae"), tmp_path, change)
+    done = translate_checkpoint(source, ConvertOptions(num_heads=3, token_order="whd"))
+    assert done.metadata.spec.pos_embed == "learned" and torch.equal(done.state["pos_embed"], table)
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [({"bibtex_citations": "@a{b}"}, "@a{b}"), ({"bibtex_citations": 5, "apa_citations": ["A", 3]}, "A")],
+)
+def test_citations_of_any_form(tmp_path, entry, told):
+    source = changed(PrimusFixture("nnssl_evamae"), tmp_path, lambda c: c.update(citations=[entry]))
+    assert translate_checkpoint(source, ConvertOptions(num_heads=3)).metadata.citations == (told,)
+
+
 def test_sizes_in_a_plan_must_be_those_of_the_tensors(tmp_path):
     fixture = PrimusFixture("nnfoundation_vit", "large")
 
@@ -329,6 +384,13 @@ def test_sizes_in_a_plan_must_be_those_of_the_tensors(tmp_path):
 
     source = changed(fixture, tmp_path, change, "checkpoint_large.pth")
     with pytest.raises(UserError, match=r"\(36, 8, 8, 8, 40\), its tensors have \(36, 8, 8, 8, 4\)"):
+        translate_checkpoint(source)
+
+    def heads(content):
+        plan_of(content)["architecture_plans"]["arch_kwargs"]["encoder_eva_numheads"] = 5
+
+    source = changed(fixture, tmp_path, heads, "checkpoint_large.pth")
+    with pytest.raises(UserError, match=r"arch_kwargs.*5 heads at width 36"):
         translate_checkpoint(source)
 
 
@@ -366,7 +428,7 @@ def test_convolutional_stems_are_refused_by_name(tmp_path, names, version):
         ({"num_heads": 3, "format": "timm"}, "--format timm.*nnssl's"),
         ({"num_heads": 3, "method": "mae3d"}, "--method mae3d"),
         ({"num_heads": 3, "axes": "xyz"}, "--axes xyz: the plan"),
-        ({"num_heads": 3, "img_size": (16, 16, 16)}, "64 positions"),
+        ({"num_heads": 3, "img_size": (16, 16, 16)}, r"the plan in the file says \(32, 32, 32\)"),
         ({"num_heads": 3, "patch_size": (4, 4, 4)}, "patches are"),
         ({"num_heads": 3, "use_teacher": True}, "--use-teacher"),
     ],
