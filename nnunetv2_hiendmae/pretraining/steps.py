@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import STATE, STEP
-from nnunetv2_hiendmae.optim import parameter_groups
+from nnunetv2_hiendmae.optim import adamw, parameter_groups
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training import run
@@ -60,7 +60,7 @@ class Learner:
     def set_up(cls, fabric: Fabric, settings: PretrainSettings, method: Method) -> "Learner":
         """Puts the method on its device, with a fresh optimizer."""
         groups = parameter_groups(method, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        optimizer = adamw(groups, settings.lr, settings.betas)
         return cls(fabric, settings, method, *fabric.setup(method, optimizer))
 
     @property
