@@ -9,7 +9,7 @@ from torch.optim import AdamW, Optimizer
 
 # docs/methods.md, "Shared building blocks"; timm itself leaves one-dimensional tensors, biases and norms, without decay
 NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
-# devices with AdamW in one kernel: all that our commands know; PyTorch's default, a loop, takes a third of a step on a CPU
+# with AdamW in one kernel; PyTorch's default, a loop, takes a third of a step on a CPU
 FUSED_DEVICES = ("cuda", "cpu", "mps")
 
 

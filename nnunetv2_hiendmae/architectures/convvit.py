@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import layers
+from nnunetv2_hiendmae.architectures.depthwise import DepthwiseConv3d
 from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
-from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
+from nnunetv2_hiendmae.architectures.tokens import resample_positions, take_tokens, token_grid
 
 # the transformer's norms use the spec's epsilon, all others PyTorch's default
 CONV_NORM_EPS = 1e-5
@@ -19,8 +20,11 @@ HALF = (2, 2, 2)
 
 
 def channels_last_patches(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """(B, D, H, W, C) → (B, N, P), as `patchify`."""
-    return patchify(x.movedim(-1, 1), patch_size)
+    """(B, D, H, W, C) → (B, N, P), as `patchify`; gradients stay channels-last."""
+    b, *size, c = x.shape
+    (pd, ph, pw), (gd, gh, gw) = patch_size, token_grid(size, patch_size)
+    x = x.reshape(b, gd, pd, gh, ph, gw, pw, c)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, gd * gh * gw, pd * ph * pw * c)
 
 
 def hidden_voxels(idx_keep: Tensor, grid: list[int], factor: int) -> Tensor:
@@ -59,7 +63,7 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=CONV_NORM_EPS)
         self.pw1 = nn.Linear(width, width)
-        self.dw = nn.Conv3d(width, width, kernel_size=5, padding=2, groups=width)
+        self.dw = DepthwiseConv3d(width, kernel_size=5)
         self.pw2 = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=CONV_NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
