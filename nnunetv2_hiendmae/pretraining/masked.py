@@ -144,7 +144,7 @@ def patch_targets(
     Returns:
         (B, N − K, P), float32.
     """
-    patches = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, visible:]).float()
+    patches = tk.take_patches(image, spec.patch_size, ids_shuffle[:, visible:]).float()
     return tk.normalize_patches(patches, unbiased) if normalize else patches
 
 
@@ -170,7 +170,7 @@ def picture(
         hidden = patch_targets(image, ids_shuffle, visible, spec, normalize=False)
         var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
-    shown = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
+    shown = tk.take_patches(image, spec.patch_size, ids_shuffle[:, :visible]).float()
 
     def assemble(visible: Tensor, masked: Tensor) -> Tensor:
         tokens = torch.cat([visible, masked], dim=1)
