@@ -48,6 +48,8 @@ def relative_index(grid: list[int], device: torch.device) -> Tensor:
 class NormedEmbed(PatchEmbed):
     """Patches of 2³ voxels → norm → GELU: (B, K, P) → (B, K, out)."""
 
+    segments = ("forward",)
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, HALF)
         self.norm = nn.LayerNorm(out_channels, eps=CONV_NORM_EPS)
@@ -58,6 +60,8 @@ class NormedEmbed(PatchEmbed):
 
 class ConvBlock(nn.Module):
     """x += pw2(dw(pw1(norm x))), x += mlp(norm x), on channels-last maps: 1³ convolutions are linear layers."""
+
+    segments = ("_mix", "_transform")
 
     def __init__(self, width: int, mlp_ratio: float, drop_path: float):
         super().__init__()
@@ -71,12 +75,18 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         """(B, D, H, W, C) → the same; `hidden` voxels (B, D, H, W, 1) are zero for their neighbours."""
+        x = x + self._mix(x, hidden)
+        return x + self._transform(x)
+
+    def _mix(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         y = self.pw1(self.norm1(x))
         if hidden is not None:
             y = y.masked_fill(hidden, 0)
         y = self.dw(y.movedim(-1, 1)).movedim(1, -1)
-        x = x + self.drop_path(self.pw2(y))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.drop_path(self.pw2(y))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ConvStage(nn.Module):
@@ -125,6 +135,7 @@ class ConvViTEncoder(Encoder):
         r"stages\.\d+\.blocks\.\d+\.(pw[12]|mlp\.fc[12])\.weight": Axes.NONE,
         r"(.*\.)?(norm|norm1|norm2)\.(weight|bias)|(embed|stages|fusions).*\.bias": Axes.NONE,
     }
+    segments = ("_fused",)
     masked_only = r"fusions\..*|norm\.(weight|bias)"
     dense_only = r"rel_pos_bias|blocks\.\d+\.ls[12]\.gamma"
 
@@ -172,8 +183,12 @@ class ConvViTEncoder(Encoder):
         maps = self._stage_maps(x, grid, idx_keep)
         tokens = self._transformer(maps[-1], grid, idx_keep)
         for stage_map, fusion in zip(maps, self.fusions, strict=True):
-            tokens = tokens + fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
+            tokens = tokens + self._fused(fusion, stage_map, idx_keep)
         return self.norm(tokens), []
+
+    def _fused(self, fusion: PatchEmbed, stage_map: Tensor, idx_keep: Tensor | None) -> Tensor:
+        """A stage's output in the visible tokens."""
+        return fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """Dense maps (B, width, d, h, w) for segmentation, fine to coarse: each convolutional stage's, then the

@@ -15,26 +15,30 @@ from nnunetv2_hiendmae.errors import UserError
 _COMPILERS = ("g++", "clang++", "c++", "cl")
 
 
-def blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of encoders and decoders: what stands in lists that are called blocks, or something_blocks."""
-    for name, part in network.named_modules():
-        if isinstance(part, nn.ModuleList) and name.endswith("blocks"):
-            yield from part
+def segments(network: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """The functions, as module and name, that encoders and decoders consist of: those that a module names in its
+    attribute `segments`, and `forward` of other modules in lists that are called blocks, or something_blocks."""
+    for name, module in network.named_modules():
+        yield from ((module, segment) for segment in getattr(module, "segments", ()))
+        if isinstance(module, nn.ModuleList) and name.endswith("blocks"):
+            yield from ((block, "forward") for block in module if not hasattr(block, "segments"))
 
 
 def carry_out(network: nn.Module, compiled: bool, checkpointed: bool) -> None:
-    """Makes the blocks of a network compute so from now on; names of tensors stay as they are.
+    """Makes the segments of a network compute so from now on; names of tensors stay as they are.
 
     Args:
-        compiled: by torch.compile, block by block: those of one kind share what was compiled.
-        checkpointed: a block keeps its input alone, and computes the rest again in the backward pass, with the same
+        compiled: by torch.compile, one by one: those of one kind share what was compiled.
+        checkpointed: a segment keeps its input alone, and computes the rest again in the backward pass, with the same
             random numbers.
     """
-    for block in blocks(network):
+    for module, name in segments(network):
+        function = getattr(module, name)
         if compiled:
-            block.forward = partial(_compiled, block, block.forward, torch.compile(block.forward))
+            function = partial(_compiled, module, function, torch.compile(function))
         if checkpointed:
-            block.forward = partial(_checkpointed, block.forward)
+            function = partial(_checkpointed, function)
+        setattr(module, name, function)
 
 
 def check_compiler(device: str) -> None:
@@ -43,9 +47,9 @@ def check_compiler(device: str) -> None:
         raise UserError("--compile on a CPU needs a C++ compiler, found none; install g++, or leave --compile out")
 
 
-def _compiled(block: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any):
+def _compiled(module: nn.Module, plain: Callable[..., Any], compiled: Callable[..., Any], *args: Any, **kwargs: Any):
     # pictures are not worth a compilation
-    return (compiled if block.training else plain)(*args, **kwargs)
+    return (compiled if module.training else plain)(*args, **kwargs)
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any):
