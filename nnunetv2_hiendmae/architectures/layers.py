@@ -55,8 +55,8 @@ class Encoder(nn.Module):
         own_fields: fields of the spec that not every kind has.
         input_kernel: name of the weight that reads the image's channels.
         axes: pattern of tensor names → how they lie along the volume's axes; the first that fits counts.
-        segments: methods, besides the blocks in lists called blocks, that pretraining may compile or compute twice; other
-            modules may have the attribute too.
+        segments: methods that pretraining may compile or compute twice, besides the blocks in lists called blocks.
+            Other modules may have the attribute too.
         masked_only, dense_only: patterns of names that only the form of pretraining, or only that of fine-tuning has.
     """
 
