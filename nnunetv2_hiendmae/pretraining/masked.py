@@ -4,17 +4,16 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures import tokens as tk
-from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer, transformer_block
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
 from nnunetv2_hiendmae.training.views import MaskedCrop
@@ -65,12 +64,11 @@ class MAEDecoder(nn.Module):
             raise ValueError(
                 f"decoder_dim {width} must be a multiple of decoder_heads {num_heads}, decoder_depth {depth} > 0"
             )
-        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.queries = DecoderQueries(spec, width)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            transformer_block(width, num_heads, spec.mlp_ratio, spec.norm_eps) for _ in range(depth)
         )
-        self.norm = norm(width)
+        self.norm = nn.LayerNorm(width, eps=spec.norm_eps)
         self.head = nn.Linear(width, spec.patch_voxels)
         init_transformer(self)
 
