@@ -118,7 +118,7 @@ def test_a_run_may_change_between_both(preprocessed, tmp_path):
     assert (halves / ENCODER).read_bytes() == (whole / ENCODER).read_bytes()
 
 
-def _interrupt(*_):
+def _interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
