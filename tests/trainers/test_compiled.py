@@ -11,8 +11,8 @@ from nnunetv2_hiendmae.architectures import ConvViTUNETR, ViTUNETR
 NETWORKS = {
     ViTUNETR: {"img_size": (16,) * 3, "patch_size": (8,) * 3, "depth": 4},
     ConvViTUNETR: {
-        **{"img_size": (32, 32, 64), "patch_size": (16,) * 3, "depth": 2, "kind": "convvit", "cls_token": False},
-        **{"taps": (), "stem_dims": (4, 4, 8), "stem_depths": (1, 1, 1)},
+        "img_size": (32, 32, 64), "patch_size": (16,) * 3, "depth": 2, "kind": "convvit", "cls_token": False,
+        "taps": (), "stem_dims": (4, 4, 8), "stem_depths": (1, 1, 1),
     },
 }
 
