@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import layers
+from nnunetv2_hiendmae.architectures.depthwise import DepthwiseConv3d
 from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
-from nnunetv2_hiendmae.architectures.tokens import patchify, resample_positions, take_tokens, token_grid
+from nnunetv2_hiendmae.architectures.tokens import resample_positions, take_tokens, token_grid
 
 # the transformer's norms use the spec's epsilon, all others PyTorch's default
 CONV_NORM_EPS = 1e-5
@@ -19,8 +20,11 @@ HALF = (2, 2, 2)
 
 
 def channels_last_patches(x: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
-    """(B, D, H, W, C) → (B, N, P), as `patchify`."""
-    return patchify(x.movedim(-1, 1), patch_size)
+    """(B, D, H, W, C) → (B, N, P), as `patchify`; gradients stay channels-last."""
+    b, *size, c = x.shape
+    (pd, ph, pw), (gd, gh, gw) = patch_size, token_grid(size, patch_size)
+    x = x.reshape(b, gd, pd, gh, ph, gw, pw, c)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, gd * gh * gw, pd * ph * pw * c)
 
 
 def hidden_voxels(idx_keep: Tensor, grid: list[int], factor: int) -> Tensor:
@@ -44,6 +48,8 @@ def relative_index(grid: list[int], device: torch.device) -> Tensor:
 class NormedEmbed(PatchEmbed):
     """Patches of 2³ voxels → norm → GELU: (B, K, P) → (B, K, out)."""
 
+    segments = ("forward",)
+
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(in_channels, out_channels, HALF)
         self.norm = nn.LayerNorm(out_channels, eps=CONV_NORM_EPS)
@@ -55,11 +61,13 @@ class NormedEmbed(PatchEmbed):
 class ConvBlock(nn.Module):
     """x += pw2(dw(pw1(norm x))), x += mlp(norm x), on channels-last maps: 1³ convolutions are linear layers."""
 
+    segments = ("_mix", "_transform")
+
     def __init__(self, width: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=CONV_NORM_EPS)
         self.pw1 = nn.Linear(width, width)
-        self.dw = nn.Conv3d(width, width, kernel_size=5, padding=2, groups=width)
+        self.dw = DepthwiseConv3d(width, kernel_size=5)
         self.pw2 = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width, eps=CONV_NORM_EPS)
         self.mlp = Mlp(width, int(width * mlp_ratio))
@@ -67,12 +75,18 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         """(B, D, H, W, C) → the same; `hidden` voxels (B, D, H, W, 1) are zero for their neighbours."""
+        x = x + self._mix(x, hidden)
+        return x + self._transform(x)
+
+    def _mix(self, x: Tensor, hidden: Tensor | None) -> Tensor:
         y = self.pw1(self.norm1(x))
         if hidden is not None:
             y = y.masked_fill(hidden, 0)
         y = self.dw(y.movedim(-1, 1)).movedim(1, -1)
-        x = x + self.drop_path(self.pw2(y))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.drop_path(self.pw2(y))
+
+    def _transform(self, x: Tensor) -> Tensor:
+        return self.drop_path(self.mlp(self.norm2(x)))
 
 
 class ConvStage(nn.Module):
@@ -121,6 +135,7 @@ class ConvViTEncoder(Encoder):
         r"stages\.\d+\.blocks\.\d+\.(pw[12]|mlp\.fc[12])\.weight": Axes.NONE,
         r"(.*\.)?(norm|norm1|norm2)\.(weight|bias)|(embed|stages|fusions).*\.bias": Axes.NONE,
     }
+    segments = ("_fused",)
     masked_only = r"fusions\..*|norm\.(weight|bias)"
     dense_only = r"rel_pos_bias|blocks\.\d+\.ls[12]\.gamma"
 
@@ -168,8 +183,12 @@ class ConvViTEncoder(Encoder):
         maps = self._stage_maps(x, grid, idx_keep)
         tokens = self._transformer(maps[-1], grid, idx_keep)
         for stage_map, fusion in zip(maps, self.fusions, strict=True):
-            tokens = tokens + fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
+            tokens = tokens + self._fused(fusion, stage_map, idx_keep)
         return self.norm(tokens), []
+
+    def _fused(self, fusion: PatchEmbed, stage_map: Tensor, idx_keep: Tensor | None) -> Tensor:
+        """A stage's output in the visible tokens."""
+        return fusion(take_tokens(channels_last_patches(stage_map, fusion.patch_size), idx_keep))
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """Dense maps (B, width, d, h, w) for segmentation, fine to coarse: each convolutional stage's, then the

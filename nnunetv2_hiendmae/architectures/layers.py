@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,6 +57,8 @@ class Encoder(nn.Module):
         own_fields: fields of the spec that not every kind has.
         input_kernel: name of the weight that reads the image's channels.
         axes: pattern of tensor names → how they lie along the volume's axes; the first that fits counts.
+        segments: methods that pretraining may compile or compute twice, besides the blocks in lists called blocks.
+            Other modules may have the attribute too.
         masked_only, dense_only: patterns of names that only the form of pretraining, or only that of fine-tuning has.
     """
 
@@ -70,6 +72,7 @@ class Encoder(nn.Module):
     own_fields: ClassVar[tuple[str, ...]] = ()
     input_kernel: ClassVar[str]
     axes: ClassVar[dict[str, Axes]]
+    segments: ClassVar[tuple[str, ...]] = ()
     masked_only: ClassVar[str] = ""
     dense_only: ClassVar[str] = ""
 
@@ -121,13 +124,54 @@ def drop_path_rates(rate: float, blocks: int) -> list[float]:
     return torch.linspace(0, rate, blocks, device="cpu").tolist()
 
 
+# A fused attention kernel of a GPU takes head widths that are multiples of 8 alone (flash attention, half precision; 4
+# in float32); with others, the released decoder's 33 for one, PyTorch falls back to one that holds all N x N weights.
+# Zeros behind queries and keys change no product, those behind values are cut off again. The CPU's takes any width, and
+# was 0 to 13 % slower with padding.
+ANY_WIDTH_DEVICES = ("cpu",)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, heads, N, d) to keys and values (B, heads, M, d) → (B, heads, N, d), in one kernel."""
+    width = q.shape[-1]
+    if width % 8 == 0 or q.device.type in ANY_WIDTH_DEVICES:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    q, k, v = (F.pad(t, (0, -width % 8)) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=width**-0.5)[..., :width]
+
+
+class FusedAttention(Attention):
+    """timm's self-attention, without dropout and norms, by `attend`."""
+
+    @classmethod
+    def of(cls, built: Attention) -> "FusedAttention":
+        """The same layer: timm's blocks build their own."""
+        made = cls.__new__(cls)
+        made.__dict__.update(built.__dict__)
+        return made
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """(B, N, E) → (B, N, E)."""
+        if not self.fused_attn or x.device.type in ANY_WIDTH_DEVICES:
+            return super().forward(x, **({} if attn_mask is None else {"attn_mask": attn_mask}))
+        q, k, v = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(attend(q, k, v, attn_mask).transpose(1, 2).flatten(2))
+
+
+def transformer_block(width: int, num_heads: int, mlp_ratio: float, norm_eps: float, **more: Any) -> Block:
+    """A pre-norm block, whatever the width of its heads; `more` are further arguments of timm's."""
+    norm = partial(nn.LayerNorm, eps=norm_eps)
+    block = Block(width, num_heads, mlp_ratio, qkv_bias=True, norm_layer=norm, **more)
+    block.attn = FusedAttention.of(block.attn)
+    return block
+
+
 def transformer_blocks(
     spec: EncoderSpec, drop_paths: Sequence[float], layer_scale: float | None = None
 ) -> nn.ModuleList:
     """The spec's pre-norm blocks, one per entry of `drop_paths`; `layer_scale` is the start of LayerScale's γ."""
-    norm = partial(nn.LayerNorm, eps=spec.norm_eps)
-    block = partial(Block, spec.embed_dim, spec.num_heads, spec.mlp_ratio, qkv_bias=True, init_values=layer_scale)
-    return nn.ModuleList(block(norm_layer=norm, drop_path=rate) for rate in drop_paths)
+    block = partial(transformer_block, spec.embed_dim, spec.num_heads, spec.mlp_ratio, spec.norm_eps)
+    return nn.ModuleList(block(init_values=layer_scale, drop_path=rate) for rate in drop_paths)
 
 
 def init_transformer(module: nn.Module) -> None:

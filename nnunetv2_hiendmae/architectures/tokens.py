@@ -31,6 +31,18 @@ def patchify(x: Tensor, patch_size: Sequence[int]) -> Tensor:
     return x.permute(0, 2, 4, 6, 3, 5, 7, 1).reshape(b, gd * gh * gw, pd * ph * pw * c)
 
 
+def take_patches(x: Tensor, patch_size: Sequence[int], index: Tensor | None) -> Tensor:
+    """Patches `index` (B, K) of a volume (B, C, D, H, W) → (B, K, P), as `patchify` makes them; None: all of them.
+    The others are never touched."""
+    if index is None:
+        return patchify(x, patch_size)
+    b, c, *size = x.shape
+    (pd, ph, pw), (gd, gh, gw) = patch_size, token_grid(size, patch_size)
+    blocks = x.reshape(b, c, gd, pd, gh, ph, gw, pw).permute(0, 2, 4, 6, 3, 5, 7, 1)
+    rows = torch.arange(b, device=x.device)[:, None]
+    return blocks[rows, index // (gh * gw), index // gw % gh, index % gw].flatten(2)
+
+
 def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) -> Tensor:
     """(B, N, P) → (B, C, D, H, W), the inverse of `patchify`."""
     (gd, gh, gw), (pd, ph, pw) = grid, patch_size

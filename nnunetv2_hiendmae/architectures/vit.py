@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nnunetv2_hiendmae.architectures import layers
 from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import patchify, take_tokens, token_grid
+from nnunetv2_hiendmae.architectures.tokens import take_patches, take_tokens, token_grid
 
 
 class ViTEncoder(Encoder):
@@ -39,7 +39,7 @@ class ViTEncoder(Encoder):
 
     def forward(self, x: Tensor, idx_keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """See `Encoder`: tokens after the final norm, and the taps' outputs of the same shape before it."""
-        patches = take_tokens(patchify(x, self.spec.patch_size), idx_keep)
+        patches = take_patches(x, self.spec.patch_size, idx_keep)
         positions = self.positions(token_grid(x.shape[2:], self.spec.patch_size))
         tokens = self.patch_embed(patches) + take_tokens(positions, idx_keep)
         if self.cls_token is not None:

@@ -25,7 +25,7 @@ from nnunetv2_hiendmae.classification.predict import (
 )
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
-from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
+from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.runlog import RunLog
@@ -229,7 +229,7 @@ def _run(
 ) -> dict[str, Any]:
     """All epochs that are left; returns the last one's line of the log."""
     settings, split = task.settings, task.split
-    optimizer = torch.optim.AdamW(parameter_groups(network, settings.weight_decay), lr=settings.lr)
+    optimizer = adamw(parameter_groups(network, settings.weight_decay), settings.lr)
     model, optimizer = fabric.setup(network, optimizer)
     # what a checkpoint holds besides the next epoch and the best rank
     parts = {"network": network, "optimizer": optimizer, "precision": fabric.strategy.precision}

@@ -6,12 +6,10 @@ from functools import partial
 from typing import Any
 
 from timm.layers import Mlp
-from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.layers import FusedAttention, attend, init_transformer, transformer_block
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import option
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries, MaskedCropMethod
@@ -34,7 +32,7 @@ class CrossAttention(nn.Module):
         """(B, N, F), (B, M, F) → (B, N, F)."""
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(y).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):
@@ -44,7 +42,7 @@ class CrossBlock(nn.Module):
         super().__init__()
         norm = partial(nn.LayerNorm, eps=norm_eps)
         self.norm_self, self.norm_cross, self.norm_mlp = norm(dim), norm(dim), norm(dim)
-        self.self_attn = Attention(dim, num_heads, qkv_bias=True)
+        self.self_attn = FusedAttention(dim, num_heads, qkv_bias=True)
         self.cross_attn = CrossAttention(dim, num_heads)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
@@ -92,14 +90,13 @@ class HiEndMAE(MaskedCropMethod):
                 f"decoder_dim {dim} must be a multiple of decoder_heads {heads}, both positive, and self_depth "
                 f"{self_depth} not negative"
             )
-        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.queries = DecoderQueries(spec, dim)
         self.tap_embeds = nn.ModuleList(nn.Linear(spec.embed_dim, dim) for _ in spec.taps)
         self.self_blocks = nn.ModuleList(
-            Block(dim, heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(self_depth)
+            transformer_block(dim, heads, spec.mlp_ratio, spec.norm_eps) for _ in range(self_depth)
         )
         self.cross_blocks = nn.ModuleList(CrossBlock(dim, heads, spec.mlp_ratio, spec.norm_eps) for _ in spec.taps)
-        self.norm = norm(dim)
+        self.norm = nn.LayerNorm(dim, eps=spec.norm_eps)
         self.head = nn.Linear(dim, spec.patch_voxels)
         for part in (self.queries, self.tap_embeds, self.self_blocks, self.cross_blocks, self.norm, self.head):
             init_transformer(part)

@@ -4,17 +4,16 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures import tokens as tk
-from nnunetv2_hiendmae.architectures.layers import init_transformer
+from nnunetv2_hiendmae.architectures.layers import init_transformer, transformer_block
 from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
 from nnunetv2_hiendmae.training.views import MaskedCrop
@@ -65,12 +64,11 @@ class MAEDecoder(nn.Module):
             raise ValueError(
                 f"decoder_dim {width} must be a multiple of decoder_heads {num_heads}, decoder_depth {depth} > 0"
             )
-        norm = partial(nn.LayerNorm, eps=spec.norm_eps)
         self.queries = DecoderQueries(spec, width)
         self.blocks = nn.ModuleList(
-            Block(width, num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            transformer_block(width, num_heads, spec.mlp_ratio, spec.norm_eps) for _ in range(depth)
         )
-        self.norm = norm(width)
+        self.norm = nn.LayerNorm(width, eps=spec.norm_eps)
         self.head = nn.Linear(width, spec.patch_voxels)
         init_transformer(self)
 
@@ -144,7 +142,7 @@ def patch_targets(
     Returns:
         (B, N − K, P), float32.
     """
-    patches = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, visible:]).float()
+    patches = tk.take_patches(image, spec.patch_size, ids_shuffle[:, visible:]).float()
     return tk.normalize_patches(patches, unbiased) if normalize else patches
 
 
@@ -170,7 +168,7 @@ def picture(
         hidden = patch_targets(image, ids_shuffle, visible, spec, normalize=False)
         var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
         prediction = prediction * (var + 1e-6).sqrt() + mean
-    shown = tk.take_tokens(tk.patchify(image, spec.patch_size), ids_shuffle[:, :visible]).float()
+    shown = tk.take_patches(image, spec.patch_size, ids_shuffle[:, :visible]).float()
 
     def assemble(visible: Tensor, masked: Tensor) -> Tensor:
         tokens = torch.cat([visible, masked], dim=1)

@@ -13,9 +13,10 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import STATE, STEP
-from nnunetv2_hiendmae.optim import parameter_groups
+from nnunetv2_hiendmae.optim import adamw, parameter_groups
+from nnunetv2_hiendmae.pretraining.blocks import carry_out, check_compiler
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training import run
@@ -32,14 +33,18 @@ def part_processes(fabric: Fabric) -> None:
 
 @contextmanager
 def telling_full_memory(settings: PretrainSettings) -> Iterator[None]:
-    """Raises UserError: the GPU's memory became full inside."""
+    """Raises UserError: the GPU's memory became full inside, or what --compile asks for failed."""
     try:
         yield
     except torch.OutOfMemoryError as e:
         raise UserError(
             f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
-            "raise --accumulate (same result, less memory), or lower --batch-size"
+            "raise --accumulate or give --checkpoint-activations (same result, less memory), or lower --batch-size"
         ) from e
+    except Exception as e:
+        if settings.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"--compile failed: {printable(e)}; leave it out") from e
+        raise
 
 
 @dataclass(frozen=True)
@@ -59,8 +64,11 @@ class Learner:
     @classmethod
     def set_up(cls, fabric: Fabric, settings: PretrainSettings, method: Method) -> "Learner":
         """Puts the method on its device, with a fresh optimizer."""
+        if settings.compile:
+            check_compiler(settings.device)
+        carry_out(method, settings.compile, settings.checkpoint_activations)
         groups = parameter_groups(method, settings.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas)
+        optimizer = adamw(groups, settings.lr, settings.betas)
         return cls(fabric, settings, method, *fabric.setup(method, optimizer))
 
     @property

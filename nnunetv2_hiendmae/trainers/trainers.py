@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
-from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
+from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
@@ -136,7 +136,7 @@ class _ViTTrainer(nnUNetTrainer):
         if recipe.freeze_encoder:
             network.encoder.requires_grad_(False)
         groups = parameter_groups(network, recipe.weight_decay, recipe.layer_decay)
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+        optimizer = adamw(groups, recipe.lr, recipe.betas)
         parameters = [p for group in groups for p in group["params"]]
         # nnU-Net has clipped to its own by now, and has unscaled the gradients
         largest = recipe.grad_clip if recipe.grad_clip < NNUNET_GRAD_CLIP else math.inf

@@ -9,7 +9,7 @@ from authors_names import convvit_state, statistics
 from fixtures_util import Fixture
 
 from nnunetv2_hiendmae.architectures import PRESETS, ConvViTEncoder, EncoderSpec, ViTEncoder, build_encoder
-from nnunetv2_hiendmae.architectures.convvit import ConvBlock, hidden_voxels, relative_index
+from nnunetv2_hiendmae.architectures.convvit import ConvBlock, channels_last_patches, hidden_voxels, relative_index
 from nnunetv2_hiendmae.architectures.tokens import num_visible, patchify
 
 # one convolutional stage: a token is 4³ voxels
@@ -133,6 +133,20 @@ def changed_where_hidden(x, keep, spec):
     """Every hidden voxel replaced."""
     hidden = hidden_voxels(keep, spec.grid, spec.patch_size[0]).movedim(-1, 1)
     return torch.where(hidden, 5 - 3 * x, x)
+
+
+def test_patches_of_channels_last_maps_keep_the_layout_of_gradients():
+    x = torch.rand(2, 4, 6, 8, 3, requires_grad=True)
+    patches = channels_last_patches(x, (2, 2, 2))
+    assert torch.equal(patches, patchify(x.movedim(-1, 1), (2, 2, 2)))
+    found, values = [], torch.rand_like(patches)
+    # an intermediate's gradient is as the backward pass left it
+    y = x * 1
+    y.register_hook(found.append)
+    channels_last_patches(y, (2, 2, 2)).backward(values)
+    assert found[0].is_contiguous()
+    (expected,) = torch.autograd.grad(patchify(x.movedim(-1, 1), (2, 2, 2)), x, values)
+    assert torch.equal(found[0], expected)
 
 
 def test_hidden_voxels_mark_whole_tokens():
