@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 # docs/methods.md, "Shared building blocks"; timm itself leaves one-dimensional tensors, biases and norms, without decay
-NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
+NO_DECAY = ("cls_token", "mask_token", "register_tokens", "pos_embed", "rel_pos_bias")
 # with AdamW in one kernel; PyTorch's default, a loop, takes a third of a step on a CPU
 FUSED_DEVICES = ("cuda", "cpu", "mps")
 

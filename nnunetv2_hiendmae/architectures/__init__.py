@@ -3,15 +3,17 @@
 from nnunetv2_hiendmae.architectures.convvit import ConvViTEncoder
 from nnunetv2_hiendmae.architectures.convvit_unetr import ConvViTUNETR
 from nnunetv2_hiendmae.architectures.layers import Encoder
+from nnunetv2_hiendmae.architectures.primus import LAYER_SCALE, MLP_RATIO, NORM_EPS, PrimusEncoder
+from nnunetv2_hiendmae.architectures.primus_network import PrimusNetwork
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
 from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
 from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
-__all__ = ["ENCODERS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec", "ViTEncoder", "ViTUNETR"]
-__all__ += ["build_encoder"]
+__all__ = ["ENCODERS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec", "PrimusEncoder"]
+__all__ += ["PrimusNetwork", "ViTEncoder", "ViTUNETR", "build_encoder"]
 
 # every kind of encoder; all that is special about one stands in its class
-ENCODERS: dict[str, type[Encoder]] = {encoder.kind: encoder for encoder in (ViTEncoder, ConvViTEncoder)}
+ENCODERS: dict[str, type[Encoder]] = {encoder.kind: encoder for encoder in (ViTEncoder, ConvViTEncoder, PrimusEncoder)}
 
 
 def build_encoder(spec: EncoderSpec) -> Encoder:
@@ -23,6 +25,13 @@ def _convvit(width: int, num_heads: int) -> EncoderSpec:
     """MiM's shape: three stages of two conv blocks, each twice as wide as the one before, 11 transformer blocks."""
     stages = {"stem_dims": (width // 8, width // 4, width // 2), "stem_depths": (2, 2, 2)}
     return EncoderSpec(cube(96), cube(16), embed_dim=width, depth=11, num_heads=num_heads, kind="convvit", **stages)
+
+
+def _primus(img_size: int, width: int, depth: int, num_heads: int) -> EncoderSpec:
+    """Primus as nnU-Net and nnssl build it: patches of 8 voxels, LayerScale and norms inside the attention."""
+    fixed = {"mlp_ratio": MLP_RATIO, "pos_embed": "learned", "norm_eps": NORM_EPS}
+    options = {"layer_scale": LAYER_SCALE, "inner_norm": True}
+    return EncoderSpec(cube(img_size), cube(8), width, depth, num_heads, kind="primus", **fixed, **options)
 
 
 PRESETS: dict[str, EncoderSpec] = {
@@ -39,4 +48,10 @@ PRESETS: dict[str, EncoderSpec] = {
     # MiM
     "convvit_tiny": _convvit(width=96, num_heads=3),
     "convvit_base": _convvit(width=384, num_heads=12),
+    # ours, for tests; then the sizes of the Primus paper
+    "primus_nano": _primus(48, width=96, depth=4, num_heads=4),
+    "primus_s": _primus(160, width=396, depth=12, num_heads=6),
+    "primus_b": _primus(160, width=792, depth=12, num_heads=12),
+    "primus_m": _primus(160, width=864, depth=16, num_heads=12),
+    "primus_l": _primus(160, width=1056, depth=24, num_heads=16),
 }

@@ -23,6 +23,7 @@ class Axes(Enum):
     KERNEL = "of a convolution: (out, in, d, h, w)"
     TOKENS = "(A, N, E): a row per token of the grid, in raster order"
     OFFSETS = "(A, N', E): a row per offset between two tokens, in raster order of 2g - 1 offsets an axis"
+    ROTARY = "(E, …) of queries or keys: every head's channels are three equal blocks, each turned along one axis"
 
     def rows(self, grid: Sequence[int]) -> tuple[int, ...]:
         """Rows per axis that a table of this kind has for a token grid."""
@@ -49,6 +50,7 @@ class Encoder(nn.Module):
     Attributes:
         kind: as in `EncoderSpec.kind`.
         network: dotted name of the segmentation network, as it stands in plans.
+        own_networks: others that read it, by their name in `hiendmae plan --network`.
         tokens_per_step: tokens that a crop's axes are multiples of; a crop is more than one such step.
         finetuning: fields of the spec that fine-tuning changes.
         has_taps, has_cls: what it has where the spec does not say.
@@ -60,6 +62,7 @@ class Encoder(nn.Module):
 
     kind: ClassVar[str]
     network: ClassVar[str]
+    own_networks: ClassVar[dict[str, str]] = {}
     tokens_per_step: ClassVar[int] = 1
     finetuning: ClassVar[dict[str, Any]] = {}
     has_taps: ClassVar[bool] = True

@@ -3,6 +3,7 @@ and preprocessing share. It decides the orientation of the arrays."""
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -109,9 +110,11 @@ def _direction(images: Sequence[str]) -> str | None:
     header = sitk.ImageFileReader()
     header.SetFileName(images[0])
     try:
-        header.ReadImageInformation()
+        # what ITK says of it is told when the case is read
+        with naming_reason():
+            header.ReadImageInformation()
     # of no format of ITK's, or sheared
-    except RuntimeError:
+    except BrokenCaseError:
         return None
     axes, cosines = header.GetDimension(), header.GetDirection()
     if axes < 3:
@@ -150,9 +153,12 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
     `images` where `reader` cannot; nothing is printed. Hands out what would have been."""
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+        with _itk_to(printed), redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
             # of every case, not only of the first
             warnings.simplefilter("always")
+            # of libraries that tried to open a file: nothing about the image
+            for kind in (ResourceWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)
             yield printed
     except BrokenCaseError:
         raise
@@ -163,6 +169,31 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
         said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
         reason = said[-1].strip() if said else type(e).__name__
         raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images) if reader else ''}") from e
+
+
+class _ITKText(sitk.LoggerBase):
+    """Takes what ITK, in C++, would write to the terminal, without places in its source and without repetitions."""
+
+    def __init__(self, printed: io.StringIO):
+        super().__init__()
+        self.printed = printed
+
+    def DisplayText(self, text: str) -> None:
+        told = re.sub(r"(WARNING: )?In \S+, line \d+\s+\w+ \(0x[0-9a-f]+\): ", r"\1", text.strip())
+        if told not in self.printed.getvalue():
+            self.printed.write(f"{told}\n")
+
+    DisplayErrorText = DisplayWarningText = DisplayGenericOutputText = DisplayDebugText = DisplayText
+
+
+@contextmanager
+def _itk_to(printed: io.StringIO) -> Iterator[None]:
+    ours = _ITKText(printed)
+    before = ours.SetAsGlobalITKLogger()
+    try:
+        yield
+    finally:
+        before.SetAsGlobalITKLogger()
 
 
 def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
@@ -198,7 +229,8 @@ def _reads(reader: Reader, images: Sequence[str]) -> bool:
     if not images or not all(Path(image).is_file() for image in images):
         return False
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        said = io.StringIO()
+        with _itk_to(said), redirect_stdout(said), redirect_stderr(said):
             reader().read_images(list(images))
     # whatever a reader raises
     except Exception:

@@ -40,7 +40,7 @@ class EncoderMetadata:
     Args:
         method: that it was pretrained with.
         volume: how the images that it saw had become arrays.
-        citations: BibTeX entries.
+        citations: BibTeX entries; texts where a foreign file has no BibTeX.
         source, source_sha256: name and digest of the foreign file it was converted from.
         training: steps, number of cases and settings of the run, for the record.
         notes: what else a reader should know, e.g. about the order of axes; a sentence each.

@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+from primus_util import FULL_PRIMUS
 
 from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec, ViTEncoder, build_encoder
 from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
@@ -20,6 +21,7 @@ SPECS = {
         stem_dims=(2, 4, 6),
         stem_depths=(1, 1, 1),
     ),
+    "primus": FULL_PRIMUS.with_(img_size=(16, 24, 32), in_channels=2),
 }
 
 
@@ -37,7 +39,9 @@ def test_what_a_kind_declares_is_true_of_its_tensors(kind):
         for name, tensor in state.items():
             axes = axes_of(name, encoder.axes)
             assert (axes is Axes.KERNEL) == (tensor.ndim == 5), name
-            if axes not in (Axes.KERNEL, Axes.NONE):
+            if axes is Axes.ROTARY:
+                assert tensor.shape[0] == spec.embed_dim, name
+            elif axes not in (Axes.KERNEL, Axes.NONE):
                 assert tensor.shape[1] == math.prod(axes.rows(spec.grid)), name
         assert state[encoder.input_kernel].shape[1] == 2
     before, after = state_of(masked).keys(), state_of(dense).keys()
@@ -69,7 +73,7 @@ class Toy(ViTEncoder):
 
 def test_a_third_kind_is_one_class_and_an_entry(monkeypatch, tmp_path):
     fields = {"img_size": (16, 16, 8), "patch_size": (8, 8, 8), "embed_dim": 12, "depth": 4, "num_heads": 2}
-    with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit'\)"):
+    with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit', 'primus'\)"):
         EncoderSpec(**fields, kind="toy")
     monkeypatch.setitem(ENCODERS, "toy", Toy)
     spec = EncoderSpec(**fields, kind="toy", stem_dims=(3,))
