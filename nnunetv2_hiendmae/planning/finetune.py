@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
@@ -167,7 +167,7 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
     size = tuple(values.get("patch_size", own))
     if len(size) != 3:
         raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
-    encoder = ENCODERS[source.kind]
+    encoder = KINDS[source.kind]
     step = tuple(p * encoder.tokens_per_step for p in source.patch_size)
     fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
     if size != fitting:

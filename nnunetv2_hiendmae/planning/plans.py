@@ -15,7 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
@@ -63,7 +63,7 @@ def make_plans(
         told = f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}"
         raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)}")
     arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
-    network = {"network_class_name": ENCODERS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
+    network = {"network_class_name": KINDS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
     # the arrays of pretraining have no labels, whether there are some or not
     fixed |= resampling(volume.interpolation, 0 if section is None else len(raw.dataset_json["labels"]))
