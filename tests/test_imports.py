@@ -114,14 +114,14 @@ LIGHT = [NAME, f"{NAME}.cli", f"{NAME}.architectures", f"{NAME}.weights", f"{NAM
 HEAVY = {"torch", "torchvision", "nnunetv2", "timm", "matplotlib"}
 
 
-def heavy_after(code: str, *arguments: str, **environment: str) -> tuple[set[str], str]:
+def heavy_after(code: str, *arguments: str, libraries: set[str] = HEAVY) -> tuple[set[str], str]:
     """What a process has imported of the libraries that take seconds, and what it printed before."""
-    code = f"import atexit, sys; atexit.register(lambda: print('#', *({HEAVY} & set(sys.modules)))); {code}"
+    code = f"import atexit, sys; atexit.register(lambda: print('#', *({libraries} & set(sys.modules)))); {code}"
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
         encoding="utf-8",
-        env={**{k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"}, **environment},
+        env={k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"},
     )
     assert done.returncode in (0, 2), done.stderr
     printed, _, last = done.stdout.rpartition("#")
@@ -145,6 +145,13 @@ def test_light_at_import(module):
 def test_commands_that_read_tables_import_nothing_heavy(arguments):
     heavy, printed = heavy_after(f"from {NAME}.cli import main; sys.exit(main())", *arguments)
     assert heavy == set() and printed
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["doctor", "--help"], ["compare", "--help"], ["splits", "--help"]])
+def test_commands_without_options_of_methods_import_the_standard_library_alone(arguments):
+    """`hiendmae env` runs in every shell start-up."""
+    code = f"from {NAME}.cli import main; sys.exit(main())"
+    assert heavy_after(code, *arguments, libraries={"numpy", "pydantic", "filelock"})[0] == set()
 
 
 def test_inspect_reads_an_encoder_file_without_torch(tmp_path):
