@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import NoReturn
 
 from nnunetv2_hiendmae.errors import Stopped, UserError
+from nnunetv2_hiendmae.threads import wait_passively
 
 # in the order of the help: what is there, pretraining and fine-tuning, results
 COMMANDS = (
@@ -32,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.INFO)
     # what libraries tell each other's authors; nothing a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # before a command imports torch
+    wait_passively()
     try:
         return args.run(args) or 0
     except UserError as e:

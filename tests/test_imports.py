@@ -30,6 +30,7 @@ BASE = {
     "plans_section",
     "optim",
     "figures",
+    "threads",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -44,6 +45,7 @@ ALLOWED = {
     "plans_section": {"schemas"},
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
+    "threads": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},
@@ -56,7 +58,7 @@ ALLOWED = {
     "evaluation": BASE,
     "inspection": BASE | {"architectures", "weights", "training", "pretraining", "preprocessing"},
     "demo": BASE | {"inspection", "evaluation"},
-    "cli": {"commands", "errors"},
+    "cli": {"commands", "errors", "threads"},
     # everything
     "commands": None,
 }
