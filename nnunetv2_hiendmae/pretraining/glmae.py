@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.declared import DeclaredGLMAE
 from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
-from nnunetv2_hiendmae.training.views import Augmentation
+from nnunetv2_hiendmae.training.views import Augmentation, resize_box
 from nnunetv2_hiendmae.weights import LoadReport
 
 
@@ -130,11 +130,11 @@ class GLMAE(DeclaredGLMAE, Method):
         kind, view = self.parts[part]
         measured = {}
         if part == 0:
-            outputs = self.teach(views["global"])
+            outputs = self.teach(self.images(views, "global"))
             # cross-entropy is linear in its target: the mean over pairs is the one with the mean of the teacher's views
             self._teacher_output = outputs.mean(1)
             measured["teacher_entropy"] = torch.special.entr(outputs).sum(-1).mean()
-        image, ids_shuffle = views[kind][:, view], views[f"{kind}_ids_shuffle"][:, view]
+        image, ids_shuffle = self.images(views, kind, view)[:, 0], views[f"{kind}_ids_shuffle"][:, view]
         tokens, prediction = self.predict(kind, image, ids_shuffle)
         target = patch_targets(image, ids_shuffle, self.visible[kind], self.specs[kind], self.options.normalize_target)
         reconstruction = F.mse_loss(prediction.float(), target) / self.counts[kind]
@@ -146,6 +146,16 @@ class GLMAE(DeclaredGLMAE, Method):
             "loss_consistency": consistency.detach(),
             **measured,
         }
+
+    @torch.no_grad()
+    def images(self, views: Batch, kind: str, view: int | None = None) -> Tensor:
+        """Views (B, g, C, D, H, W) of a kind, or one of them (g = 1); resized here where boxes came."""
+        sent, chosen = views[kind], range(self.counts[kind]) if view is None else (view,)
+        if isinstance(sent, Tensor):
+            return sent if view is None else sent[:, view : view + 1]
+        size = self.specs[kind].img_size
+        made = [torch.stack([resize_box(box, size) for box in sent.column(number)]) for number in chosen]
+        return torch.stack(made, 1)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
@@ -193,7 +203,7 @@ class GLMAE(DeclaredGLMAE, Method):
         """The first global and the first local view."""
         made = {}
         for kind, spec in self.specs.items():
-            image, ids_shuffle = views[kind][:, 0], views[f"{kind}_ids_shuffle"][:, 0]
+            image, ids_shuffle = self.images(views, kind, 0)[:, 0], views[f"{kind}_ids_shuffle"][:, 0]
             _, prediction = self.predict(kind, image, ids_shuffle)
             made[kind] = picture(image, ids_shuffle, prediction, spec, self.options.normalize_target)
         return made

@@ -7,8 +7,8 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from nnunetv2_hiendmae.environment import dataset_name, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
@@ -118,9 +118,11 @@ class CaseVolume:
         self._array = _open(self._path)
         self._channel, self._above = volumes.foreground_channel, volumes.foreground_above
 
-    def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
-        """(C, *size) float32 from corner `lower`; outside the volume the smallest value that a channel has in it."""
-        return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path))
+    def read(self, lower: Sequence[int], size: Sequence[int], *, stored: bool = False) -> np.ndarray:
+        """(C, *size) from corner `lower`; outside the volume the smallest value that a channel has in it. float32, or
+        in the precision in which it is stored."""
+        dtype = self._array.dtype if stored else np.dtype(np.float32)
+        return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path), dtype)
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
@@ -128,16 +130,20 @@ class CaseVolume:
 
 
 def crop_and_pad(
-    array: blosc2.NDArray | np.ndarray, lower: Sequence[int], size: Sequence[int], outside: Callable[[], np.ndarray]
+    array: blosc2.NDArray | np.ndarray,
+    lower: Sequence[int],
+    size: Sequence[int],
+    outside: Callable[[], np.ndarray],
+    dtype: np.dtype | type = np.float32,
 ) -> np.ndarray:
-    """(C, *size) float32 of an array (C, D, H, W) from corner `lower`; outside of it the values (C,) of `outside`,
+    """(C, *size) of an array (C, D, H, W) from corner `lower`; outside of it the values (C,) of `outside`,
     which is only called for boxes that reach there."""
     box = [(a, a + s) for a, s in zip(lower, size, strict=True)]
     inside = [(max(0, a), min(b, most)) for (a, b), most in zip(box, array.shape[1:], strict=True)]
     part = array[(slice(None), *(slice(a, b) for a, b in inside))]
     if inside == box:
-        return np.ascontiguousarray(part, dtype=np.float32)
-    crop = np.empty((len(part), *size), np.float32)
+        return np.ascontiguousarray(part, dtype=dtype)
+    crop = np.empty((len(part), *size), dtype)
     crop[:] = outside()[:, None, None, None]
     crop[(slice(None), *(slice(a - c, b - c) for (a, b), (c, _) in zip(inside, box, strict=True)))] = part
     return crop
@@ -186,6 +192,57 @@ class SampleDataset(Dataset):
             raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """Arrays of different shapes, the same number in every sample, as one tensor: it is sent to the training process,
+    pinned and moved to the device as a whole.
+
+    Args:
+        values: all numbers, one array after the other.
+        shapes: of every array, per sample.
+    """
+
+    values: torch.Tensor
+    shapes: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @classmethod
+    def join(cls, samples: Sequence[Sequence[torch.Tensor]]) -> "Boxes":
+        """Of the arrays of every sample."""
+        arrays = [array for sample in samples for array in sample]
+        sizes = [array.numel() for array in arrays]
+        # views that were resized already are float32
+        values = torch.empty(sum(sizes), dtype=reduce(torch.promote_types, {array.dtype for array in arrays}))
+        if get_worker_info():
+            # now, and not by a copy when it is sent
+            values.share_memory_()
+        for part, array in zip(values.split(sizes), arrays, strict=True):
+            part.copy_(array.flatten())
+        return cls(values, tuple(tuple(tuple(array.shape) for array in sample) for sample in samples))
+
+    def column(self, number: int) -> list[torch.Tensor]:
+        """Array `number` of every sample."""
+        shapes = [shape for sample in self.shapes for shape in sample]
+        per_sample = len(self.shapes[0])
+        arrays = self.values.split([math.prod(shape) for shape in shapes])[number::per_sample]
+        return [array.view(shape) for array, shape in zip(arrays, shapes[number::per_sample], strict=True)]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Boxes":
+        """On a device, as a tensor's `to`."""
+        return replace(self, values=self.values.to(*args, **kwargs))
+
+    def pin_memory(self, *_: Any) -> "Boxes":
+        """In memory that a GPU reads by itself."""
+        return replace(self, values=self.values.pin_memory())
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as a batch: lists of arrays become `Boxes`, the rest is stacked."""
+    return {
+        key: Boxes.join(values) if isinstance(values[0], list) else default_collate(values)
+        for key, values in ((key, [sample[key] for sample in samples]) for key in samples[0])
+    }
+
+
 def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], workers: int) -> Iterator[dict[str, Any]]:
     """Batches on the device, in the order of `keys`, one list per batch, whatever the number of workers.
 
@@ -199,6 +256,7 @@ def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], wo
         pin_memory=fabric.device.type == "cuda",
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
+        collate_fn=collate,
     )
     try:
         yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)
