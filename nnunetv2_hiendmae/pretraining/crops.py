@@ -143,8 +143,10 @@ class ResizedCrop:
         lower = draw_corner(volume, box, 0.0, rng)
         if self.resized or math.prod(box) > LARGEST_BOX * math.prod(self.size):
             image = read_resized(volume, lower, box, self.size)
+        elif self.augmentation is None:
+            image = volume.read_stored(lower, box)
         else:
-            image = torch.from_numpy(volume.read(lower, box, stored=self.augmentation is None))
+            image = torch.from_numpy(volume.read(lower, box))
         if self.augmentation is not None:
             spacing = [mm * b / s for mm, b, s in zip(volume.spacing_mm, box, self.size, strict=True)]
             image = self.augmentation.apply(image[None], spacing, rng, self.size)[0]

@@ -34,9 +34,11 @@ class Volume(Protocol):
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
 
-    def read(self, lower: Sequence[int], size: Sequence[int], *, stored: bool = False) -> np.ndarray:
-        """(C, *size) from corner `lower`, the channel's smallest value outside the volume. float32, or in the precision
-        in which it is stored."""
+    def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """(C, *size) float32 from corner `lower`, the channel's smallest value outside the volume."""
+
+    def read_stored(self, lower: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A box (C, *size) inside the volume, in the precision in which it is stored."""
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether a voxel (D, H, W) is above the lower bound of the intensity window."""

@@ -7,8 +7,9 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, reduce
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,25 @@ class CaseVolume:
         self._array = _open(self._path)
         self._channel, self._above = volumes.foreground_channel, volumes.foreground_above
 
-    def read(self, lower: Sequence[int], size: Sequence[int], *, stored: bool = False) -> np.ndarray:
-        """(C, *size) from corner `lower`; outside the volume the smallest value that a channel has in it. float32, or
-        in the precision in which it is stored."""
-        dtype = self._array.dtype if stored else np.dtype(np.float32)
-        return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path), dtype)
+    def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """(C, *size) float32 from corner `lower`; outside the volume the smallest value that a channel has in it."""
+        return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path))
+
+    def read_stored(self, lower: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """A box (C, *size) inside the volume, in the precision in which it is stored. What a worker reads lies in
+        memory that it shares with the training process, so that it is sent without a copy."""
+        array, (first, *_), (depth, *_) = self._array, lower, size
+        shape = (len(array), *size)
+        box = torch.from_numpy(np.empty(shape, array.dtype))
+        if get_worker_info():
+            box = box.share_memory_()
+        # chunk by chunk: what is read at once is small and its memory used again
+        step = array.chunks[1]
+        cuts = [first, *range((first // step + 1) * step, first + depth, step), first + depth]
+        plane = tuple(slice(a, a + s) for a, s in zip(lower[1:], size[1:], strict=True))
+        for start, stop in pairwise(cuts):
+            box.numpy()[:, start - first : stop - first] = array[(slice(None), slice(start, stop), *plane)]
+        return box
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
@@ -130,20 +145,16 @@ class CaseVolume:
 
 
 def crop_and_pad(
-    array: blosc2.NDArray | np.ndarray,
-    lower: Sequence[int],
-    size: Sequence[int],
-    outside: Callable[[], np.ndarray],
-    dtype: np.dtype | type = np.float32,
+    array: blosc2.NDArray | np.ndarray, lower: Sequence[int], size: Sequence[int], outside: Callable[[], np.ndarray]
 ) -> np.ndarray:
-    """(C, *size) of an array (C, D, H, W) from corner `lower`; outside of it the values (C,) of `outside`,
+    """(C, *size) float32 of an array (C, D, H, W) from corner `lower`; outside of it the values (C,) of `outside`,
     which is only called for boxes that reach there."""
     box = [(a, a + s) for a, s in zip(lower, size, strict=True)]
     inside = [(max(0, a), min(b, most)) for (a, b), most in zip(box, array.shape[1:], strict=True)]
     part = array[(slice(None), *(slice(a, b) for a, b in inside))]
     if inside == box:
-        return np.ascontiguousarray(part, dtype=dtype)
-    crop = np.empty((len(part), *size), dtype)
+        return np.ascontiguousarray(part, dtype=np.float32)
+    crop = np.empty((len(part), *size), np.float32)
     crop[:] = outside()[:, None, None, None]
     crop[(slice(None), *(slice(a - c, b - c) for (a, b), (c, _) in zip(inside, box, strict=True)))] = part
     return crop
@@ -194,51 +205,34 @@ class SampleDataset(Dataset):
 
 @dataclass(frozen=True)
 class Boxes:
-    """Arrays of different shapes, the same number in every sample, as one tensor: it is sent to the training process,
-    pinned and moved to the device as a whole.
+    """Arrays of different shapes, the same number in every sample: a batch of what cannot be stacked.
 
     Args:
-        values: all numbers, one array after the other.
-        shapes: of every array, per sample.
+        arrays: per sample.
     """
 
-    values: torch.Tensor
-    shapes: tuple[tuple[tuple[int, ...], ...], ...]
-
-    @classmethod
-    def join(cls, samples: Sequence[Sequence[torch.Tensor]]) -> "Boxes":
-        """Of the arrays of every sample."""
-        arrays = [array for sample in samples for array in sample]
-        sizes = [array.numel() for array in arrays]
-        # views that were resized already are float32
-        values = torch.empty(sum(sizes), dtype=reduce(torch.promote_types, {array.dtype for array in arrays}))
-        if get_worker_info():
-            # now, and not by a copy when it is sent
-            values.share_memory_()
-        for part, array in zip(values.split(sizes), arrays, strict=True):
-            part.copy_(array.flatten())
-        return cls(values, tuple(tuple(tuple(array.shape) for array in sample) for sample in samples))
+    arrays: tuple[tuple[torch.Tensor, ...], ...]
 
     def column(self, number: int) -> list[torch.Tensor]:
         """Array `number` of every sample."""
-        shapes = [shape for sample in self.shapes for shape in sample]
-        per_sample = len(self.shapes[0])
-        arrays = self.values.split([math.prod(shape) for shape in shapes])[number::per_sample]
-        return [array.view(shape) for array, shape in zip(arrays, shapes[number::per_sample], strict=True)]
+        return [sample[number] for sample in self.arrays]
 
     def to(self, *args: Any, **kwargs: Any) -> "Boxes":
         """On a device, as a tensor's `to`."""
-        return replace(self, values=self.values.to(*args, **kwargs))
+        return self._each(lambda array: array.to(*args, **kwargs))
 
     def pin_memory(self, *_: Any) -> "Boxes":
         """In memory that a GPU reads by itself."""
-        return replace(self, values=self.values.pin_memory())
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Boxes":
+        return Boxes(tuple(tuple(map(change, sample)) for sample in self.arrays))
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Samples as a batch: lists of arrays become `Boxes`, the rest is stacked."""
     return {
-        key: Boxes.join(values) if isinstance(values[0], list) else default_collate(values)
+        key: Boxes(tuple(map(tuple, values))) if isinstance(values[0], list) else default_collate(values)
         for key, values in ((key, [sample[key] for sample in samples]) for key in samples[0])
     }
 

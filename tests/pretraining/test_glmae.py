@@ -383,7 +383,7 @@ def test_losses_and_pictures_are_the_same_where_boxes_came():
     """Boxes of the size of their views, so that nothing is resized; what resizing does is tested with the views."""
     method, again = build(), build()
     batch = make_batch(method)
-    sent = {**batch, **{k: Boxes.join([[*sample] for sample in batch[k]]) for k in ("global", "local")}}
+    sent = {**batch, **{k: Boxes(tuple(tuple(sample) for sample in batch[k])) for k in ("global", "local")}}
     for key, value in all_parts(method, batch).items():
         assert torch.equal(value, all_parts(again, sent)[key]), key
     for kind, made in method.reconstruct(batch).items():

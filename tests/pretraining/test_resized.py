@@ -27,11 +27,14 @@ class RampVolume:
         self.values = np.stack(np.meshgrid(*(np.arange(s, dtype=np.float32) for s in shape), indexing="ij"))
         self.reads = []
 
-    def read(self, lower, size, *, stored=False):
+    def read(self, lower, size):
+        return self.read_stored(lower, size).float().numpy()
+
+    def read_stored(self, lower, size):
         assert all(a >= 0 and a + b <= s for a, b, s in zip(lower, size, self.shape, strict=True)), "outside"
         self.reads.append((tuple(lower), tuple(size)))
         cut = (slice(None), *(slice(a, a + b) for a, b in zip(lower, size, strict=True)))
-        return self.values[cut].astype(self.values.dtype if stored else np.float32)
+        return torch.from_numpy(self.values[cut].copy())
 
     def is_foreground(self, voxel):
         raise AssertionError("global and local views do not look for foreground")
@@ -223,9 +226,10 @@ def test_boxes_become_the_same_views_on_a_device(augmentation, dtype, shape):
     for kind, size in (("global", (24, 24, 24)), ("local", (16, 16, 16))):
         assert torch.equal(plain[f"{kind}_ids_shuffle"], sent[f"{kind}_ids_shuffle"])
         boxes = sent[kind]
-        assert isinstance(boxes, Boxes) and len({shape for row in boxes.shapes for shape in row}) > 1
+        assert isinstance(boxes, Boxes) and len({array.shape for row in boxes.arrays for array in row}) > 1
         # in the stored precision, unless its numbers were changed
-        assert boxes.values.dtype == (torch.float16 if dtype == np.float16 and not augmentation else torch.float32)
+        kept = torch.float16 if dtype == np.float16 and not augmentation else torch.float32
+        assert {array.dtype for row in boxes.arrays for array in row} == {kept}
         assert max(same_views(plain[kind], boxes, size)) < 1e-5
 
 
@@ -241,13 +245,11 @@ def test_a_box_far_larger_than_its_view_is_resized_by_the_worker():
         assert sent[1] != 8 or torch.equal(resize_box(box, (8, 8, 8)), view)
 
 
-def test_boxes_of_two_precisions_travel_in_the_finer_one():
-    arrays = torch.rand(2, 3, 4, 5), torch.rand(2, 1, 2, 3).half()
-    boxes = Boxes.join([[*arrays], [*reversed(arrays)]])
-    assert boxes.values.dtype == torch.float32
-    assert all(torch.equal(a, b.float()) for a, b in zip(boxes.column(0), arrays, strict=True))
+def test_boxes_move_as_tensors_do():
+    boxes = collate([{"a": [torch.rand(1, 2, 3, 4), torch.rand(1, 1, 1, 1)]}, {"a": [torch.rand(1, 5, 1, 2)] * 2}])["a"]
     moved = boxes.to("cpu", torch.float64)
-    assert moved.shapes == boxes.shapes and moved.column(1)[1].dtype == torch.float64
+    assert [box.shape for box in moved.column(0)] == [(1, 2, 3, 4), (1, 5, 1, 2)]
+    assert all(torch.equal(a, b.double()) for a, b in zip(moved.column(1), boxes.column(1), strict=True))
 
 
 def test_only_what_is_resized_changes_for_a_device():
