@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,17 +125,14 @@ class CaseVolume:
     def read_stored(self, lower: Sequence[int], size: Sequence[int]) -> torch.Tensor:
         """A box (C, *size) inside the volume, in the precision in which it is stored. What a worker reads lies in
         memory that it shares with the training process, so that it is sent without a copy."""
-        array, (first, *_), (depth, *_) = self._array, lower, size
-        shape = (len(array), *size)
-        box = torch.from_numpy(np.empty(shape, array.dtype))
+        shape = (len(self._array), *size)
+        box = torch.from_numpy(np.empty(0 if get_worker_info() else shape, self._array.dtype))
         if get_worker_info():
-            box = box.share_memory_()
-        # chunk by chunk: what is read at once is small and its memory used again
-        step = array.chunks[1]
-        cuts = [first, *range((first // step + 1) * step, first + depth, step), first + depth]
-        plane = tuple(slice(a, a + s) for a, s in zip(lower[1:], size[1:], strict=True))
-        for start, stop in pairwise(cuts):
-            box.numpy()[:, start - first : stop - first] = array[(slice(None), slice(start, stop), *plane)]
+            # as torch's own collation does: what is shared later is copied
+            box = box.new(box._typed_storage()._new_shared(math.prod(shape), device=box.device)).view(shape)
+        upper = [a + s for a, s in zip(lower, size, strict=True)]
+        # decompressed where it lies; indexing would take other memory and copy
+        self._array.get_slice_numpy(box.numpy(), ([0, *lower], [len(self._array), *upper]))
         return box
 
     def is_foreground(self, voxel: Sequence[int]) -> bool:
