@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, 
 
 OCTANTS = 8
 # times the voxels of the view that it becomes; of larger boxes workers send the view
-LARGEST_BOX = 8
+LARGEST_BOX = 4
 
 
 def octant_tokens(grid: Sequence[int]) -> Tensor:
