@@ -6,6 +6,8 @@ import glob
 import hashlib
 import json
 import os
+import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,13 +53,38 @@ def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A new folder in `parent` for what a library writes in place; it is removed at the end, as are those that killed
+    processes of this machine left.
+
+    Raises:
+        UserError: the disk is full, or the folder is not writable.
+    """
+    name = f".scratch.{platform.node()}"
+    with telling_disk_errors(parent):
+        for left in parent.glob(f"{glob.escape(name)}.*.tmp"):
+            if _is_of_the_dead(left):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = parent / f"{name}.{os.getpid()}.tmp"
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _remove_leftovers(path: Path) -> None:
     """Removes the temporaries of a file whose process is dead."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        process = temporary.name.split(".")[-2]
         # one of a process on another machine goes too: then that one's write fails, and says so
-        if process.isdigit() and not _is_alive(int(process)):
+        if _is_of_the_dead(temporary):
             temporary.unlink(missing_ok=True)
+
+
+def _is_of_the_dead(temporary: Path) -> bool:
+    process = temporary.name.split(".")[-2]
+    return process.isdigit() and not _is_alive(int(process))
 
 
 def _is_alive(process: int) -> bool:

@@ -7,7 +7,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
 # docs/methods.md, "Shared building blocks"; timm itself leaves one-dimensional tensors, biases and norms, without decay
-NO_DECAY = ("cls_token", "mask_token", "pos_embed", "rel_pos_bias")
+NO_DECAY = ("cls_token", "mask_token", "register_tokens", "pos_embed", "rel_pos_bias")
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

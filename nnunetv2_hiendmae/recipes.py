@@ -80,5 +80,18 @@ RECIPES: dict[str, MethodRecipe] = {
     ),
 }
 DEFAULT_METHOD = "hiendmae"
+# ours, for weights that another program pretrained or trained, whatever its method: as the baseline, with nnU-Net's own
+# batch size
+FOREIGN = MethodRecipe("nnUNetTrainer_Pretrained", citations=(), volume=VolumeFormat(), batch_size=2)
 # per pretraining method, None from scratch: the trainer that insists on such plans
 TRAINERS = {**{name: recipe.trainer for name, recipe in RECIPES.items()}, None: "nnUNetTrainer_ViTUNETR"}
+
+
+def recipe_of(method: str) -> MethodRecipe:
+    """The recipe of a method of ours, or the one for weights of other methods."""
+    return RECIPES.get(method, FOREIGN)
+
+
+def trainer_of(method: str | None) -> str:
+    """The trainer for weights of a method, ours or another; None: from scratch."""
+    return TRAINERS.get(method, FOREIGN.trainer)

@@ -134,6 +134,14 @@ class VolumeFormat:
         return self.normalization_schemes[channel : channel + 1] == (CT_SCHEME,)
 
     @property
+    def scheme_of_all(self) -> str | None:
+        """nnU-Net's scheme of any channel, whatever it is called, CT too; None: it goes by the channels' names, as
+        nnU-Net's rule has it. So it is where a program normalised all that it saw alike."""
+        schemes = set(self.normalization_schemes)
+        alike = len(schemes) == 1 and not schemes & {CT_SCHEME} and not self.channel_names and self.window_hu is None
+        return self.normalization_schemes[0] if alike else None
+
+    @property
     def ct_statistics(self) -> dict[str, float]:
         """What nnU-Net's CTNormalization reads from plans: it clips to the percentiles, subtracts the mean, divides
         by the std. Empty without a window."""

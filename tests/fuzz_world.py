@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -12,11 +13,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from forked import work_little
+from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 from nnunetv2_hiendmae import cli
 
@@ -109,6 +112,8 @@ def run_commands(commands: list[list[str]], folder: str, environment: dict[str, 
     os.environ.update(environment)
     os.chdir(folder)
     work_little()
+    # where a fingerprint is made again: nnU-Net would be imported once more for each
+    fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     lines = []

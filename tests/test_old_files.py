@@ -192,9 +192,11 @@ def test_an_old_classifier_continues(old, capsys):
     recorded = old.recorded["classifier"]
     run(capsys, *recorded["command"], "--c")
     metrics = old.read_json("classifier/metrics.json")
+    assert len(metrics["validation"].pop("auc_interval_95")) == 2
     for part in ("validation", "last"):
         ours, theirs = metrics.pop(part), recorded["metrics"].pop(part)
         if part == "last":
+            assert len(ours["validation"].pop("auc_interval_95")) == 2
             assert ours.pop("validation") == pytest.approx(theirs.pop("validation"), abs=1e-4)
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert metrics == recorded["metrics"]

@@ -4,7 +4,7 @@ imports no torch; what computes is imported on first use."""
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_hiendmae.architectures.kinds import KINDS
+from nnunetv2_hiendmae.architectures.kinds import KINDS, LAYER_SCALE, MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
 
 if TYPE_CHECKING:
@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.architectures.convvit_unetr import ConvViTUNETR
     from nnunetv2_hiendmae.architectures.encoders import ENCODERS, build_encoder
     from nnunetv2_hiendmae.architectures.layers import Encoder
+    from nnunetv2_hiendmae.architectures.primus import PrimusEncoder
+    from nnunetv2_hiendmae.architectures.primus_network import PrimusNetwork
     from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
     from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
-__all__ = ["ENCODERS", "KINDS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec", "ViTEncoder"]
-__all__ += ["ViTUNETR", "build_encoder"]
+__all__ = ["ENCODERS", "KINDS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec"]
+__all__ += ["PrimusEncoder", "PrimusNetwork", "ViTEncoder", "ViTUNETR", "build_encoder"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"ENCODERS": "encoders", "build_encoder": "encoders", "Encoder": "layers", "ViTEncoder": "vit"}
 _LATER |= {"ConvViTEncoder": "convvit", "ViTUNETR": "unetr", "ConvViTUNETR": "convvit_unetr"}
+_LATER |= {"PrimusEncoder": "primus", "PrimusNetwork": "primus_network"}
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +36,13 @@ def _convvit(width: int, num_heads: int) -> EncoderSpec:
     """MiM's shape: three stages of two conv blocks, each twice as wide as the one before, 11 transformer blocks."""
     stages = {"stem_dims": (width // 8, width // 4, width // 2), "stem_depths": (2, 2, 2)}
     return EncoderSpec(cube(96), cube(16), embed_dim=width, depth=11, num_heads=num_heads, kind="convvit", **stages)
+
+
+def _primus(img_size: int, width: int, depth: int, num_heads: int) -> EncoderSpec:
+    """Primus as nnU-Net and nnssl build it: patches of 8 voxels, LayerScale and norms inside the attention."""
+    fixed = {"mlp_ratio": MLP_RATIO, "pos_embed": "learned", "norm_eps": NORM_EPS}
+    options = {"layer_scale": LAYER_SCALE, "inner_norm": True}
+    return EncoderSpec(cube(img_size), cube(8), width, depth, num_heads, kind="primus", **fixed, **options)
 
 
 PRESETS: dict[str, EncoderSpec] = {
@@ -49,4 +59,10 @@ PRESETS: dict[str, EncoderSpec] = {
     # MiM
     "convvit_tiny": _convvit(width=96, num_heads=3),
     "convvit_base": _convvit(width=384, num_heads=12),
+    # ours, for tests; then the sizes of the Primus paper
+    "primus_nano": _primus(48, width=96, depth=4, num_heads=4),
+    "primus_s": _primus(160, width=396, depth=12, num_heads=6),
+    "primus_b": _primus(160, width=792, depth=12, num_heads=12),
+    "primus_m": _primus(160, width=864, depth=16, num_heads=12),
+    "primus_l": _primus(160, width=1056, depth=24, num_heads=16),
 }

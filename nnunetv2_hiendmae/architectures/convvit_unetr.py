@@ -26,7 +26,7 @@ class ConvViTUNETR(SegmentationNetwork):
     The bottleneck's BatchNorm3d becomes nn.SyncBatchNorm when nnU-Net trains on several GPUs.
     """
 
-    encoder_class = ConvViTEncoder
+    encoder_classes = (ConvViTEncoder,)
     trainers = "nnUNetTrainer_MiM or nnUNetTrainer_ViTUNETR"
     default_width = 48
     axes: ClassVar = {r"bottleneck\.1\..*": Axes.NONE, **SegmentationNetwork.axes}

@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
 
 Shapes = dict[str, tuple[int, ...]]
+# what nnU-Net and nnssl build Primus with
+MLP_RATIO, NORM_EPS, LAYER_SCALE = 4 * 2 / 3, 1e-5, 0.1
 
 
 class Kind:
@@ -16,6 +18,7 @@ class Kind:
     Attributes:
         kind: as in `EncoderSpec.kind`.
         network: dotted name of the segmentation network, as it stands in plans.
+        own_networks: others that read it, by their name in `hiendmae plan --network`.
         tokens_per_step: tokens that a crop's axes are multiples of; a crop is more than one such step.
         finetuning: fields of the spec that fine-tuning changes.
         has_taps, has_cls: what it has where the spec does not say.
@@ -24,6 +27,7 @@ class Kind:
 
     kind: ClassVar[str]
     network: ClassVar[str]
+    own_networks: ClassVar[dict[str, str]] = {}
     tokens_per_step: ClassVar[int] = 1
     finetuning: ClassVar[dict[str, Any]] = {}
     has_taps: ClassVar[bool] = True
@@ -66,8 +70,26 @@ class ConvViT(Kind):
         require(not spec.cls_token and not spec.taps, told)
 
 
+class Primus(Kind):
+    """An EVA-02 transformer with rotary positions; no CLS."""
+
+    kind = "primus"
+    network = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
+    own_networks: ClassVar = {"primus": "nnunetv2_hiendmae.architectures.primus_network.PrimusNetwork"}
+    has_cls = False
+    own_fields = ("register_tokens", "layer_scale", "inner_norm")
+
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        width = f"embed_dim {spec.embed_dim} over num_heads {spec.num_heads}"
+        require(spec.embed_dim // spec.num_heads % 6 == 0, f"kind 'primus': {width} is not divisible by 6")
+        require(not spec.cls_token, "kind 'primus' has no CLS token, got cls_token true")
+        require(spec.pos_embed == "learned", f"kind 'primus' needs pos_embed 'learned', got '{spec.pos_embed}'")
+        require(spec.register_tokens >= 0, f"register_tokens {spec.register_tokens} must not be negative")
+
+
 # every kind; `ENCODERS` has the classes that build them
-KINDS: dict[str, type[Kind]] = {kind.kind: kind for kind in (ViT, ConvViT)}
+KINDS: dict[str, type[Kind]] = {kind.kind: kind for kind in (ViT, ConvViT, Primus)}
 
 
 def tensor_shapes(spec: EncoderSpec) -> Shapes | None:
@@ -151,4 +173,24 @@ def _conv_block(name: str, width: int, ratio: float) -> Shapes:
     }
 
 
-_SHAPES: dict[str, Callable[[EncoderSpec], Shapes]] = {"vit": _vit, "convvit": _convvit}
+def _primus(spec: EncoderSpec) -> Shapes:
+    width, hidden, shapes = spec.embed_dim, int(spec.embed_dim * spec.mlp_ratio), {}
+    if spec.register_tokens:
+        shapes["register_tokens"] = (1, spec.register_tokens, width)
+    shapes["pos_embed"] = (1, spec.num_tokens, width)
+    shapes |= _embed("patch_embed.proj", spec.in_channels, width, spec.patch_size)
+    for block in (f"blocks.{i}" for i in range(spec.depth)):
+        if spec.layer_scale:
+            shapes |= {f"{block}.gamma_1": (width,), f"{block}.gamma_2": (width,)}
+        shapes |= _affine(f"{block}.norm1", width) | _linear(f"{block}.attn.q_proj", width, width)
+        shapes[f"{block}.attn.k_proj.weight"] = (width, width)
+        shapes |= _linear(f"{block}.attn.v_proj", width, width)
+        if spec.inner_norm:
+            shapes |= _affine(f"{block}.attn.norm", width)
+        shapes |= _linear(f"{block}.attn.proj", width, width) | _affine(f"{block}.norm2", width)
+        shapes |= _linear(f"{block}.mlp.fc1_g", width, hidden) | _linear(f"{block}.mlp.fc1_x", width, hidden)
+        shapes |= _affine(f"{block}.mlp.norm", hidden) | _linear(f"{block}.mlp.fc2", hidden, width)
+    return shapes | _affine("norm", width)
+
+
+_SHAPES: dict[str, Callable[[EncoderSpec], Shapes]] = {"vit": _vit, "convvit": _convvit, "primus": _primus}

@@ -24,6 +24,7 @@ class Axes(Enum):
     KERNEL = "of a convolution: (out, in, d, h, w)"
     TOKENS = "(A, N, E): a row per token of the grid, in raster order"
     OFFSETS = "(A, N', E): a row per offset between two tokens, in raster order of 2g - 1 offsets an axis"
+    ROTARY = "(E, …) of queries or keys: every head's channels are three equal blocks, each turned along one axis"
 
     def rows(self, grid: Sequence[int]) -> tuple[int, ...]:
         """Rows per axis that a table of this kind has for a token grid."""

@@ -10,6 +10,8 @@ from nnunetv2_hiendmae.schemas import CLOSED, validated
 POSITION_KINDS = ("sincos", "learned")
 # no number of an encoder comes near it, and products of a few such numbers are still numbers
 _LARGEST = 2**31
+# fields that 0.1 did not know: left out of the JSON form where they are at their default, so that it reads the others
+_SINCE_0_1 = ("register_tokens", "layer_scale", "inner_norm")
 
 
 def default_taps(depth: int) -> tuple[int, ...]:
@@ -43,9 +45,9 @@ class EncoderSpec:
         embed_dim: width E.
         depth: transformer blocks.
         kind: "vit" is a plain transformer; "convvit" is MiM's hybrid, whose convolutional stages halve the map before
-            the transformer does it once more.
-        taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)` of a
-            vit; a convvit has none.
+            the transformer does it once more; "primus" is an EVA-02 transformer with rotary positions.
+        taps: 0-based blocks whose outputs are handed out besides the final one; None: `default_taps(depth)`; a
+            convvit has none.
         cls_token: prepend a CLS token (its position is zero); None: only a vit has one.
         pos_embed: "sincos" is a fixed table, "learned" starts as that table and is trained. Fixed is what counts:
             weights with other axes than those they were trained with hold the same table in another order.
@@ -55,6 +57,9 @@ class EncoderSpec:
         stem_depths: conv blocks of each of these stages.
         dense: the fine-tuning form of a convvit: relative position bias and LayerScale in the transformer, no
             fusion convolutions, no final norm, hence no masked forward.
+        register_tokens: tokens of a primus that belong to no place; no output has them.
+        layer_scale: start of LayerScale's γ in a primus; None: it has none.
+        inner_norm: whether a primus norms what its attention gives, before projecting it.
 
     Raises:
         ValueError: a field contradicts another; the message names both.
@@ -77,6 +82,9 @@ class EncoderSpec:
     stem_dims: tuple[int, ...] = ()
     stem_depths: tuple[int, ...] = ()
     dense: bool = False
+    register_tokens: int = 0
+    layer_scale: float | None = None
+    inner_norm: bool = False
 
     def __post_init__(self):
         # that module imports this one
@@ -137,7 +145,8 @@ class EncoderSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form (tuples become lists)."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        said = {k: v for k, v in asdict(self).items() if v or k not in _SINCE_0_1}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "EncoderSpec":

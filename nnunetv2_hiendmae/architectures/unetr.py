@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.layers import Axes, Encoder
+from nnunetv2_hiendmae.architectures.primus import PrimusEncoder
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
@@ -87,7 +88,7 @@ class SegmentationNetwork(nn.Module):
     There is deliberately no `initialize`: nnU-Net would apply it to the encoder's patch embedding too.
 
     Attributes:
-        encoder_class: kind of encoder.
+        encoder_classes: kinds of encoders that it reads.
         trainers: those that switch deep supervision off.
         default_width: of the decoder.
         axes: as `Encoder.axes`, of the tensors that are not the encoder's.
@@ -104,7 +105,7 @@ class SegmentationNetwork(nn.Module):
         ValueError: deep supervision is asked for, or the spec is invalid, of another kind or does not fit the decoder.
     """
 
-    encoder_class: ClassVar[type[Encoder]]
+    encoder_classes: ClassVar[tuple[type[Encoder], ...]]
     trainers: ClassVar[str]
     default_width: ClassVar[int] = 32
     axes: ClassVar[dict[str, Axes]] = {r".*\.weight": Axes.KERNEL, r".*\.bias": Axes.NONE}
@@ -122,18 +123,29 @@ class SegmentationNetwork(nn.Module):
         if deep_supervision:
             told = f"{name} has one output, deep supervision needs several"
             raise ValueError(f"{told}: train with -tr {self.trainers}, which switch it off")
-        if kind != self.encoder_class.kind:
-            raise ValueError(f"{name} needs an encoder of kind '{self.encoder_class.kind}', got '{kind}'")
-        fields = {"in_channels": input_channels, **spec_kwargs, **self.encoder_class.finetuning}
+        encoder_class = next((encoder for encoder in self.encoder_classes if encoder.kind == kind), None)
+        if encoder_class is None:
+            needed = " or ".join(f"'{encoder.kind}'" for encoder in self.encoder_classes)
+            raise ValueError(f"{name} needs an encoder of kind {needed}, got '{kind}'")
+        fields = {"in_channels": input_channels, **spec_kwargs, **encoder_class.finetuning}
         self.spec = EncoderSpec.from_dict(fields)
-        self.encoder = self.encoder_class(self.spec)
+        self.check_spec(self.spec)
+        self.encoder = encoder_class(self.spec)
         width = self.default_width if decoder_width is None else decoder_width
         self.build_decoder(input_channels, width)
-        self.head = nn.Conv3d(width, num_classes, kernel_size=1)
+        self.build_head(width, num_classes)
+
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        """Refuses an encoder's spec that the network has no decoder for (ValueError)."""
 
     def build_decoder(self, input_channels: int, width: int) -> None:
-        """Adds the modules between encoder and head; ValueError where the spec does not fit them."""
+        """Adds the modules between encoder and head."""
         raise NotImplementedError
+
+    def build_head(self, width: int, num_classes: int) -> None:
+        """Adds what gives the logits."""
+        self.head = nn.Conv3d(width, num_classes, kernel_size=1)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The layers of learning-rate decay from the bottom, in timm's form: what comes before the transformer, each of
@@ -148,7 +160,7 @@ class SegmentationNetwork(nn.Module):
 
 
 class ViTUNETR(SegmentationNetwork):
-    """UNETR (Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", 2022) on our ViT encoder.
+    """UNETR (Hatamizadeh et al., "UNETR: Transformers for 3D Medical Image Segmentation", 2022) on a transformer.
 
     Takes (B, C, D, H, W) with every axis a multiple of the patch and more than one token in all, gives logits
     (B, num_classes, D, H, W). The decoder has w = `decoder_width` channels at full resolution, 2w, 4w and 8w below. It
@@ -156,12 +168,15 @@ class ViTUNETR(SegmentationNetwork):
     encoder needs three taps. Arguments and errors: `SegmentationNetwork`.
     """
 
-    encoder_class = ViTEncoder
-    trainers = "nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
+    encoder_classes = (ViTEncoder, PrimusEncoder)
+    trainers = "nnUNetTrainer_Pretrained, nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D or nnUNetTrainer_ViTUNETR"
+
+    @classmethod
+    def check_spec(cls, spec: EncoderSpec) -> None:
+        if len(spec.taps) != 3:
+            raise ValueError(f"ViTUNETR needs an encoder with three taps, got {spec.taps}")
 
     def build_decoder(self, input_channels: int, width: int) -> None:
-        if len(self.spec.taps) != 3:
-            raise ValueError(f"ViTUNETR needs an encoder with three taps, got {self.spec.taps}")
         e, w = self.spec.embed_dim, width
         early, last = upsampling_factors(self.spec.patch_size)
         self.image_block = residual_block(input_channels, w)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning_fabric import Fabric
+from scipy import optimize, stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
 from nnunetv2_hiendmae.classification.labels import Labels, read_labels
@@ -29,6 +31,9 @@ from nnunetv2_hiendmae.training.run import choose_precision, launch
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 
 COMMAND = "hiendmae classify"
+CONFIDENCE = 0.95
+
+logger = logging.getLogger(__name__)
 
 
 def predict(
@@ -71,7 +76,10 @@ def predict(
     probabilities = compute_probabilities(fabric, fabric.setup(network), data, metadata.inputs, options.workers)
     write_predictions(output, metadata.classes, names, probabilities, labels)
     if labels:
-        write_text(output.with_suffix(".json"), json.dumps(measure(labels, names, probabilities), indent=2))
+        measured = measure(labels, names, probabilities)
+        if measured["auc"] is not None:
+            logger.info("%s over %d cases", tell_auc(measured), measured["cases"])
+        write_text(output.with_suffix(".json"), json.dumps(measured, indent=2))
     return output
 
 
@@ -101,9 +109,19 @@ def compute_probabilities(
 
 
 def measure(labels: Labels, names: Sequence[str], probabilities: np.ndarray) -> dict[str, Any]:
-    """Metrics over the cases that have a label."""
+    """Metrics over the cases that have a label; a warning where they are not of all classes."""
     known = [i for i, name in enumerate(names) if name in labels.targets]
-    return evaluate(np.array([labels.targets[names[i]] for i in known]), probabilities[known])
+    targets = np.array([labels.targets[names[i]] for i in known])
+    if absent := [name for i, name in enumerate(labels.classes) if i not in targets]:
+        logger.warning("no AUC: none of the %d labelled cases is of class %s", len(known), ", ".join(absent))
+    return evaluate(targets, probabilities[known])
+
+
+def tell_auc(measured: dict[str, Any]) -> str:
+    """The AUC of `evaluate` with its interval, for people."""
+    return "AUC {:.4f} ({:.0%} interval {:.2f} to {:.2f})".format(
+        measured["auc"], CONFIDENCE, *measured["auc_interval_95"]
+    )
 
 
 def evaluate(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
@@ -115,22 +133,53 @@ def evaluate(targets: np.ndarray, probabilities: np.ndarray) -> dict[str, Any]:
 
     Returns:
         cases, auc (of the second of two classes; macro average of one-vs-rest for more; None where a class has no
-        case), accuracy, balanced_accuracy (mean recall of the classes that have cases), macro_f1 (mean over the
-        classes that have cases or predictions) and log_loss.
+        case), auc_interval_95 (see `auc_interval`; None without auc), accuracy, balanced_accuracy
+        (mean recall of the classes that have cases), macro_f1 (mean over the classes that have cases or predictions)
+        and log_loss.
     """
     classes = np.arange(probabilities.shape[1])
     predicted, present = probabilities.argmax(1), np.unique(targets)
-    score = probabilities[:, 1] if len(classes) == 2 else probabilities
-    auc = roc_auc_score(targets, score, multi_class="ovr") if len(present) == len(classes) else None
+    auc = interval = None
+    if len(present) == len(classes):
+        score = probabilities[:, 1] if len(classes) == 2 else probabilities
+        auc = float(roc_auc_score(targets, score, multi_class="ovr"))
+        # of two classes the second alone: that of the first is the same
+        ones = [targets == k for k in (classes[1:] if len(classes) == 2 else classes)]
+        singles = [roc_auc_score(one, probabilities[:, k]) for k, one in zip(classes[-len(ones) :], ones, strict=True)]
+        limits = [auc_interval(a, one.sum(), (~one).sum()) for a, one in zip(singles, ones, strict=True)]
+        interval = np.mean(limits, axis=0).tolist()
     return {
         "cases": len(targets),
-        "auc": auc if auc is None else float(auc),
+        "auc": auc,
+        "auc_interval_95": interval,
         "accuracy": float(accuracy_score(targets, predicted)),
         # balanced accuracy by its definition: scikit-learn's own function warns when an absent class is predicted
         "balanced_accuracy": float(recall_score(targets, predicted, labels=present, average="macro")),
         "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0)),
         "log_loss": float(log_loss(targets, probabilities, labels=classes)),
     }
+
+
+def auc_interval(auc: float, positive: int, negative: int) -> tuple[float, float]:
+    """Confidence interval of the AUC of two classes with so many cases: method 5 of Newcombe, Statistics in Medicine
+    25, 559-573 (2006), with Hanley and McNeil's variance at the limits themselves.
+
+    It holds for few cases and for an AUC of 1, where the intervals of a bootstrap and of DeLong shrink to [1, 1]. For
+    the mean over several classes `evaluate` takes the means of the limits, which are rather too wide.
+    """
+    z = stats.norm.ppf((1 + CONFIDENCE) / 2)
+    others = (positive + negative) / 2 - 1
+
+    def excess(limit: float) -> float:
+        variance = 1 + others * ((1 - limit) / (2 - limit) + limit / (1 + limit))
+        variance *= limit * (1 - limit) / (positive * negative)
+        return (auc - limit) ** 2 - z**2 * variance
+
+    # 0 and 1 themselves have no variance, and so has an AUC there
+    tiny = 1e-9
+    low = optimize.brentq(excess, 0, auc - tiny) if auc > 0 else 0.0
+    high = optimize.brentq(excess, auc + tiny, 1) if auc < 1 else 1.0
+    return float(low), float(high)
 
 
 def write_predictions(

@@ -16,7 +16,13 @@ from lightning_fabric import Fabric
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.classification import network as net
 from nnunetv2_hiendmae.classification.labels import SPLIT, Labels, Split, choose_split, read_labels
-from nnunetv2_hiendmae.classification.predict import COMMAND, compute_probabilities, measure, write_predictions
+from nnunetv2_hiendmae.classification.predict import (
+    COMMAND,
+    compute_probabilities,
+    measure,
+    tell_auc,
+    write_predictions,
+)
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
@@ -272,7 +278,7 @@ def _run(
             if split.val and (last or done % settings.validate_epochs == 0):
                 found = compute_probabilities(fabric, model, task.subset(split.val), settings.inputs, settings.workers)
                 line["validation"] = measured = measure(task.labels, split.val, found)
-                told += f", validation AUC {measured['auc']:.4f}"
+                told += f", validation {tell_auc(measured)}"
                 rank = [measured["auc"], -measured["log_loss"]]
                 if best is None or rank > best:
                     best = rank

@@ -7,7 +7,7 @@ from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arg
 from nnunetv2_hiendmae.errors import printable
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
-HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm or MONAI"
+HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm, MONAI or nnssl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("file", type=Path, metavar="FILE", help="checkpoint; see what it is with: hiendmae inspect FILE")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="file to write, e.g. encoder.safetensors")
     add_options(parser, ConvertOptions)
-    add("--to", choices=["timm", "monai"], help="write a .safetensors with these names (default: an encoder file)")
+    told = "write a .safetensors with these names, nnssl: a .pth with its plan (default: an encoder file)"
+    add("--to", choices=["timm", "monai", "nnssl"], help=told)
     add("--force", action="store_true", help="replace OUT if it exists")
 
 

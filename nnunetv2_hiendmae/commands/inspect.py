@@ -62,6 +62,7 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     # imports no torch
     if path.is_file() and options == ConvertOptions() and (found := look_into(path)):
         return _encoder_file(*found)
+    from nnunetv2_hiendmae.weights.adaptation_plan import PLAN
     from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
     from nnunetv2_hiendmae.weights.convert import is_run_checkpoint, translate_checkpoint
     from nnunetv2_hiendmae.weights.metadata import METADATA_KEY
@@ -73,7 +74,7 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
         return _encoder_file(translated.metadata, translated.report, sha256(path))
     if is_run_checkpoint(content):
         about, next_step = _own(path, content)
-    elif is_nnunet_checkpoint(content):
+    elif is_nnunet_checkpoint(content) and PLAN not in content:
         about = {"kind": "nnU-Net checkpoint", "trainer": str(content[TRAINER])}
         next_step = shlex.join(["hiendmae", "convert", str(path), "-o", ENCODER])
     else:
@@ -106,10 +107,10 @@ def _own(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
 def _foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> tuple[dict[str, Any], str]:
     """What a checkpoint of another program is, and what to do with it."""
-    from nnunetv2_hiendmae.weights.formats import find_encoder
+    from nnunetv2_hiendmae.weights.nnssl import find_foreign
 
     try:
-        found = find_encoder(content, options)
+        found, _ = find_foreign(content, options)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     about = {

@@ -106,14 +106,15 @@ def encoder_attention(encoder: nn.Module, image: Tensor, blocks: Sequence[int], 
         query: token in raster numbering; None: the CLS token.
 
     Returns:
-        Per block (heads, [1+]N), CLS first if there is one; every row sums to one.
+        Per block (heads, [1+]N), CLS first if there is one; every row sums to one, but for what register tokens get.
     """
-    row = 0 if query is None else encoder.num_prefix_tokens + query
+    registers = encoder.spec.register_tokens
+    row = registers + (0 if query is None else encoder.num_prefix_tokens + query)
     layers = [encoder.blocks[i].attn for i in blocks]
     with _recording(layers, row) as rows:
         # what fine-tuning runs: it works for every kind of encoder
         encoder.feature_maps(image)
-    return [rows[layer] for layer in layers]
+    return [rows[layer][:, registers:] for layer in layers]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import affine_transform
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_volume, checked_files, naming_reason
 from nnunetv2_hiendmae.training.grids import REVERSED, Grid, preprocessed_grid, reader_grid, steps_between
@@ -85,8 +85,13 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
     if len(names) > len(channels):
         raise _wrong_channels(len(names), channels)
     try:
-        with naming_reason(), checked_files(names) as checked:
-            data, properties = _reader(names[0], volumes).read_images(checked)
+        with checked_files(names) as checked:
+            with naming_reason():
+                reader = _reader(names[0], volumes)
+            with naming_reason() as said:
+                data, properties = reader.read_images(checked)
+        if told := " ".join(said.getvalue().split()):
+            logger.warning("the reader of %s says: %s", ", ".join(names), printable(told, LONGEST_ERROR))
         if len(data) != len(channels):
             raise _wrong_channels(len(data), channels)
         with naming_reason():

@@ -17,12 +17,16 @@ from nnunetv2_hiendmae.volume_format import INTERPOLATIONS
 PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 # what a checkpoint's arrays may have been; nnU-Net's are (z, y, x), called D, H, W
 AXES = ("xyz", "dhw")
+# the axes of the token grid as the sequences of a Primus have them, the slowest first: w is the volume's first
+TOKEN_ORDERS = HWD, WHD = ("hwd", "whd")
 # names of `architectures.PRESETS`, known before torch is imported
 PRESETS = ("vit_nano_p8", "vit_tiny_p16", "vit_small_p16", "vit_base_p16", "vit_hiend_p12", "vit_hiend_p16")
-PRESETS += ("convvit_tiny", "convvit_base")
+PRESETS += ("convvit_tiny", "convvit_base", "primus_nano", "primus_s", "primus_b", "primus_m", "primus_l")
 # the first is the default, as in nnU-Net
 DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
+# segmentation networks of `hiendmae plan`: the one of every kind of encoder, and those that only some have
+UNETR, OWN_NETWORKS = "unetr", ("primus",)
 # how whole volumes are resized; runs and files of 0.1 say only RESIZE, and had no anti-aliasing
 ANTIALIASED = "antialiased"
 _DHW = ("D", "H", "W")
@@ -196,6 +200,9 @@ class PlanOptions(CommandOptions):
     reader: str | None = _from(
         _FILE, "nnU-Net image reader, it decides the orientation; auto: nnU-Net's choice", metavar="NAME"
     )
+    network: str | None = _from(
+        UNETR, "segmentation network; primus: the patch decoder that Primus has", choices=(UNETR, *OWN_NETWORKS)
+    )
     freeze_encoder: bool = option(False, 'train the decoder alone ("linear" in the papers)')
     layer_decay: float | None = _from("1", "factor of the learning rate per encoder layer", metavar="F")
     drop_path_rate: float | None = _from(
@@ -217,8 +224,8 @@ class ConvertOptions(CommandOptions):
 
     format: str | None = option(
         None,
-        "hiendmae, mim, glmae, mae3d, timm or monai (default: by the names of its tensors; a bare GL-MAE file has "
-        "those of mae3d, without its decoder those of timm)",
+        "hiendmae, mim, glmae, mae3d, timm, monai, nnssl or primus (default: by the names of its tensors; a bare "
+        "GL-MAE file has those of mae3d, without its decoder those of timm)",
         metavar="NAME",
     )
     num_heads: int | None = _count(None, "attention heads (default: those of the released sizes)", metavar="H")
@@ -238,12 +245,21 @@ class ConvertOptions(CommandOptions):
     axes: str | None = option(
         None,
         "order of its arrays; xyz is permuted to nnU-Net's z y x (default: xyz for the authors' files hiendmae, "
-        "mim, glmae and mae3d; dhw, kept as it is, for timm and monai)",
+        "mim, glmae and mae3d; dhw, kept as it is, for the others)",
         choices=AXES,
+    )
+    token_order: str | None = option(
+        None,
+        "order of a Primus' tokens: hwd is that of most nnssl programs, whd of nnU-Net, SimMIM and nnFoundation "
+        "(default: by what the file says of its program)",
+        choices=TOKEN_ORDERS,
     )
     use_teacher: bool = option(False, "take GL-MAE's momentum teacher instead of the student")
     method: str | None = option(
-        None, "whose fine-tuning recipe timm and monai weights get (default: mae3d)", metavar="NAME"
+        None,
+        "method of ours that pretrained timm, monai or primus weights: they get its recipe and trainer (default: those "
+        "for weights of other programs)",
+        metavar="NAME",
     )
 
     def __post_init__(self):

@@ -4,6 +4,7 @@ import logging
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
@@ -12,14 +13,14 @@ from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
-from nnunetv2_hiendmae.options.commands import PlanOptions
+from nnunetv2_hiendmae.options.commands import UNETR, PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
     RawDataset,
     is_ct,
     read_fingerprint,
     read_raw_dataset,
 )
-from nnunetv2_hiendmae.planning.labels import check_labels, extract_fingerprint
+from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, extract_fingerprint
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
     SPLITS,
@@ -31,7 +32,7 @@ from nnunetv2_hiendmae.planning.plans import (
 )
 from nnunetv2_hiendmae.planning.readers import REORIENTING, choose_reader, find_reader, told_directions
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
-from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
+from nnunetv2_hiendmae.recipes import RECIPES, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
@@ -83,8 +84,8 @@ def plan_finetuning(
 
     What the options leave open comes from the encoder file (architecture, spacing, window, reader) or from its
     method's recipe; warm-up is a tenth of `epochs` when only those are given. A window is ignored, with a warning,
-    where no channel is CT. Plans with a frozen encoder get a name of their own. Runs nnU-Net's own fingerprint
-    extraction where there is no fingerprint, or one made without labels.
+    where no channel is CT. Plans with a frozen encoder, or with the encoder's own network, get names of their own. Runs
+    nnU-Net's own fingerprint extraction where there is no fingerprint, or one made without labels.
 
     Args:
         dataset: id or full name; needs labels.
@@ -100,9 +101,10 @@ def plan_finetuning(
     raw = read_raw_dataset(dataset_name(dataset))
     metadata = _known_metadata(Path(encoder_file))
     method = None if options.from_scratch else metadata.method
-    trainer, recipe = TRAINERS[method], RECIPES[metadata.method]
+    trainer, recipe = trainer_of(method), recipe_of(metadata.method)
     frozen = "_frozen" if options.freeze_encoder else ""
-    plans_name = options.plans_name or trainer.replace("nnUNetTrainer", "nnUNetPlans") + frozen
+    own = f"_{options.network}" if options.network not in (None, UNETR) else ""
+    plans_name = options.plans_name or trainer.replace("nnUNetTrainer", "nnUNetPlans") + own + frozen
     check_plans_name(raw.name, plans_name)
     check_labels(raw)
     given = {k: v for k, v in asdict(options).items() if v is not None and v is not False}
@@ -110,8 +112,9 @@ def plan_finetuning(
     values = {**asdict(recipe), **asdict(recipe.finetune), **frozen_lr, **given}
     try:
         spec = _finetuning_spec(metadata.spec, raw.channels, values)
-        _check_channels(metadata, raw.channels)
+        network = _network(spec, options)
         volume = _fit_volume(metadata.volume, raw, options)
+        _check_channels(metadata, volume, raw.channels)
         finetune = FinetuneRecipe(**{f.name: values[f.name] for f in fields(FinetuneRecipe)})
     except ValueError as e:
         raise UserError(f"{e}; change it and run hiendmae plan again") from e
@@ -120,11 +123,26 @@ def plan_finetuning(
         file = Path(encoder_file).resolve()
         section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
 
+    reader = find_reader(volume.image_reader_writer)
     if read_fingerprint(raw.name, with_labels=True) is None:
         logger.info("extracting the fingerprint of %s", raw.name)
-        extract_fingerprint(raw, find_reader(volume.image_reader_writer), options.num_processes)
-    width, batch = values["decoder_width"], values["batch_size"]
-    path = save_plans(make_plans(raw, plans_name, spec, volume, decoder_width=width, batch_size=batch, section=section))
+        extract_fingerprint(raw, reader, options.num_processes)
+    else:
+        # nnU-Net looks at label values only where it is asked to
+        check_label_files(raw, reader, options.num_processes)
+    if options.network in KINDS[spec.kind].own_networks:
+        values["decoder_width"] = None
+    plans = make_plans(
+        raw,
+        plans_name,
+        spec,
+        volume,
+        decoder_width=values["decoder_width"],
+        batch_size=values["batch_size"],
+        section=section,
+        network=network,
+    )
+    path = save_plans(plans)
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
     number = dataset_id(raw.name)
     preprocess, *commands = _next_commands(
@@ -147,12 +165,22 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
             raise
         again = f"hiendmae convert {shlex.quote(str(encoder_file))} -o encoder.safetensors"
         raise UserError(f"{encoder_file} is a checkpoint, needed an encoder file; run: {again}") from e
-    if metadata.method not in RECIPES:
-        raise UserError(
-            f"{encoder_file} was trained with '{metadata.method}', known methods are {', '.join(RECIPES)}; "
-            f"see: hiendmae inspect {encoder_file}"
-        )
     return metadata
+
+
+def _network(spec: EncoderSpec, options: PlanOptions) -> str:
+    """Dotted name of the segmentation network that was asked for; ValueError where it does not read the encoder."""
+    encoder = KINDS[spec.kind]
+    if options.network in (None, UNETR):
+        return encoder.network
+    if options.network not in encoder.own_networks:
+        told = f"--network {options.network} reads no encoder of kind '{spec.kind}'"
+        raise ValueError(f"{told}, needed {' or '.join((UNETR, *encoder.own_networks))}")
+    if options.decoder_width is not None:
+        raise ValueError(f"--decoder-width {options.decoder_width}: the network '{options.network}' has none")
+    name = encoder.own_networks[options.network]
+    resolve_name(name).check_spec(spec)
+    return name
 
 
 def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dict[str, Any]) -> EncoderSpec:
@@ -184,7 +212,7 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
     )
 
 
-def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
+def _check_channels(metadata: EncoderMetadata, volume: VolumeFormat, names: tuple[str, ...]) -> None:
     """Several channels must be those of pretraining; one may be spread over others, with a warning."""
     seen = metadata.volume.channel_names
     if len(seen) > 1 and [n.casefold() for n in seen] != [n.casefold() for n in names]:
@@ -197,7 +225,7 @@ def _check_channels(metadata: EncoderMetadata, names: tuple[str, ...]) -> None:
         logger.warning(f"{told}: its kernel is spread over them, each gets 1/{len(names)} of it")
     schemes = metadata.volume.normalization_schemes
     others = [n for n in names if get_normalization_scheme(n).__name__ not in schemes]
-    if others and schemes:
+    if others and schemes and volume.scheme_of_all is None:
         known = ", ".join(seen or sorted(set(schemes)))
         logger.warning("%s: normalised otherwise than what the encoder was trained on (%s)", ", ".join(others), known)
 
@@ -227,9 +255,13 @@ def _messages(
     given: dict[str, Any],
 ) -> tuple[str, ...]:
     """One line per origin: what was given, what the file said, what the dataset, what the recipe."""
-    recipe, seen = f"from the recipe of {metadata.method}", metadata.volume
+    seen = metadata.volume
+    ours = metadata.method in RECIPES
+    recipe = f"from the recipe of {metadata.method}" if ours else "from our recipe for weights of other programs"
     weights = f"weights of {section.encoder_file}" if section.encoder_file else "the architecture only, no weights"
     window = f"window {volume.window_hu} HU" if volume.window_hu else f"intensities {_NNUNETS_RULE}"
+    if volume.scheme_of_all:
+        window = f"intensities by {volume.scheme_of_all} whatever the channel, CT too"
     spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else f"spacing {_NNUNETS_RULE}"
     reader, of_file = volume.image_reader_writer, seen.image_reader_writer or ""
     # slices that are much thicker than their pixels are repeated
@@ -238,13 +270,18 @@ def _messages(
     # option, where it comes from unless it was given, what it is
     facts = [
         ("encoder", _FILE, f"{weights} ({spec.kind}, {spec.depth} blocks of width {spec.embed_dim})"),
+        *([("network", _GIVEN, f"network {values['network']}")] if "network" in given else []),
         ("patch_size", _FILE if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
         ("spacing_mm", _FILE if seen.spacing_mm else _DATASET, spacing),
         ("interpolation", _FILE if seen.interpolation else recipe, interpolation),
-        ("window_hu" if volume.window_hu else "", _FILE if volume.window_hu else _DATASET, window),
+        (
+            "window_hu" if volume.window_hu else "",
+            _FILE if volume.window_hu or volume.scheme_of_all else _DATASET,
+            window,
+        ),
         ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader}"),
         ("channels", _DATASET, f"channels {', '.join(channels)}"),
-        *((option, recipe, text.format(**values)) for option, text in _TOLD.items()),
+        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] is not None),
     ]
     if section.recipe.freeze_encoder:
         facts.append(("freeze_encoder", _GIVEN, "encoder frozen"))

@@ -1,19 +1,25 @@
 """Labels of a dataset that is to be fine-tuned on, and the fingerprint that nnU-Net makes of images and labels."""
 
+import hashlib
+import json
 import multiprocessing
+import shutil
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
-from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import is_disk_full, telling_disk_errors
-from nnunetv2_hiendmae.planning.dataset import RawDataset, prints_to_log
+from nnunetv2_hiendmae.files import is_disk_full, scratch_folder, telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.planning.dataset import FINGERPRINT, RawDataset, prints_to_log
 from nnunetv2_hiendmae.planning.readers import READER_KEY, BrokenCaseError, Reader, naming_reason
 
+# in the preprocessed folder: a digest of the label files that were found good
+CHECKED = "hiendmae_labels.sha256"
 # label files that one process reads before a second one pays
 _FILES_PER_PROCESS = 16
 
@@ -49,51 +55,81 @@ def label_values(raw: RawDataset) -> list[int]:
     return sorted({int(v) for value in values for v in (value if isinstance(value, list) else [value])})
 
 
+def check_label_files(raw: RawDataset, reader: Reader, num_processes: int) -> None:
+    """Reads every label file, unless the same files were found good before: nnU-Net's training would end at the first
+    unknown value.
+
+    Raises:
+        UserError: files cannot be read by `reader` or have values that dataset.json lacks; all of them are told.
+    """
+    known = frozenset(label_values(raw))
+    files = [(file, info.st_size, info.st_mtime_ns) for file in raw.labels.values() for info in [Path(file).stat()]]
+    checked = hashlib.sha256(json.dumps([reader.__name__, sorted(known), files]).encode()).hexdigest()
+    record = nnunet_folder("nnUNet_preprocessed") / raw.name / CHECKED
+    with suppress(OSError, ValueError):
+        if record.read_text(encoding="utf-8").strip() == checked:
+            return
+    check = partial(_label_fault, reader, known)
+    processes = min(num_processes, len(raw.labels) // _FILES_PER_PROCESS)
+    if processes > 1:
+        with multiprocessing.get_context("spawn").Pool(processes, initializer=end_with_parent) as pool:
+            faults = pool.map(check, raw.labels.values())
+    else:
+        faults = list(map(check, raw.labels.values()))
+    by_fault: dict[str, list[str]] = {}
+    for file, fault in zip(raw.labels.values(), faults, strict=True):
+        by_fault.setdefault(fault, []).append(Path(file).name)
+    by_fault.pop("", None)
+    if by_fault:
+        # all of them: whoever mends files wants no second round
+        told = "; ".join(f"{', '.join(names)}: {fault}" for fault, names in by_fault.items())
+        told = f"labels of {raw.name} do not fit its dataset.json: {told}"
+        raise UserError(f"{told}; relabel or mend them, or name the values there, then run: {_verify(raw)}")
+    write_text(record, f"{checked}\n")
+
+
 def extract_fingerprint(raw: RawDataset, reader: Reader, num_processes: int) -> None:
     """Writes nnU-Net's own fingerprint, of images and labels, over what is there.
 
     Raises:
-        UserError: a label file has values that dataset.json lacks, an image or label cannot be read by `reader`, or the
-            disk is full.
+        UserError: see `check_label_files`, an image or label cannot be read by `reader`, or the disk is full.
     """
-    check = partial(_label_fault, reader, frozenset(label_values(raw)))
-    processes = min(num_processes, len(raw.labels) // _FILES_PER_PROCESS)
-    if processes > 1:
-        with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            faults = pool.map(check, raw.labels.values())
-    else:
-        faults = list(map(check, raw.labels.values()))
-    verify = f"nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)} --verify_dataset_integrity"
-    if faults := [fault for fault in faults if fault]:
-        told = f"labels of {raw.name} do not fit its dataset.json: {some(faults, separator='; ')}"
-        raise UserError(f"{told}; relabel or mend them, or name the values there, then run: {verify}")
+    check_label_files(raw, reader, num_processes)
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
-    try:
-        with prints_to_log():
-            extractor = DatasetFingerprintExtractor(raw.name, num_processes)
-            extractor.dataset_json[READER_KEY] = reader.__name__
-            extractor.show_progress_bar = sys.stderr.isatty()
-            extractor.run(overwrite_existing=True)
-    # whatever a reader raises about an image or a label
-    except Exception as e:
-        if is_disk_full(e):
-            with telling_disk_errors(folder):
-                raise
-        reason = (str(e).splitlines() or [type(e).__name__])[-1]
-        faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
-        told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
-        raise UserError(f"{told}; mend them, or run: {verify}") from e
+    with scratch_folder(folder) as scratch:
+        try:
+            with prints_to_log():
+                extractor = DatasetFingerprintExtractor(raw.name, num_processes)
+                extractor.dataset_json[READER_KEY] = reader.__name__
+                extractor.show_progress_bar = sys.stderr.isatty()
+                # nnU-Net writes in place, into the folder of this name
+                extractor.dataset_name = f"{raw.name}/{scratch.name}"
+                extractor.run(overwrite_existing=True)
+        # whatever a reader raises about an image or a label
+        except Exception as e:
+            if is_disk_full(e):
+                with telling_disk_errors(folder):
+                    raise
+            reason = (str(e).splitlines() or [type(e).__name__])[-1]
+            faults = [fault for case in raw.cases if (fault := _case_fault(raw, reader, case))]
+            told = f"nnU-Net cannot read {raw.name} with {reader.__name__}: {some(faults, separator='; ') or reason}"
+            raise UserError(f"{told}; mend them, or run: {_verify(raw)}") from e
+        write_with(folder / FINGERPRINT, partial(shutil.copyfile, scratch / FINGERPRINT))
+
+
+def _verify(raw: RawDataset) -> str:
+    return f"nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)} --verify_dataset_integrity"
 
 
 def _label_fault(reader: Reader, known: frozenset[int], file: str) -> str:
-    """Why a label file cannot be used; '' if it can."""
+    """What is wrong with a label file; '' if nothing is."""
     try:
         with naming_reason(reader, [file]):
             seg, _ = reader().read_seg(file)
     except BrokenCaseError as e:
-        return f"{Path(file).name} ({e})"
+        return f"unreadable ({e})"
     unknown = sorted(set(pd.unique(seg.ravel()).tolist()) - known)
-    return f"{Path(file).name} has {some(f'{v:g}' for v in unknown)}" if unknown else ""
+    return f"unknown {some(f'{v:g}' for v in unknown)}" if unknown else ""
 
 
 def _case_fault(raw: RawDataset, reader: Reader, case: str) -> str:

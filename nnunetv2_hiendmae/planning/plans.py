@@ -18,11 +18,11 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.schemas import Plans, read_json
+from nnunetv2_hiendmae.schemas import Folds, Plans, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat, interpolation_of, resampling
 
 CONFIGURATION = "3d_fullres"
@@ -43,9 +43,10 @@ def make_plans(
     spec: EncoderSpec,
     volume: VolumeFormat,
     *,
-    decoder_width: int,
+    decoder_width: int | None,
     batch_size: int,
     section: PlansSection | None,
+    network: str | None = None,
 ) -> dict[str, Any]:
     """nnU-Net's plans with the one configuration `3d_fullres`, as their file holds them.
 
@@ -54,7 +55,9 @@ def make_plans(
 
     Args:
         spec: of the encoder; `img_size` becomes the patch size, `in_channels` is the dataset's.
+        decoder_width: None: the network has no such option.
         section: settings of the trainers, None for plans that only pretraining uses.
+        network: dotted name of the segmentation network; None: that of the encoder's kind.
 
     Raises:
         UserError: no fingerprint, a 2D dataset, an unknown reader, or splits that contradict each other.
@@ -62,14 +65,20 @@ def make_plans(
     if read_fingerprint(raw.name) is None:
         told = f"{raw.name} has no fingerprint in {nnunet_folder('nnUNet_preprocessed')}"
         raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)}")
-    arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"} | {"decoder_width": decoder_width}
-    network = {"network_class_name": KINDS[spec.kind].network, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
-    fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": network}
+    arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"}
+    arch_kwargs |= {} if decoder_width is None else {"decoder_width": decoder_width}
+    class_name = network or KINDS[spec.kind].network
+    architecture = {"network_class_name": class_name, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
+    fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": architecture}
     # the arrays of pretraining have no labels, whether there are some or not
     fixed |= resampling(volume.interpolation, 0 if section is None else len(raw.dataset_json["labels"]))
     _copy_descriptions(raw)
-    with prints_to_log(), telling_disk_errors(nnunet_folder("nnUNet_preprocessed") / raw.name):
-        plans = _ViTPlanner(raw, plans_name, volume, fixed).plan_experiment()
+    folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    with prints_to_log(), telling_disk_errors(folder), scratch_folder(folder) as scratch:
+        planner = _ViTPlanner(raw, plans_name, volume, fixed)
+        # nnU-Net copies dataset.json in place, into the folder of this name
+        planner.dataset_name = f"{raw.name}/{scratch.name}"
+        plans = {**planner.plan_experiment(), "dataset_name": raw.name}
     if section is not None:
         plans[PLANS_KEY] = asdict(section)
         plans["configurations"][CONFIGURATION]["data_identifier"] = _shared_identifier(plans)
@@ -87,8 +96,12 @@ def _shared_identifier(plans: dict[str, Any]) -> str:
 
 
 def _copy_descriptions(raw: RawDataset) -> None:
-    """What nnU-Net's planner copies in place, whole or not at all: on a full disk it leaves half of a file."""
+    """What nnU-Net's planner copies in place, whole or not at all: on a full disk, or killed, it leaves half a file."""
     folder = nnunet_folder("nnUNet_preprocessed") / raw.name
+    if (raw.folder / SPLITS).exists():
+        # nnU-Net compares them
+        for file in filter(Path.exists, (raw.folder / SPLITS, folder / SPLITS)):
+            read_json(file, Folds, f"mend or remove it; the one in {folder} is a copy, or made by nnUNetv2_train")
     for name in ("dataset.json", SPLITS):
         source = raw.folder / name
         if source.is_file() and not (name == SPLITS and (folder / SPLITS).exists()):
@@ -209,7 +222,7 @@ class _ViTPlanner(ExperimentPlanner):
         self.dataset_json = raw.dataset_json
         # 0: never a 3d_lowres configuration
         self.lowres_creation_threshold = 0
-        self.fixed = fixed
+        self.fixed, self.scheme = fixed, volume.scheme_of_all
         median_shape = np.median(self.dataset_fingerprint["shapes_after_crop"], axis=0)
         if min(median_shape) <= 1:
             raise UserError(
@@ -226,6 +239,12 @@ class _ViTPlanner(ExperimentPlanner):
 
     def determine_reader_writer(self):
         return self.reader
+
+    def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):
+        if self.scheme is None:
+            return super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        count = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
+        return [self.scheme] * count, [False] * count
 
     @staticmethod
     def static_estimate_VRAM_usage(*args, **kwargs):

@@ -3,6 +3,7 @@ and preprocessing share. It decides the orientation of the arrays."""
 
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -12,7 +13,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
 
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.planning.dataset import RawDataset
 
 NNUNETS_CHOICE = "auto"
@@ -35,7 +36,7 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
 
     Args:
         wanted: name of the one that the encoder was trained with; it or its twin is taken where that reads the first
-            readable image, unless dataset.json asks for another one.
+            readable image, unless dataset.json asks for another one. One that nnU-Net does not have is warned about.
         given: what the user asks for, `NNUNETS_CHOICE` or a name.
 
     Raises:
@@ -48,15 +49,19 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
             raise UserError(f"reader {given} cannot read {ending}; leave --reader out to let nnU-Net choose")
         return reader
     if given is None and wanted is not None:
+        # the text of a file that nobody vouches for
+        wanted = printable(wanted)
         if own not in ("None", *_twins(wanted)):
             told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
             mend = f"check that it gives the same orientation, or let {READER_KEY} in dataset.json be {wanted}"
             logger.warning(f"{told}: the dataset's is used, {mend}")
-        elif own == "None" and (reader := _first_that_reads(raw, map(find_reader, _twins(wanted)))):
-            return reader
         elif own == "None":
+            known = [reader for name in _twins(wanted) if (reader := _reader_of(name))]
+            if reader := _first_that_reads(raw, known):
+                return reader
+            told = f"{wanted} cannot read {ending}" if known else f"nnU-Net has no reader {wanted}"
             mend = "check that the orientation is the same as in pretraining"
-            logger.warning(f"{wanted} cannot read {ending}: nnU-Net's own reader is used, {mend}")
+            logger.warning(f"{told}: nnU-Net's own reader is used, {mend}")
     if own != "None":
         return find_reader(own)
     reader = _first_that_reads(raw, LIST_OF_IO_CLASSES)
@@ -109,9 +114,11 @@ def _direction(images: Sequence[str]) -> str | None:
     header = sitk.ImageFileReader()
     header.SetFileName(images[0])
     try:
-        header.ReadImageInformation()
+        # what ITK says of it is told when the case is read
+        with naming_reason():
+            header.ReadImageInformation()
     # of no format of ITK's, or sheared
-    except RuntimeError:
+    except BrokenCaseError:
         return None
     axes, cosines = header.GetDimension(), header.GetDirection()
     if axes < 3:
@@ -136,12 +143,19 @@ def find_reader(name: str) -> Reader:
     Raises:
         UserError: there is none.
     """
+    if reader := _reader_of(name):
+        return reader
+    known = ", ".join((*_AS_STORED, *REORIENTING))
+    told = f"nnU-Net has no image reader '{printable(name)}', needed one such as {known}"
+    raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json")
+
+
+def _reader_of(name: str) -> Reader | None:
+    """nnU-Net's reader of that name; None: there is none."""
     try:
         return recursive_find_reader_writer_by_name(name)
-    except RuntimeError as e:
-        known = ", ".join((*_AS_STORED, *REORIENTING))
-        told = f"nnU-Net has no image reader '{name}', needed one such as {known}"
-        raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json") from e
+    except RuntimeError:
+        return None
 
 
 @contextmanager
@@ -150,9 +164,12 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
     `images` where `reader` cannot; nothing is printed. Hands out what would have been."""
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
+        with _itk_to(printed), redirect_stdout(printed), redirect_stderr(printed), warnings.catch_warnings():
             # of every case, not only of the first
             warnings.simplefilter("always")
+            # of libraries that tried to open a file: nothing about the image
+            for kind in (ResourceWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", kind)
             yield printed
     except BrokenCaseError:
         raise
@@ -163,6 +180,31 @@ def naming_reason(reader: Reader | None = None, images: Sequence[str] = ()) -> I
         said = str(e).strip().splitlines() or [line for line in printed.getvalue().splitlines() if "ERROR" in line]
         reason = said[-1].strip() if said else type(e).__name__
         raise BrokenCaseError(f"{reason}{_told_who_reads(reader, images) if reader else ''}") from e
+
+
+class _ITKText(sitk.LoggerBase):
+    """Takes what ITK, in C++, would write to the terminal, without places in its source and without repetitions."""
+
+    def __init__(self, printed: io.StringIO):
+        super().__init__()
+        self.printed = printed
+
+    def DisplayText(self, text: str) -> None:
+        told = re.sub(r"(WARNING: )?In \S+, line \d+\s+\w+ \(0x[0-9a-f]+\): ", r"\1", text.strip())
+        if told not in self.printed.getvalue():
+            self.printed.write(f"{told}\n")
+
+    DisplayErrorText = DisplayWarningText = DisplayGenericOutputText = DisplayDebugText = DisplayText
+
+
+@contextmanager
+def _itk_to(printed: io.StringIO) -> Iterator[None]:
+    ours = _ITKText(printed)
+    before = ours.SetAsGlobalITKLogger()
+    try:
+        yield
+    finally:
+        before.SetAsGlobalITKLogger()
 
 
 def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
@@ -198,7 +240,8 @@ def _reads(reader: Reader, images: Sequence[str]) -> bool:
     if not images or not all(Path(image).is_file() for image in images):
         return False
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        said = io.StringIO()
+        with _itk_to(said), redirect_stdout(said), redirect_stderr(said):
             reader().read_images(list(images))
     # whatever a reader raises
     except Exception:

@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import math
 import multiprocessing
 import os
 import shutil
@@ -37,6 +38,11 @@ SMALLEST_SHARE_OF_WINDOW = 0.01
 SMALLEST_CONTRAST = 1e-4
 # of which percentiles are taken
 MOST_VOXELS = 1_000_000
+
+# of a file that is inflated
+_BLOCK = 1 << 20
+# not even a header can be read: the reader tells what it is
+_NO_NIFTI = (ImageFileError, HeaderDataError, EOFError, OSError, ValueError, zlib.error)
 
 logger = logging.getLogger(__name__)
 
@@ -76,16 +82,23 @@ def checked_files(images: Sequence[str], scratch: Path | None = None) -> Iterato
 
 
 def _inflate(path: Path, folder: Path) -> Path:
-    """A compressed NIfTI file, inflated; itself where it is not compressed."""
+    """A compressed NIfTI file, inflated; itself where it is none. No more is written than its header announces."""
     plain = folder / path.name.removesuffix(".gz")
     try:
+        stored = nibabel.load(path).dataobj
+        left = stored.offset + math.prod(stored.shape) * stored.dtype.itemsize
+    except _NO_NIFTI:
+        return path
+    try:
         with gzip.open(path) as source, plain.open("wb") as f:
-            shutil.copyfileobj(source, f, 1 << 20)
+            while left > 0 and (block := source.read(min(left, _BLOCK))):
+                f.write(block)
+                left -= len(block)
+            # what follows is not the image's; at the end of the file its checksum is checked
+            source.read(_BLOCK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        # bytes behind the compressed ones are not the image's
-        if isinstance(e, gzip.BadGzipFile) and "Not a gzipped file" in str(e):
-            return plain if plain.stat().st_size else path
-        raise BrokenCaseError(f"{path.name} is truncated or damaged: {str(e).splitlines()[0]}") from e
+        if not (left == 0 and "Not a gzipped file" in str(e)):
+            raise BrokenCaseError(f"{path.name} is truncated or damaged: {str(e).splitlines()[0]}") from e
     except OSError as e:
         if is_disk_full(e):
             raise
@@ -102,8 +115,7 @@ def _check_nifti(path: Path, name: str) -> None:
         with path.open("rb") as file:
             header = image.header_class.from_fileobj(file, check=False)
         stored = image.dataobj
-    except (ImageFileError, HeaderDataError, OSError, ValueError):
-        # not even a header: the reader tells what it is
+    except _NO_NIFTI:
         return
     voxel_mm = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))]
     if not np.all(np.abs(voxel_mm) > 0):

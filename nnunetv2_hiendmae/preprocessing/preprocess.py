@@ -129,7 +129,8 @@ def _plan(
     logger.info("%s: %s", raw.name, _told_settings(raw, volume, options, recipe.volume.image_reader_writer))
     fingerprint, broken = ensure_fingerprint(raw, options.num_processes, reader, scratch)
     with_labels = not fingerprint.get(LABEL_FREE_KEY)
-    if recipe.volume.window_hu is None and with_labels and any(map(is_ct, raw.channels)):
+    by_dataset = recipe.volume.window_hu is None and recipe.volume.scheme_of_all is None
+    if by_dataset and with_labels and any(map(is_ct, raw.channels)):
         raise UserError(
             f"without a window, CT intensities of {raw.name} would be scaled by statistics of its labels, and "
             f"pretraining must not see labels; give --window LO HI"
@@ -256,8 +257,8 @@ def _told_settings(raw: RawDataset, volume: VolumeFormat, options: PreprocessOpt
         (f"spacing {_shown(spacing)} mm (D H W)" if spacing else "the median spacing", options.spacing_mm, spacing)
     ]
     if any(map(is_ct, raw.channels)):
-        told = "window {:g} to {:g} HU".format(*window) if window else "window of the dataset"
-        facts.append((told, options.window_hu, window))
+        told = "window {:g} to {:g} HU".format(*window) if window else volume.scheme_of_all or "window of the dataset"
+        facts.append((told, options.window_hu, window or volume.scheme_of_all))
     facts.append((f"{volume.interpolation} interpolation", options.interpolation, volume.interpolation))
     facts.append((f"reader {volume.image_reader_writer}", None, volume.image_reader_writer == wanted))
     return "; ".join(f"{what} ({'given' if given else whose if likes else RULE})" for what, given, likes in facts)

@@ -20,6 +20,7 @@ from nnunetv2_hiendmae.pretraining.method import Batch
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, extended, run_name
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.grids import warn_if_turned
 from nnunetv2_hiendmae.training.runlog import check_wandb
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, warn_if_padded
 
@@ -144,6 +145,7 @@ def dry_run(datasets: Iterable[str | int], options: PretrainOptions | None = Non
 
     def check() -> None:
         warn_if_padded(data.cases, method.views().padded_below)
+        warn_if_turned(data.cases)
         run.check_free_disk(run_dir, method)
         run.check_claimable(run_dir, settings, data.digest())
         check_wandb()

@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, buil
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
-from nnunetv2_hiendmae.training.grids import case_edges
+from nnunetv2_hiendmae.training.grids import case_edges, warn_if_turned
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.views import unaugmented
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, warn_if_padded
@@ -62,6 +62,7 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
 
         def claim() -> None:
             warn_if_padded(data.cases, method.views().padded_below)
+            warn_if_turned(data.cases)
             run.check_free_disk(run_dir, method)
             held.enter_context(run.claimed(run_dir, settings, data.digest()))
 

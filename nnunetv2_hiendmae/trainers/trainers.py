@@ -15,15 +15,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_hiendmae.environment import check_device
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.optim import parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.recipes import TRAINERS
+from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.weights import load_into
 
-__all__ = sorted(TRAINERS.values())
+__all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
 
 
 def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int) -> float:
@@ -101,12 +101,22 @@ class _ViTTrainer(nnUNetTrainer):
             section = PlansSection.from_dict(plans[PLANS_KEY])
         except ValueError as e:
             raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
-        if section.method != cls.method:
+        if not cls._takes(section.method):
             raise RuntimeError(
-                f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {_described(cls.method)}; "
-                f"use -tr {TRAINERS.get(section.method, 'another trainer')}, or run: {PLAN_COMMAND}"
+                f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {cls._described()}; "
+                f"use -tr {trainer_of(section.method)}, or run: {PLAN_COMMAND}"
             )
         return section
+
+    @classmethod
+    def _takes(cls, method: str | None) -> bool:
+        """Whether this is the trainer for weights of a method; None: for none."""
+        return method == cls.method
+
+    @classmethod
+    def _described(cls) -> str:
+        """What it is for, in words."""
+        return _described(cls.method)
 
     def initialize(self):
         super().initialize()
@@ -245,6 +255,18 @@ class nnUNetTrainer_MAE3D(_ViTTrainer):
     method = "mae3d"
 
 
+class nnUNetTrainer_Pretrained(_ViTTrainer):
+    """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
+
+    @classmethod
+    def _takes(cls, method: str | None) -> bool:
+        return method is not None and method not in RECIPES
+
+    @classmethod
+    def _described(cls) -> str:
+        return "weights of other programs' methods"
+
+
 class nnUNetTrainer_ViTUNETR(_ViTTrainer):
     """Trains the same network from scratch: the supervised baseline. Takes stock `-pretrained_weights`."""
 
@@ -252,4 +274,4 @@ class nnUNetTrainer_ViTUNETR(_ViTTrainer):
 
 
 def _described(method: str | None) -> str:
-    return "training from scratch" if method is None else f"weights of '{method}'"
+    return "training from scratch" if method is None else f"weights of '{printable(method)}'"

@@ -1,5 +1,6 @@
 """Where the voxels of arrays lie in the world."""
 
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from nibabel.affines import from_matvec, voxel_sizes
 from nibabel.orientations import aff2axcodes, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.training.volumes import Case
 
 # LPS, as ITK counts, to NIfTI's RAS
@@ -19,6 +20,8 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 REVERSED = [2, 1, 0, 3]
 # of a voxel, at the edge of a box: so that rounding in affines does not decide what lies inside
 TOLERANCE = 1e-4
+logger = logging.getLogger(__name__)
+
 _OPPOSITE = dict(zip("RLAPSI", "LRPAIS", strict=True))
 
 
@@ -127,6 +130,23 @@ def case_edges(case: Case) -> str:
         return case_grid(case).edges
     except UserError:
         return ""
+
+
+def warn_if_turned(cases: Sequence[Case]) -> None:
+    """Says so where the volumes of several datasets lie in different directions; looks at the first of each."""
+    found: dict[str, list[str]] = {}
+    firsts = {case.name.partition("/")[0]: case for case in reversed(cases)}
+    for name, case in sorted(firsts.items()):
+        try:
+            grid = case_grid(case)
+        except UserError:
+            continue
+        if grid.in_world:
+            found.setdefault("".join(aff2axcodes(grid.affine)), []).append(name)
+    if len(found) > 1:
+        told = ", ".join(f"{some(names)} {axes}" for axes, names in found.items())
+        mend = "hiendmae preprocess turns them to the same where it gets all datasets in one command (with another -p)"
+        logger.warning(f"volumes lie in different directions (D, H, W): {told}; {mend}")
 
 
 def reader_grid(properties: Mapping[str, Any], shape: Sequence[int]) -> Grid:

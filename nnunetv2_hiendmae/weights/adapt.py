@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pkgutil import resolve_name
 
 import torch
@@ -45,7 +46,7 @@ def check_compatible(
     source: EncoderSpec, target: EncoderSpec, mend: str = "run: hiendmae plan with this file again"
 ) -> None:
     """Refuses encoders that differ in something that weights cannot be adapted to (UserError)."""
-    have, want = source.to_dict(), target.to_dict()
+    have, want = asdict(source), asdict(target)
     # a network may lack CLS and be dense where the file is otherwise, but not the other way round
     differing = {k: have[k] != want[k] for k in have if k not in ADAPTABLE}
     differing |= {"cls_token": target.cls_token and not source.cls_token, "dense": source.dense and not target.dense}
@@ -109,9 +110,10 @@ def permute_axes(
     """Weights and spec of the encoder that does with a permuted volume what this one does with the volume.
 
     A network of convolutions, patches and positions is equivariant to permuting axes, if the kernels' axes, the grids
-    of its position tables and the windows of its relative positions are permuted with the data. Works for encoders and
-    for whole networks, whose encoder's names start with `encoder.`. Tensors that change are views. `order`: new axis i
-    is the old axis `order[i]`, as in `volume.permute`.
+    of its position tables, the windows of its relative positions and the blocks of channels that turn along an axis are
+    permuted with the data. Works for encoders and for whole networks, whose encoder's names start with `encoder.`.
+    Tensors that change are views, but for those of rotary channels. `order`: new axis i is the old axis `order[i]`, as
+    in `volume.permute`.
 
     Raises:
         ValueError: `order` is no permutation, a table does not have the rows of the spec's grid, a kernel not five
@@ -122,15 +124,21 @@ def permute_axes(
     encoder = ENCODERS[spec.kind]
     declared = encoder.axes
     if any(name.startswith("encoder.") for name in state):
-        network = resolve_name(encoder.network)
         declared = {rf"encoder\.({pattern})": axes for pattern, axes in encoder.axes.items()}
-        declared |= {rf"(?!encoder\.)({pattern})": axes for pattern, axes in network.axes.items()}
-    permuted = {k: _permuted(k, v, axes_of(k, declared), spec.grid, order) for k, v in state.items()}
+        for network in map(resolve_name, (*encoder.own_networks.values(), encoder.network)):
+            declared |= {rf"(?!encoder\.)({pattern})": axes for pattern, axes in network.axes.items()}
+    permuted = {k: _permuted(k, v, axes_of(k, declared), spec, order) for k, v in state.items()}
     img_size, patch_size = (tuple(size[i] for i in order) for size in (spec.img_size, spec.patch_size))
     return permuted, spec.with_(img_size=img_size, patch_size=patch_size)
 
 
-def _permuted(name: str, tensor: Tensor, axes: Axes | None, grid: Sequence[int], order: Sequence[int]) -> Tensor:
+def rotary_permuted(tensor: Tensor, num_heads: int, order: Sequence[int]) -> Tensor:
+    """Rows (E, …) of queries or keys whose heads turn along permuted axes: block i of a head is the old `order[i]`."""
+    blocks = tensor.unflatten(0, (num_heads, 3, -1))
+    return torch.stack([blocks[:, i] for i in order], dim=1).flatten(0, 2)
+
+
+def _permuted(name: str, tensor: Tensor, axes: Axes | None, spec: EncoderSpec, order: Sequence[int]) -> Tensor:
     if axes is None:
         raise ValueError(f"{name}: no class says how it lies along the volume's axes; declare it in `axes`")
     if axes is Axes.NONE:
@@ -139,7 +147,9 @@ def _permuted(name: str, tensor: Tensor, axes: Axes | None, grid: Sequence[int],
         if tensor.ndim != 5:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, needed the five axes of a kernel")
         return tensor.permute(0, 1, *(2 + i for i in order))
-    rows = axes.rows(grid)
+    if axes is Axes.ROTARY:
+        return rotary_permuted(tensor, spec.num_heads, order)
+    rows = axes.rows(spec.grid)
     try:
         table = tensor.unflatten(1, rows)
     except RuntimeError as e:

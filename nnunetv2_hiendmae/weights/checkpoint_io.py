@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _OFFENDER = re.compile(
 SAFETENSORS = ".safetensors"
 _PICKLE_START = b"\x80"
 _ZIP_START = b"PK\x03\x04"
+_MOST_COMPRESSED = 4
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,8 +60,9 @@ _NUMPY += [
 ]
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Content of a PyTorch or safetensors file, and the text metadata of the latter.
+def read_checkpoint(path: Path, *, check_sums: bool = True) -> tuple[dict[str, Any], dict[str, str]]:
+    """Content of a PyTorch or safetensors file, and the text metadata of the latter. `check_sums`: reads the whole file
+    once more, where it holds checksums.
 
     Zip files and safetensors are mapped into memory: their tensors take none until they are used. Pickles may hold
     tensors, plain containers, numpy's scalars and `argparse.Namespace`, nothing else.
@@ -73,8 +76,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         start = f.read(9)
     # by content, an 8-byte length and JSON; by name only what is damaged and neither a zip file nor a pickle
     if start[8:] != b"{" and (path.suffix != SAFETENSORS or start.startswith((_ZIP_START, _PICKLE_START))):
+        if check_sums and start.startswith(_ZIP_START):
+            _check_records(path)
         return _read_pickle(path), {}
-    return read_safetensors(path)
+    return read_safetensors(path, check_digest=check_sums)
 
 
 def read_safetensors(path: Path, *, check_digest: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -107,6 +112,32 @@ def check_source(path: Path) -> None:
     """Refuses what is no file (UserError)."""
     if not path.is_file():
         raise UserError(f"no file {path}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
+
+
+def _check_records(path: Path) -> None:
+    """Torch's zip format has a checksum of every record, which torch itself does not look at.
+
+    Raises:
+        UserError: one differs.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    # no such archive: torch says what is wrong
+    except (zipfile.BadZipFile, RuntimeError, ValueError, OSError):
+        return
+    with archive:
+        records = archive.infolist()
+        # torch can leave the checksums out; what claims to be far larger than the file would take for ever
+        size = sum(record.file_size for record in records)
+        if not any(record.CRC for record in records) or size > _MOST_COMPRESSED * path.stat().st_size:
+            return
+        try:
+            damaged = archive.testzip()
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, ValueError, OSError, EOFError) as e:
+            damaged = str(e)
+    if damaged:
+        told = f"{path} is damaged: {printable(damaged)} is not what was written"
+        raise UserError(f"{told}, nothing in it was executed; download it again")
 
 
 def _read_pickle(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,14 +16,16 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import ENCODER, SETTINGS, STATE, STEP, check_replaceable, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
-from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES
 from nnunetv2_hiendmae.schemas import read_as
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 from nnunetv2_hiendmae.weights import encoder_file
 from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, read_checkpoint
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
-from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder, find_encoder
+from nnunetv2_hiendmae.weights.export_nnssl import NNSSL_TARGET, export_nnssl
+from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder
+from nnunetv2_hiendmae.weights.nnssl import find_foreign, has_primus
 from nnunetv2_hiendmae.weights.nnunet import NETWORK, is_nnunet_checkpoint, nnunet_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport
 from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
@@ -30,8 +33,8 @@ from nnunetv2_hiendmae.weights.translate import translate_foreign, translate_own
 ENCODER_FILE = "encoder"
 RUN_CHECKPOINT = "run"
 NNUNET_CHECKPOINT = "nnunet"
-# whose recipe weights get that nobody says more of
-DEFAULT_METHOD = "mae3d"
+# of a network that was trained from scratch: none of pretraining
+SUPERVISED = "supervised"
 
 
 class _RunSettings(TypedDict):
@@ -73,13 +76,13 @@ class Conversion:
 def convert_checkpoint(
     source: Path, output: Path, options: ConvertOptions | None = None, *, to: str | None = None, force: bool = False
 ) -> Conversion:
-    """Writes the encoder of a checkpoint as an encoder file, or under the names of timm or MONAI.
+    """Writes the encoder of a checkpoint as an encoder file, or under the names of timm, MONAI or nnssl.
 
     Takes as much memory as the file's encoder once, through the system's page cache; tensors that change are copied
     one at a time.
 
     Args:
-        to: "timm" or "monai"; None: an encoder file.
+        to: "timm", "monai" or "nnssl"; None: an encoder file.
         force: replace an existing output.
 
     Raises:
@@ -90,10 +93,11 @@ def convert_checkpoint(
     _check_output(source, output, force)
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        report, notes = export_encoder(output, to, done.state, done.metadata, done.report, new=not force)
+        export = export_nnssl if to == NNSSL_TARGET else partial(export_encoder, to)
+        report, notes = export(output, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
-        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm or --to monai")
+        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm, monai or nnssl")
     encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 
@@ -113,9 +117,9 @@ def translate_checkpoint(source: Path, options: ConvertOptions | None = None) ->
             return Conversion(ENCODER_FILE, translation.state, stored, translation.report(content, ()))
         if is_run_checkpoint(content):
             return _translate_run(content, source, options)
-        if is_nnunet_checkpoint(content):
+        if is_nnunet_checkpoint(content) and not has_primus(content):
             return _translate_nnunet(content, source, options)
-        return _translate_foreign(content, header_metadata(header, EXPORT_KEY, source, content), source, options)
+        return _translate_foreign(content, _exported(content, header, source), source, options)
     except UserError as e:
         raise UserError(str(e) if str(source) in str(e) else f"{source}: {e}") from e
     except ValueError as e:
@@ -152,7 +156,7 @@ def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOpt
 
 def _translate_nnunet(content: Mapping[str, Any], source: Path, options: ConvertOptions) -> Conversion:
     _refuse(options)
-    metadata = nnunet_metadata(content, source, DEFAULT_METHOD)
+    metadata = nnunet_metadata(content, source, SUPERVISED)
     translation = translate_own(content[NETWORK], "encoder.", metadata.spec)
     return Conversion(NNUNET_CHECKPOINT, translation.state, metadata, translation.report(content, (NETWORK,)))
 
@@ -176,18 +180,32 @@ def _translate_foreign(
         # our own export says what its names cannot
         _refuse(options)
         options = replace(options, num_heads=exported.spec.num_heads, img_size=exported.spec.img_size)
-    found = find_encoder(content, options)
-    options = replace(options, axes=options.axes or found.format.axes)
-    translation, spec, formula = translate_foreign(found, options)
+    found, primus = find_foreign(content, options)
+    said, options = options, replace(options, axes=options.axes or found.format.axes)
+    translation, spec, formula = translate_foreign(found, primus.options(said) if primus else options)
+    if primus and primus.order:
+        spec = translation.permute_axes(spec, primus.order, "axes that its program transposed put back")
     if exported:
-        told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed")}
+        told = {k: getattr(exported.spec, k) for k in ("norm_eps", "taps", "pos_embed", "layer_scale")}
         metadata = replace(exported, spec=spec.with_(**told))
+    elif primus:
+        metadata = primus.metadata(spec, said)
     else:
         metadata = _foreign_metadata(found, spec, options, formula)
     if metadata.source is None:
         # an export of ours goes on naming the file that its encoder was converted from
         metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
     return Conversion(found.format.name, translation.state, metadata, translation.report(content, found.path))
+
+
+def _exported(content: Mapping[str, Any], header: Mapping[str, str], source: Path) -> EncoderMetadata | None:
+    """What an export of ours says of itself, in the header of its file or beside its tensors."""
+    inside = content.get(EXPORT_KEY)
+    if isinstance(inside, str):
+        weights = content.get(NETWORK)
+        state = {k: v for k, v in weights.items() if is_weight(k, v)} if isinstance(weights, Mapping) else {}
+        return header_metadata({EXPORT_KEY: inside}, EXPORT_KEY, source, state)
+    return header_metadata(header, EXPORT_KEY, source, content)
 
 
 def _refuse(options: ConvertOptions) -> None:
@@ -210,7 +228,7 @@ def _foreign_metadata(
         volume = replace(volume, normalization_schemes=(CT_SCHEME,) * spec.in_channels, channel_names=names)
     cited = RECIPES[entry.method].citations if entry.method else ()
     notes = _foreign_notes(found, spec, options, formula)
-    method = entry.method or method or DEFAULT_METHOD
+    method = entry.method or method or entry.name
     return EncoderMetadata(spec, method, volume, citations=cited, licence=entry.licence, notes=notes)
 
 
@@ -227,8 +245,9 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
     notes = {
         "arrays were (x, y, z) in the source, weights are permuted to (z, y, x) = D, H, W": xyz,
         f"the order of axes is that of the source{theirs}": not xyz,
-        f"{entry.name} weights do not say how they were pretrained: they are fine-tuned as {DEFAULT_METHOD}, another "
-        "--method chooses another recipe": entry.method is None and options.method is None,
+        f"{entry.name} weights do not say how they were pretrained: {FOREIGN.trainer} fine-tunes them, by our recipe "
+        "for weights of other programs; --method chooses that of a method of ours": {entry.method, options.method}
+        == {None},
         f"the crop {size} was read off the sin-cos positions, which are those of its grid {spec.grid}": (
             guessed and formula and len(set(spec.grid)) > 1
         ),

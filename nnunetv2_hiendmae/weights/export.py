@@ -43,8 +43,8 @@ TARGETS = {
 
 
 def export_encoder(
-    path: Path,
     target: str,
+    path: Path,
     state: Mapping[str, Tensor],
     metadata: EncoderMetadata,
     report: LoadReport,
@@ -62,7 +62,7 @@ def export_encoder(
             untouched.
     """
     if target not in TARGETS:
-        raise UserError(f"--to {target} is unknown, needed one of {', '.join(TARGETS)}")
+        raise UserError(f"--to {target} is unknown, needed one of {', '.join(TARGETS)}, nnssl")
     spec = metadata.spec
     if spec.kind != ViTEncoder.kind:
         raise UserError(f"--to {target}: it has no encoder of kind '{spec.kind}'; convert without --to")

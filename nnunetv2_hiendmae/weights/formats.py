@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights import layouts
+from nnunetv2_hiendmae.weights import layouts, primus
 from nnunetv2_hiendmae.weights.checkpoint_io import is_weight, tensors_in
 
 APACHE = "Apache-2.0"
@@ -204,13 +204,25 @@ FORMATS: tuple[WeightFormat, ...] = (
         lookalikes="taken as timm's with arrays (z, y, x), but the bare encoders of MAE3D and GL-MAE have the same "
         "names: if it is one, give --format mae3d or --format glmae, whose arrays are (x, y, z)",
     ),
+    PRIMUS := WeightFormat(
+        "primus",
+        "Primus of dynamic-network-architectures, as nnU-Net's trainers have it",
+        primus.BLOCKS,
+        primus.primus_name,
+        primus.primus_spec,
+        primus.SIZES,
+        dropped=((r"mask_token", _MASK), (r"(decoder|up_projection)\..*", _DECODER), *_HEADS_DROPPED),
+        library=True,
+    ),
+    # known by its container, or because the user says so
+    NNSSL := replace(PRIMUS, name="nnssl", title="Primus of nnssl (OpenMind, nnFoundation)", only=lambda *_: False),
 )
 FORMAT_NAMES = tuple(f.name for f in FORMATS)
 
 # keys under which programs keep the state_dict, the first that fits is taken; "" is a bare one
-_CONTAINERS = ("student", "state_dict", "model", "model_state_dict", "net", "network", "teacher", "")
+_CONTAINERS = ("student", "state_dict", "model", "model_state_dict", "net", "network", "network_weights", "teacher", "")
 # what stands before an encoder's patch embedding, of any format, where other tensors have names without it
-_PREFIX = re.compile(r"(.+?\.)patch_embed(ding)?\d?\.")
+_PREFIX = re.compile(r"(.+?\.)(patch_embed(ding)?\d?|down_projection)\.")
 _MOST_LISTED = 5
 
 

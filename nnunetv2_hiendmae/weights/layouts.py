@@ -26,7 +26,7 @@ InferSpec = Callable[[State, ConvertOptions, Sizes, list[str]], EncoderSpec]
 _TOLERANCE = 1e-4
 
 
-def _needed(state: State, name: str, axes: int) -> Tensor:
+def needed_tensor(state: State, name: str, axes: int) -> Tensor:
     """A tensor that is there and has so many axes, else UserError."""
     if name not in state:
         raise UserError(f"{name} is missing; download the file again, or say what it is with --format")
@@ -36,7 +36,7 @@ def _needed(state: State, name: str, axes: int) -> Tensor:
     return state[name]
 
 
-def _count_blocks(state: State, prefix: str) -> int:
+def count_blocks(state: State, prefix: str) -> int:
     """Blocks `prefix.0.…` to `prefix.n-1.…`: at least one, and none in between is missing."""
     found = {int(m[1]) for m in (re.match(rf"{re.escape(prefix)}\.(\d{{1,6}})\.", name) for name in state) if m}
     missing = set(range(len(found) or 1)) - found
@@ -45,11 +45,16 @@ def _count_blocks(state: State, prefix: str) -> int:
     return len(found)
 
 
-def _transformer(
-    state: State, width: int, options: ConvertOptions, sizes: Sizes, needed: list[str]
+def transformer_fields(
+    state: State,
+    width: int,
+    options: ConvertOptions,
+    sizes: Sizes,
+    needed: list[str],
+    first_layer: str = "blocks.0.mlp.fc1.weight",
 ) -> dict[str, int | float]:
-    """Fields of the spec that tell the transformer's shape."""
-    depth = _count_blocks(state, "blocks")
+    """Fields of the spec that tell the transformer's shape; `first_layer` is that of a block's MLP."""
+    depth = count_blocks(state, "blocks")
     heads = options.num_heads or sizes.get(width, (None, None))[0]
     if heads is None:
         known = ", ".join(f"{h} at width {w}" for w, (h, _) in sizes.items()) or "none"
@@ -60,7 +65,7 @@ def _transformer(
     elif width % heads:
         needed.append(f"--num-heads {heads} does not divide the encoder's width {width}; give a divisor of it")
     heads = heads if heads and width % heads == 0 else 1
-    ratio = _needed(state, "blocks.0.mlp.fc1.weight", 2).shape[0] / width
+    ratio = needed_tensor(state, first_layer, 2).shape[0] / width
     return {"embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": ratio}
 
 
@@ -122,16 +127,16 @@ def vit_spec(
         cls_row: whether its position table has a row for it; None: some do.
         norm_eps: of its LayerNorms.
     """
-    rows = _needed(state, "pos_embed", 3).shape[1]
+    rows = needed_tensor(state, "pos_embed", 3).shape[1]
     if cls_token:
-        _needed(state, "cls_token", 3)
+        needed_tensor(state, "cls_token", 3)
     has_cls = "cls_token" in state
     counts = [rows] * (not (has_cls and cls_row)) + [rows - 1] * (has_cls and cls_row is not False)
     (width, channels, *patch), grid = _kernel_and_grid(state, counts, options, needed)
     return EncoderSpec(
         tuple(g * p for g, p in zip(grid, patch, strict=True)),
         tuple(patch),
-        **_transformer(state, width, options, sizes, needed),
+        **transformer_fields(state, width, options, sizes, needed),
         in_channels=channels,
         cls_token=has_cls,
         norm_eps=norm_eps,
@@ -144,17 +149,17 @@ def _kernel_and_grid(
     """Shape (E, C, patch) of the patch embedding, which may be stored as a matrix, and the token grid."""
     name, size, table = "patch_embed.proj.weight", options.img_size, state["pos_embed"]
     if name not in state or state[name].ndim != 2:
-        kernel = tuple(_needed(state, name, 5).shape)
+        kernel = tuple(needed_tensor(state, name, 5).shape)
         if options.patch_size not in (None, kernel[2:]):
             raise UserError(f"--patch-size {options.patch_size}: the file's patches are {kernel[2:]}; leave it out")
-        return kernel, _choose_grid(table, counts, kernel[2:], options, needed)
-    width, values = _needed(state, name, 2).shape
+        return kernel, choose_grid(table, counts, kernel[2:], options, needed)
+    width, values = needed_tensor(state, name, 2).shape
     # the matrix hides patch and channels: one channel and a cube, or what is said
     voxels = values if size is None else math.prod(size) // max(counts[-1], 1)
     patch = options.patch_size or (round(voxels ** (1 / 3)),) * 3
     voxels = math.prod(patch)
     if voxels >= 1 and values % voxels == 0 and (options.patch_size or size or voxels == values):
-        before, grid = len(needed), _choose_grid(table, counts, patch, options, needed)
+        before, grid = len(needed), choose_grid(table, counts, patch, options, needed)
         if len(needed) > before and options.patch_size is None:
             needed.append(f"and, because {name} is a matrix, --patch-size D H W if its patches are no cubes")
         return (width, values // voxels, *patch), grid
@@ -202,11 +207,11 @@ def mim_value(name: str, tensor: Tensor, _spec: EncoderSpec) -> tuple[Tensor, st
 
 def mim_spec(state: State, options: ConvertOptions, sizes: Sizes, needed: list[str]) -> EncoderSpec:
     """Widths, depths and grid of the pretraining network: an `InferSpec`."""
-    table = _needed(state, "pos_embed", 3)
-    kernels = [_needed(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
-    grid = _choose_grid(table, [table.shape[1]], _MIM_PATCH, options, needed)
-    transformer = _transformer(state, table.shape[2], options, sizes, needed)
-    layers = [_needed(state, f"stages.{i}.blocks.0.mlp.fc1.weight", 5).shape[:2] for i in range(_STEM_STAGES)]
+    table = needed_tensor(state, "pos_embed", 3)
+    kernels = [needed_tensor(state, f"stages.{i}.embed.proj.weight", 5) for i in range(_STEM_STAGES)]
+    grid = choose_grid(table, [table.shape[1]], _MIM_PATCH, options, needed)
+    transformer = transformer_fields(state, table.shape[2], options, sizes, needed)
+    layers = [needed_tensor(state, f"stages.{i}.blocks.0.mlp.fc1.weight", 5).shape[:2] for i in range(_STEM_STAGES)]
     ratio = transformer["mlp_ratio"]
     # as timm's Mlp does, for which a width of 0 is that of its input
     if any(hidden != (int(width * ratio) or width) for hidden, width in layers):
@@ -221,11 +226,11 @@ def mim_spec(state: State, options: ConvertOptions, sizes: Sizes, needed: list[s
         kind="convvit",
         in_channels=kernels[0].shape[1],
         stem_dims=tuple(k.shape[0] for k in kernels),
-        stem_depths=tuple(_count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
+        stem_depths=tuple(count_blocks(state, f"stages.{i}.blocks") for i in range(_STEM_STAGES)),
     )
 
 
-def _choose_grid(
+def choose_grid(
     table: Tensor, counts: Sequence[int], patch: Sequence[int], options: ConvertOptions, needed: list[str]
 ) -> Triple:
     """Token grid, in the file's axis order, of a position table.

@@ -31,7 +31,7 @@ class EncoderMetadata:
     Args:
         method: that it was pretrained with.
         volume: how the images that it saw had become arrays.
-        citations: BibTeX entries.
+        citations: BibTeX entries; texts where a foreign file has no BibTeX.
         source, source_sha256: name and digest of the foreign file it was converted from.
         training: steps, number of cases and settings of the run, for the record.
         notes: what else a reader should know, e.g. about the order of axes; a sentence each.
@@ -80,7 +80,7 @@ def check_size(spec: EncoderSpec, state: Mapping[str, Any]) -> None:
     kernel = spec.embed_dim * spec.patch_voxels if not spec.stem_dims else spec.in_channels * spec.stem_dims[0]
     # whether there are as many of both is a matter of the kind, which has checked it
     stem = sum(width**2 * blocks for width, blocks in zip(spec.stem_dims, spec.stem_depths, strict=False))
-    needed = spec.num_tokens * spec.embed_dim + spec.depth * block + kernel + stem
+    needed = (spec.num_tokens + spec.register_tokens) * spec.embed_dim + spec.depth * block + kernel + stem
     require(needed <= 8 * there, f"it describes an encoder of at least {needed} numbers, its tensors have {there}")
 
 

@@ -33,6 +33,21 @@ def is_nnunet_checkpoint(content: Mapping[str, Any]) -> bool:
     return isinstance(content.get(NETWORK), Mapping) and {TRAINER, "init_args"} <= content.keys()
 
 
+def plans_of(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], VolumeFormat]:
+    """A trainer's plans, its configuration with what that inherits, and how images became arrays, in the axes of the
+    network. UserError: they are damaged."""
+    try:
+        validated(_Arguments, json.dumps(arguments, default=str))
+        plans = arguments["plans"]
+        configuration = _configuration(plans, arguments["configuration"])
+        if len(configuration["patch_size"]) != 3:
+            raise ValueError(f"their patch {configuration['patch_size']} has not three axes")
+        return plans, configuration, VolumeFormat.of_plans(plans, configuration, arguments["dataset_json"])
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        told = printable(f"{type(e).__name__}: {e}", LONGEST_ERROR)
+        raise UserError(f"the plans in this checkpoint of nnU-Net are damaged ({told})") from e
+
+
 def nnunet_metadata(content: Mapping[str, Any], source: Path, default_method: str) -> EncoderMetadata:
     """What the encoder of a checkpoint's network is and saw. `default_method`: of one that was trained from scratch.
 

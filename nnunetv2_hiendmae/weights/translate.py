@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures import EncoderSpec
+from nnunetv2_hiendmae.architectures import EncoderSpec, PrimusEncoder
+from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
 from nnunetv2_hiendmae.errors import UserError, printable, some
-from nnunetv2_hiendmae.options.commands import ConvertOptions
-from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes
+from nnunetv2_hiendmae.options.commands import HWD, ConvertOptions
+from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes, rotary_permuted
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, check_plain, is_weight, tensors_in
 from nnunetv2_hiendmae.weights.formats import OUTSIDE, ForeignEncoder
 from nnunetv2_hiendmae.weights.layouts import is_sincos
@@ -62,12 +63,12 @@ class Translation:
                 # the numbers change when they are written: a second copy here could be as large as the file
                 self.put(name, tensor, "float64 → float32")
 
-    def reverse_axes(self, spec: EncoderSpec) -> EncoderSpec:
-        """From (x, y, z) to (z, y, x); gives the new spec."""
-        permuted, moved = permute_axes(self.state, spec, (2, 1, 0))
+    def permute_axes(self, spec: EncoderSpec, order: Sequence[int], told: str) -> EncoderSpec:
+        """To the encoder of volumes whose axis i was `order[i]`; gives its spec. `told`: that in words."""
+        permuted, moved = permute_axes(self.state, spec, order)
         for name, tensor in permuted.items():
             if tensor is not self.state[name]:
-                self.put(name, tensor, "axes (x, y, z) → (z, y, x)")
+                self.put(name, tensor, told)
         return moved
 
     def report(self, content: Mapping[str, Any], path: Sequence[str]) -> LoadReport:
@@ -135,16 +136,20 @@ def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[T
         for name, tensor in list(translation.state.items()):
             translation.put(name, *entry.value(name, tensor, spec))
     _split_cls_row(translation, spec)
+    _split_register_rows(translation, spec)
     if entry.library:
         _fill_qkv_bias(translation, spec)
     translation.check(spec, "download the file again, or say what it is with --format")
     if needed:
         raise UserError("; ".join(needed))
-    formula = is_sincos(translation.state["pos_embed"], spec.grid)
+    if options.token_order == HWD:
+        _reorder_tokens(translation, spec)
+    # of a kind that trains its positions they may be anything, the formula too
+    formula = spec.pos_embed != "learned" and is_sincos(translation.state["pos_embed"], spec.grid)
     # "sincos" says that the table is fixed, not that it is the formula of its grid: with permuted axes it no longer is
     spec = spec.with_(pos_embed="sincos" if formula else "learned")
     if options.axes == "xyz":
-        spec = translation.reverse_axes(spec)
+        spec = translation.permute_axes(spec, (2, 1, 0), "axes (x, y, z) → (z, y, x)")
     return translation, spec, formula
 
 
@@ -199,7 +204,49 @@ def _split_cls_row(translation: Translation, spec: EncoderSpec) -> None:
         translation.put("cls_token", token.float() + row.float(), "its position, row 0 of pos_embed, added")
 
 
+def _split_register_rows(translation: Translation, spec: EncoderSpec) -> None:
+    """As `_split_cls_row`: the position of a register token is part of the token."""
+    count, table = spec.register_tokens, translation.state["pos_embed"]
+    if not count or table.shape[1] != spec.num_tokens + count:
+        return
+    tokens = translation.state["register_tokens"]
+    if tokens.shape == table[:, :count].shape:
+        added = f"their positions, rows 0 to {count - 1} of pos_embed, added"
+        translation.put("register_tokens", tokens.float() + table[:, :count].float(), added)
+    told = f"the rows of {count} register tokens taken off, {spec.num_tokens} remain"
+    translation.put("pos_embed", table[:, count:], told)
+
+
+def _reorder_tokens(translation: Translation, spec: EncoderSpec) -> None:
+    """Weights of a network whose sequence index was (j1·g0 + j0)·g2 + j2, as those of raster order.
+
+    It turned a head's first block of channels by the axis that lay slowest in its sequence, the second of the volume.
+    So positions and these blocks are exchanged; patches are not, which the order of the sequence does not touch. Only
+    for g0 = g1: else its table of angles had rows for other cells than its tokens.
+
+    Raises:
+        UserError: the first two axes of the grid differ.
+    """
+    first, second, third = spec.grid
+    if first != second:
+        raise UserError(
+            f"its tokens lie in the order hwd on a grid of {spec.grid}: where the first two sides differ, its rotary "
+            "positions belonged to other places than its tokens, which no encoder here does; if the order is another "
+            "one, give --token-order whd"
+        )
+    for name, tensor in list(translation.state.items()):
+        axes = axes_of(name, PrimusEncoder.axes)
+        if axes is Axes.TOKENS:
+            rows = tensor.unflatten(1, (second, first, third)).transpose(1, 2).flatten(1, 3)
+            translation.put(name, rows, "tokens from the order hwd to whd")
+        elif axes is Axes.ROTARY:
+            turned = rotary_permuted(tensor, spec.num_heads, (1, 0, 2))
+            translation.put(name, turned, "rotary channels from the order hwd to whd")
+
+
 def _fill_qkv_bias(translation: Translation, spec: EncoderSpec) -> None:
+    if "blocks.0.attn.qkv.weight" not in translation.state:
+        return
     names = [f"blocks.{i}.attn.qkv.bias" for i in range(spec.depth)]
     if any(name in translation.state for name in names):
         return

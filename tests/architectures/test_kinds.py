@@ -6,6 +6,7 @@ from pkgutil import resolve_name
 
 import pytest
 import torch
+from primus_util import FULL_PRIMUS
 
 from nnunetv2_hiendmae.architectures import ENCODERS, KINDS, PRESETS, EncoderSpec, ViTEncoder, build_encoder
 from nnunetv2_hiendmae.architectures.kinds import tensor_shapes
@@ -21,6 +22,7 @@ SPECS = {
         stem_dims=(2, 4, 6),
         stem_depths=(1, 1, 1),
     ),
+    "primus": FULL_PRIMUS.with_(img_size=(16, 24, 32), in_channels=2),
 }
 
 
@@ -38,7 +40,9 @@ def test_what_a_kind_declares_is_true_of_its_tensors(kind):
         for name, tensor in state.items():
             axes = axes_of(name, encoder.axes)
             assert (axes is Axes.KERNEL) == (tensor.ndim == 5), name
-            if axes not in (Axes.KERNEL, Axes.NONE):
+            if axes is Axes.ROTARY:
+                assert tensor.shape[0] == spec.embed_dim, name
+            elif axes not in (Axes.KERNEL, Axes.NONE):
                 assert tensor.shape[1] == math.prod(axes.rows(spec.grid)), name
         assert state[encoder.input_kernel].shape[1] == 2
     before, after = state_of(masked).keys(), state_of(dense).keys()
@@ -68,6 +72,8 @@ def written_down():
         yield pytest.param(spec, id=f"{kind}-masked")
         yield pytest.param(spec.with_(**ENCODERS[kind].finetuning), id=f"{kind}-finetuning")
         yield pytest.param(spec.with_(mlp_ratio=2.7, pos_embed="learned", depth=1, taps=None), id=f"{kind}-other")
+    plain = {"register_tokens": 2, "layer_scale": None, "inner_norm": False}
+    yield pytest.param(SPECS["primus"].with_(**plain), id="primus-registers")
     yield pytest.param(SPECS["vit"].with_(cls_token=False, img_size=(8, 8, 8)), id="vit-no-cls")
     yield pytest.param(SPECS["convvit"].with_(stem_dims=(5,), stem_depths=(3,), patch_size=(4,) * 3), id="one-stage")
 
@@ -89,7 +95,7 @@ class Toy(ViTEncoder):
 
 def test_a_third_kind_is_one_class_and_two_entries(monkeypatch, tmp_path):
     fields = {"img_size": (16, 16, 8), "patch_size": (8, 8, 8), "embed_dim": 12, "depth": 4, "num_heads": 2}
-    with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit'\)"):
+    with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit', 'primus'\)"):
         EncoderSpec(**fields, kind="toy")
     monkeypatch.setitem(KINDS, "toy", Toy)
     monkeypatch.setitem(ENCODERS, "toy", Toy)

@@ -197,7 +197,7 @@ def test_nnunet_leaves_the_encoder_as_the_encoder_was_initialised():
 
 
 def test_refuses_deep_supervision_and_a_wrong_number_of_taps():
-    with pytest.raises(ValueError, match=r"one output.*-tr nnUNetTrainer_HiEndMAE"):
+    with pytest.raises(ValueError, match=r"one output.*-tr nnUNetTrainer_Pretrained, nnUNetTrainer_HiEndMAE"):
         build_from_plans(deep_supervision=True)
     with pytest.raises(ValueError, match=r"ViTUNETR .*\(1, 2\)"):
         build_from_plans(taps=[1, 2])

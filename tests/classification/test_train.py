@@ -360,6 +360,17 @@ def test_predict_reproduces_the_validation(small, more):
     assert roc_auc_score(wanted, [last[case] for case in validated]) == expected
 
 
+def test_labels_of_one_class_give_no_auc_which_is_told(small, caplog):
+    small.train("run")
+    output = small.folder / "table.csv"
+    write_csv(small.labels, [(name, "ill") for name in small.names])
+    assert small.predict("run", "--labels", small.labels, "-o", output) == 0
+    assert "no AUC: none of the 20 labelled cases is of class healthy" in caplog.text
+    measured = read_json(output.with_suffix(".json"))
+    assert measured["auc"] is None and measured["auc_interval_95"] is None
+    assert "nan" not in output.with_suffix(".json").read_text().lower()
+
+
 def test_test_cases_never_train_nor_choose(small):
     places = ["train", "train", "train", "train", "val", "val", "test", "test", "train", "train"] * 2
     rows = [(*row, place) for row, place in zip(label_rows(small.names), places, strict=True)]

@@ -9,10 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 from nnunet_data import make_dataset
 from test_run import fork_commands
+from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
+from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,6 +82,28 @@ def test_dicom_to_raw(tmp_path, monkeypatch, same_locale, capsys):
     assert np.allclose(image.GetSpacing(), (0.8, 0.8, 2.5))
     assert np.array_equal(sitk.GetArrayFromImage(image), voxels)
     assert json.loads((dataset / "dataset.json").read_text())["numTraining"] == 1
+
+
+def test_the_hours_of_the_example_are_computed_right():
+    """From its own command: crops, FLOP as PyTorch counts them, and the figures of docs/benchmarks.md."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^hiendmae pretrain -d 100 .*$", text, re.MULTILINE)
+    epochs, batch = (int(re.search(rf"{flag} (\d+)", line)[1]) for flag in ("--epochs", "--batch-size"))
+    crops = epochs * HiEndMAE.recipe.steps_per_epoch * batch
+    method = HiEndMAE(PRESETS["vit_base_p16"])
+    image, ids = torch.rand(1, 1, *method.spec.img_size), torch.arange(method.spec.num_tokens)[None]
+    with FlopCounterMode(display=False) as counter:
+        method({"image": image, "ids_shuffle": ids})["loss"].backward()
+    flop = counter.get_total_flops()
+    said = f"{crops / 1e6:.2f} million crops, {flop / 1e9:.1f} GFLOP each there and back (counted)"
+    assert said in text and f"{crops * flop / 1e17:.1f}·10¹⁷ FLOP" in text
+    figures = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert "| hiendmae | 768 | 2 | 9 | 101.61 / 122.95 | 0.678 " in figures
+    assert "| ours, with augmentation | 357 |" in figures
+    assert f"{crops * flop / 20e12 / 3600:.1f} hours on one GPU that keeps up 20 TFLOP/s" in text
+    assert f"{20e12 / 312e12:.0%}".replace("%", " %") in text
+    assert f"{crops / 357 / 3600:.0f} hours of one core" in text
+    assert f"{crops * 0.678 / 2 / 86400:.0f} days" in text
 
 
 @pytest.mark.slow

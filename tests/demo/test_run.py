@@ -104,7 +104,7 @@ def test_demo_of_all_methods_from_end_to_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_on_data_of_the_user(tmp_path):
+def test_demo_on_data_of_the_user(tmp_path, monkeypatch):
     """Two channels, regions that overlap, no test images, one method, and the command line."""
     mine = make_folders(tmp_path / "mine")
     channels = ("CT", "MR")
@@ -117,23 +117,12 @@ def test_demo_on_data_of_the_user(tmp_path):
     before = sorted(mine.raw.rglob("*"))
 
     output = tmp_path / "demo"
-    command = [
-        sys.executable,
-        "-m",
-        "nnunetv2_hiendmae.cli",
-        "demo",
-        "--data",
-        mine.raw,
-        "-o",
-        output,
-        "-device",
-        "cpu",
-    ]
+    fork_commands(monkeypatch)
+    # the command sets it
+    monkeypatch.setenv(EXT_TRAINER_VARIABLE, "")
     budget = ["--pretrain-epochs", 1, "--steps-per-epoch", 2, "--epochs", 1, "--iterations-per-epoch", 2]
-    done = subprocess.run(
-        list(map(str, [*command, "--method", "mae3d", *budget, "-np", 1])), capture_output=True, encoding="utf-8"
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = ["demo", "--data", mine.raw, "-o", output, "-device", "cpu", "--method", "mae3d", *budget, "-np", 1]
+    assert main(list(map(str, command))) == 0
 
     assert sorted(mine.raw.rglob("*")) == before
     results = json.loads((output / RESULTS_FILE).read_text())
@@ -223,6 +212,18 @@ def test_unknown_method(tmp_path):
     with pytest.raises(UserError, match="unknown method 'simclr'"):
         run_demo(tmp_path / "demo", methods=("mae3d", "simclr"))
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.slow
+def test_commands_are_processes_of_their_own(tmp_path):
+    """As a user's demo starts them: a command of ours, a console script of nnU-Net's, and its seeded training."""
+    runner = Runner(tmp_path / "logs", dict(os.environ), say=lambda _: None)
+    runner.run("methods", "hiendmae", "methods")
+    runner.run("plan", "nnUNetv2_plan_experiment", "-h")
+    runner.run("train", "nnUNetv2_train", "-h", seed=3)
+    logs = [path.read_text(encoding="utf-8") for path in sorted((tmp_path / "logs").iterdir())]
+    assert "mae3d" in logs[0] and "usage: nnUNetv2_plan_experiment" in logs[1] and "dataset_name_or_id" in logs[2]
+    assert all(gb > 0.1 for gb in runner.peak_gb.values())
 
 
 @pytest.mark.slow

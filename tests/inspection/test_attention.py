@@ -8,6 +8,7 @@ import pytest
 import torch
 from nnunet_data import save_tiny_encoder
 from oblique_data import MARKED, READERS, WINDOW, marked_world, write_dataset, write_oblique, write_run
+from primus_util import FULL_PRIMUS
 from run_data import TINY_SPEC
 from timm.models.vision_transformer import Block
 from torch import nn
@@ -76,7 +77,7 @@ def test_relative_positions_count():
     """As a convolutional ViT has it: no CLS, blocks are given a bias."""
 
     class Encoder(nn.Module):
-        num_prefix_tokens = 0
+        num_prefix_tokens, spec = 0, TINY_SPEC
 
         def __init__(self):
             super().__init__()
@@ -91,6 +92,17 @@ def test_relative_positions_count():
     with torch.no_grad():
         assert torch.allclose(row, of_layer(block.attn, block.norm1(x), bias[0])[:, 2], atol=1e-6)
         assert not torch.allclose(row, of_layer(block.attn, block.norm1(x))[:, 2], atol=1e-2)
+
+
+def test_register_tokens_do_not_count():
+    """A primus puts them before the patches: the same rows as without them, less what they get."""
+    encoder, image = randomised(build_encoder(FULL_PRIMUS)), torch.rand(1, 1, 16, 16, 16)
+    (row,) = encoder_attention(encoder, image, [0], query=3)
+    bare = build_encoder(FULL_PRIMUS.with_(register_tokens=0)).eval()
+    bare.load_state_dict({k: v for k, v in encoder.state_dict().items() if k != "register_tokens"})
+    (expected,) = encoder_attention(bare, image, [0], query=3)
+    assert row.shape == (2, 8) and (row.sum(1) < 1).all()
+    torch.testing.assert_close(row / row.sum(1, keepdim=True), expected)
 
 
 def test_a_look_leaves_the_encoder_as_it_was(monkeypatch):

@@ -1,13 +1,15 @@
 """Grids: where a map lies on an image, and what it is there."""
 
+import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from oblique_data import READERS, oblique_direction
 
-from nnunetv2_hiendmae.inspection.volumes import resample
+from nnunetv2_hiendmae.inspection.volumes import read_image, resample
 from nnunetv2_hiendmae.training.grids import Grid, reader_grid
+from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 
 def grid(shape, spacing_mm=(1.0, 1.0, 1.0)) -> Grid:
@@ -87,3 +89,17 @@ def test_letters_of_a_slice(tmp_path, reader, stored):
 
 def test_no_letters_where_nobody_knows():
     assert reader_grid({"spacing": (1.0, 1.0, 1.0)}, (4, 4, 4)).cropped((1, 1, 1), (2, 2, 2)).edges == ""
+
+
+@pytest.mark.parametrize("reader", [None, "SimpleITKIO"])
+def test_what_a_reader_says_is_told(tmp_path, caplog, reader):
+    volumes = VolumeFormat(image_reader_writer=reader, channel_names=("MR",))
+    values = np.random.default_rng(0).normal(size=(8, 9, 10)).astype(np.float32)
+    image = nibabel.Nifti1Image(values, np.eye(4))
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    read_image([tmp_path / "x.nii.gz"], volumes)
+    assert not caplog.records
+    image.set_qform(np.diag([2, 1, 1, 1]), 1)
+    nibabel.save(image, tmp_path / "x.nii.gz")
+    read_image([tmp_path / "x.nii.gz"], volumes)
+    assert "x.nii.gz says: WARNING: " in caplog.text and "unexpected scales in sform" in caplog.text

@@ -5,8 +5,12 @@ import errno
 import json
 import logging
 import math
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -21,11 +25,11 @@ from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import PlanOptions
-from nnunetv2_hiendmae.planning import finetune
+from nnunetv2_hiendmae.planning import finetune, labels
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.planning.plans import CASE_FILES
-from nnunetv2_hiendmae.planning.readers import choose_reader
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, TRAINERS
 from nnunetv2_hiendmae.weights import load_encoder, save_encoder
@@ -52,7 +56,7 @@ def read(planned):
 
 def test_every_method_has_a_trainer_of_its_own():
     assert set(TRAINERS) == {*RECIPES, None}
-    assert set(trainers.__all__) == set(TRAINERS.values())
+    assert set(trainers.__all__) == {*TRAINERS.values(), "nnUNetTrainer_Pretrained"}
     for method, trainer in TRAINERS.items():
         assert getattr(trainers, trainer).method == method
 
@@ -86,6 +90,54 @@ def test_a_cut_short_fingerprint_is_made_again(nnunet, toy, encoder_file):
     path.write_text(path.read_text()[:40])
     plan_finetuning("1", encoder_file, num_processes=1)
     assert len(json.loads(path.read_text())["spacings"]) == 5
+
+
+class Killed(BaseException):
+    """Nothing cleans up after it, as after kill -9."""
+
+
+@pytest.mark.parametrize("where", ["fingerprint", "dataset.json"])
+def test_killed_while_nnunet_writes(nnunet, toy, encoder_file, monkeypatch, where):
+    """nnU-Net writes both in place; what stood there stays, and the next run takes away what was left."""
+    folder = nnunet.preprocessed / toy
+    plan_finetuning("1", encoder_file, num_processes=1)
+    if where == "fingerprint":
+        write_fingerprint(nnunet, toy, extra={"hiendmae_label_free": True})
+    before = {name: (folder / name).read_bytes() for name in ("dataset.json", "dataset_fingerprint.json")}
+    halves = []
+
+    def half(*arguments):
+        path = next(Path(a) for a in arguments[::-1] if isinstance(a, str))
+        path.write_text('{"chan')
+        halves.append(path)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)
+        module = "nnunetv2.experiment_planning."
+        patch.setattr(f"{module}dataset_fingerprint.fingerprint_extractor.save_json", half)
+        patch.setattr(f"{module}experiment_planners.default_experiment_planner.shutil.copy", half)
+        with pytest.raises(Killed):
+            plan_finetuning("1", encoder_file, num_processes=1)
+    assert [p.name for p in halves] == ["dataset_fingerprint.json" if where == "fingerprint" else where]
+    assert halves[0].exists() and {name: (folder / name).read_bytes() for name in before} == before
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    halves[0].parent.rename(halves[0].parent.with_name(f".scratch.{platform.node()}.{dead.pid}.tmp"))
+    assert read(plan_finetuning("1", encoder_file, num_processes=1))[0]["dataset_name"] == toy
+    assert (
+        not list(folder.glob(".scratch*")) and len(json.loads((folder / "dataset_fingerprint.json").read_text())) == 4
+    )
+
+
+def test_cut_short_splits_are_told(nnunet, toy, encoder_file):
+    """As nnU-Net leaves them when it is killed: it copies them in place."""
+    splits = [{"train": ["case_000"], "val": ["case_001"]}]
+    (nnunet.raw / toy / "splits_final.json").write_text(json.dumps(splits))
+    (nnunet.preprocessed / toy / "splits_final.json").write_text('[{"train": ["ca')
+    with pytest.raises(UserError, match=rf"{toy}/splits_final\.json .*remove it") as e:
+        plan_finetuning("1", encoder_file)
+    assert "\n" not in str(e.value)
 
 
 def test_defaults_come_from_the_file_and_the_recipe(nnunet, toy, encoder_file, monkeypatch):
@@ -206,6 +258,16 @@ def test_reader_of_the_file_is_used_where_it_can_read(toy, tmp_path, caplog):
     assert "Tiff3DIO cannot read .nii.gz" in caplog.text
 
 
+def test_a_reader_that_nnunet_does_not_have_is_warned_about(toy, tmp_path, caplog):
+    """Other programs have readers of their own; what they call them goes to no terminal as it is."""
+    file = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="BloscIO\x1b[31m")
+    with caplog.at_level(logging.WARNING):
+        assert read(plan_finetuning(toy, file))[0]["image_reader_writer"] == "SimpleITKIO"
+    assert r"nnU-Net has no reader BloscIO\x1b[31m: nnU-Net's own reader is used" in caplog.text
+    with pytest.raises(UserError, match=r"no image reader 'No\\x1bthing'"):
+        find_reader("No\x1bthing")
+
+
 def test_an_orientation_is_kept_by_whichever_reader_can(nnunet, tmp_path, caplog):
     """Both reorienting readers give the same array; only the second reads .mha."""
     file = save_tiny_encoder(tmp_path / "a.safetensors", image_reader_writer="NibabelIOWithReorient")
@@ -318,8 +380,6 @@ def test_datasets_that_do_not_fit_are_refused(nnunet, encoder_file, tmp_path):
         plan_finetuning("9", encoder_file)
     with pytest.raises(UserError, match=str(tmp_path / "nothing")):
         plan_finetuning("3", tmp_path / "nothing")
-    with pytest.raises(UserError, match=r"y\.safetensors .*'foreign'.*hiendmae, mim"):
-        plan_finetuning("3", save_tiny_encoder(tmp_path / "y.safetensors", method="foreign"))
 
 
 def test_an_unreadable_dataset_names_the_command_that_tells_more(nnunet, encoder_file, monkeypatch):
@@ -340,7 +400,7 @@ def test_fingerprint_is_nnunets_own(nnunet, encoder_file, before, monkeypatch):
     ran = []
     monkeypatch.setattr(
         "nnunetv2_hiendmae.planning.labels.DatasetFingerprintExtractor.run",
-        lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, name),
+        lambda self, overwrite_existing: ran.append(overwrite_existing) or write_fingerprint(nnunet, self.dataset_name),
     )
     if before != "none":
         write_fingerprint(nnunet, name, extra={"hiendmae_label_free": True} if before == "label-free" else None)
@@ -367,27 +427,55 @@ def test_digits_are_labels_as_for_nnunet(nnunet, encoder_file):
     assert (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
 
 
-@pytest.mark.parametrize("labels", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
-def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, labels):
-    name = make_dataset(nnunet, 1, labels=labels)
+@pytest.mark.parametrize("named_values", [{"background": 0, "organ": 2, "lesion": 5}, {"organ": 1, "lesion": 2}])
+def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypatch, named_values):
+    name = make_dataset(nnunet, 1, labels=named_values)
     monkeypatch.setattr(finetune, "extract_fingerprint", lambda *_: pytest.fail("long work began"))
     with pytest.raises(UserError, match=rf"{name}/dataset.json has the labels .*0 to .*renumber"):
         plan_finetuning(name, encoder_file)
 
 
 @pytest.mark.parametrize(
-    "labels", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
+    "named_values", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
 )
-def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, labels):
-    name = make_dataset(nnunet, 1, labels=labels)
+def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, named_values):
+    name = make_dataset(nnunet, 1, labels=named_values)
     path = nnunet.raw / name / "labelsTr" / "case_003.nii.gz"
     seg = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(np.where(seg.get_fdata() == 2, 7, 1).astype(np.uint8), seg.affine), path)
     for case in (0, 1, 2, 4):
         (nnunet.raw / name / "labelsTr" / f"case_{case:03d}.nii.gz").write_bytes(path.read_bytes())
-    with pytest.raises(UserError, match=r"case_000.nii.gz has 7; .*and 2 more; relabel"):
+    named = ", ".join(rf"case_00{i}\.nii\.gz" for i in range(5))
+    with pytest.raises(UserError, match=rf"{named}: unknown 7; relabel"):
         plan_finetuning(name, encoder_file, num_processes=1)
-    assert not (nnunet.preprocessed / name / "dataset_fingerprint.json").exists()
+    assert not list(nnunet.preprocessed.rglob("*.json"))
+
+
+def test_label_values_are_checked_where_stock_nnunet_made_the_fingerprint(nnunet, toy, encoder_file, monkeypatch):
+    """All bad files in one line; good ones are not read again until one of them changes."""
+    folder = nnunet.raw / toy / "labelsTr"
+    intact = {i: (folder / f"case_00{i}.nii.gz").read_bytes() for i in (1, 3, 4)}
+    for case, value in ((1, 7), (3, 7)):
+        seg = nibabel.load(folder / f"case_00{case}.nii.gz")
+        changed = np.where(seg.get_fdata() == 2, value, 1).astype(np.uint8)
+        nibabel.save(nibabel.Nifti1Image(changed, seg.affine), seg.get_filename())
+    (folder / "case_004.nii.gz").write_bytes(intact[4][:-400])
+    told = rf"labels of {toy} .*case_001\.nii\.gz, case_003\.nii\.gz: unknown 7; case_004\.nii\.gz: unreadable \("
+    with pytest.raises(UserError, match=told) as e:
+        plan_finetuning(toy, encoder_file)
+    assert "\n" not in str(e.value) and not list(nnunet.preprocessed.rglob("nnUNetPlans*"))
+    for case, content in intact.items():
+        (folder / f"case_00{case}.nii.gz").write_bytes(content)
+    plan_finetuning(toy, encoder_file)
+
+    read_seg = labels._label_fault
+    monkeypatch.setattr(labels, "_label_fault", lambda *_: pytest.fail("read again"))
+    plan_finetuning(toy, encoder_file, from_scratch=True)
+    files = []
+    monkeypatch.setattr(labels, "_label_fault", lambda *a: files.append(a[-1]) or read_seg(*a))
+    (folder / "case_003.nii.gz").write_bytes(intact[1])
+    plan_finetuning(toy, encoder_file)
+    assert len(files) == 5
 
 
 @pytest.mark.parametrize(("cases", "splits", "fold"), [(5, False, "0"), (4, False, "all"), (4, True, "0")])

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -11,6 +12,7 @@ import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from nnunet_data import make_dataset, save_tiny_encoder
 
+from nnunetv2_hiendmae import pretrain
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, checked_files
 from nnunetv2_hiendmae.preprocessing.preprocess import preprocess_datasets
@@ -95,6 +97,20 @@ def test_directions_are_compared_over_all_datasets_of_a_run(nnunet):
     np.testing.assert_allclose(arrays(nnunet, one)[0], arrays(nnunet, other)[0], atol=1e-6)
 
 
+def test_pretraining_warns_where_datasets_were_preprocessed_one_by_one(nnunet, caplog):
+    names = dataset(nnunet, [turned("LPS")] * 2), dataset(nnunet, [turned("RAS")] * 2, 2)
+    for name in names:
+        run(name)
+    crop = {"encoder": "vit_nano_p8", "crop_size": (16, 16, 16), "method": "mae3d"}
+    short = {"epochs": 1, "steps_per_epoch": 1, "batch_size": 2, "workers": 0, "device": "cpu"}
+    with caplog.at_level(logging.WARNING):
+        pretrain(names, **crop, **short)
+    assert f"{names[0]} SPL, {names[1]} SAR; hiendmae preprocess" in caplog.text
+    caplog.clear()
+    pretrain(names[:1], **crop, **short, name="one")
+    assert "directions" not in caplog.text
+
+
 def test_a_reader_that_dataset_json_asks_for_stays(nnunet, caplog):
     name = dataset(nnunet, [turned("LPS"), turned("RAS")], overwrite_image_reader_writer="SimpleITKIO")
     with caplog.at_level(logging.WARNING):
@@ -156,6 +172,14 @@ def test_bytes_behind_the_compressed_image_are_nothing_to_it(tmp_path):
         np.testing.assert_array_equal(np.asarray(nibabel.load(plain).dataobj), body())
 
 
+def test_no_more_is_written_than_the_header_announces(tmp_path):
+    file = tmp_path / "case_0000.nii.gz"
+    content = gzip.decompress(nifti(file).read_bytes())
+    file.write_bytes(gzip.compress(content + bytes(50_000_000)))
+    with checked_files([str(file)]) as (plain,):
+        assert Path(plain).stat().st_size == len(content)
+
+
 def test_a_changed_byte_is_noticed(tmp_path):
     """The checksum of gzip, which neither ITK nor nibabel looks at."""
     content = bytearray(nifti(tmp_path / "good.nii.gz").read_bytes())
@@ -178,4 +202,4 @@ def test_the_reason_names_the_users_file(nnunet):
     broken.write_bytes(gzip.compress(b"no image at all"))
     summary = run(name, spacing_mm=(3, 3, 3))
     ((_, case, reason),) = summary.broken
-    assert case == "case_001" and ".partial" not in reason and "/tmp" not in reason, reason
+    assert case == "case_001" and ".partial" not in reason and "case_001_0000.nii.gz" in reason

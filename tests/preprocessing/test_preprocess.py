@@ -622,6 +622,24 @@ def test_what_a_reader_says_is_told_with_the_case(nnunet, caplog):
     assert len(said) == 1 and said[0].startswith(f"{name} case_001: ") and "\n" not in said[0]
 
 
+def test_what_itk_says_is_told_with_the_case(nnunet, caplog, capfd):
+    """In C++, past Python's stderr: a header whose two transforms give different voxel sizes."""
+    name = make(nnunet)
+    stored = nibabel.load(image(nnunet, name, 1))
+    changed = nibabel.Nifti1Image(stored.get_fdata(dtype=np.float32), stored.affine)
+    changed.set_sform(stored.affine, 1)
+    changed.set_qform(stored.affine @ np.diag([2, 1, 1, 1]), 1)
+    nibabel.save(changed, image(nnunet, name, 1))
+    assert run(1).done == 2
+    said = [r.getMessage() for r in caplog.records if "unexpected scales" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith(f"{name} case_001: its reader says: WARNING: ")
+    # once, without the place in ITK's source
+    assert said[0].count("unexpected scales") == 1 and ".cxx" not in said[0] and "0x" not in said[0]
+    assert "unexpected scales" not in capfd.readouterr().err
+    sitk.ReadImage(str(image(nnunet, name, 1)))
+    assert "unexpected scales" in capfd.readouterr().err
+
+
 SHEARED = np.array([[1.5, 0.03, 0, 0], [0, 1.5, 0, 0], [0, 0, 1.5, 0], [0, 0, 0, 1]])
 
 

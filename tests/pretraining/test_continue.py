@@ -7,9 +7,11 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import stopped
 import torch
@@ -19,13 +21,15 @@ from test_loop import environment, free_port, read_log, run
 
 from nnunetv2_hiendmae import cli, load_encoder, pretrain
 from nnunetv2_hiendmae.errors import Stopped, UserError
-from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS, telling_disk_errors
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS, STATE, STEP, telling_disk_errors
 from nnunetv2_hiendmae.pretraining import METHODS, loop
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.pretraining.progress import StepLog
 from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.training.run import load_checkpoint
 from nnunetv2_hiendmae.training.runlog import read_log as read_lines
 from nnunetv2_hiendmae.training.stopping import noting_stop_signals
+from nnunetv2_hiendmae.weights.checkpoint_io import tensors_in
 
 COMMAND = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--workers", "0", "--batch-size", "2", "--lr", "1e-3"]
 COMMAND += ["--method", "mae3d", "--encoder", "vit_nano_p8", "--crop-size", "16", "16", "16", "--steps-per-epoch", "3"]
@@ -273,19 +277,37 @@ def test_an_unfinished_run_is_not_extended(tmp_path):
         pretrain_tiny(tmp_path / "run", epochs=4, resume=True)
 
 
-def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
-    run(tmp_path / "run")
-    path = tmp_path / "run" / CHECKPOINT
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_noticed(tmp_path):
+    """Heads of records and the archive's directory too; where no bit matters, the state is the same."""
+    folder = tmp_path / "run"
+    run(folder)
+    path = folder / CHECKPOINT
     data = path.read_bytes()
-    for at in range(2000, len(data) - 2000, len(data) // 7):
-        path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+        heads = [record.header_offset for record in archive.infolist()]
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    intact = dict(tensors_in(load_checkpoint(folder, {STEP, STATE})))
+    rng = np.random.default_rng(0)
+    places = [*rng.integers(len(data), size=25), *rng.integers(directory, len(data), size=40)]
+    places += [int(rng.choice(heads)) + int(at) for at in rng.integers(80, size=25)]
+    same = 0
+    for at in places:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :])
         try:
-            run(tmp_path / "run", resume=True)
+            state = dict(tensors_in(load_checkpoint(folder, {STEP, STATE})))
         except UserError as e:
-            assert str(path) in str(e) and "weights_only" not in str(e)
-        else:
-            # between records, where nothing is read
-            assert data[at] == 0
+            told = str(e)
+            assert str(path) in told and "weights_only" not in told and "\n" not in told
+            continue
+        assert state.keys() == intact.keys() and all(torch.equal(state[k], intact[k]) for k in intact), at
+        same += 1
+    # dates, paddings and the like; all others were told
+    assert 0 < same < len(places) / 2
+    at = largest.header_offset + largest.file_size // 2
+    path.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+    with pytest.raises(UserError, match="is not what was written"):
+        run(folder, resume=True)
 
 
 @pytest.mark.parametrize("lost", [ENCODER, SETTINGS])

@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
+from primus_util import FULL_PRIMUS
 from run_data import TINY_OPTIONS, TINY_SPEC
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
@@ -54,8 +55,14 @@ def total_loss(method: Method, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(method(batch, part)["loss"] for part in range(method.num_parts))
 
 
+SIZES = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
+PRIMUS = {k: v for k, v in FULL_PRIMUS.to_dict().items() if k not in SIZES}
+
+
 @methods
-@pytest.mark.parametrize("changes", [{}, {"cls_token": False}, {"in_channels": 2}, {"patch_size": (4, 8, 8)}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"cls_token": False}, {"in_channels": 2}, {"patch_size": (4, 8, 8)}, PRIMUS], ids=str
+)
 def test_every_trainable_tensor_gets_a_gradient(name, changes):
     """In every part, since the last one's backward is the one that gradients are exchanged in; not zero over all."""
     method = build(name, TINY_SPEC.with_(**changes))
@@ -70,11 +77,12 @@ def test_every_trainable_tensor_gets_a_gradient(name, changes):
 
 
 @methods
-def test_overfits_one_batch(name):
+@pytest.mark.parametrize("spec", [TINY_SPEC, FULL_PRIMUS], ids=["vit", "primus"])
+def test_overfits_one_batch(name, spec):
     """30 AdamW steps at 1e-2 on one batch: the loss falls to less than 0.8 of where it started (0.76 is seen for
     Hi-End-MAE's 12 channels, 0.43 for MAE3D; targets are noise of unit variance, so that nothing but memorising
     lowers the loss and a broken gradient path stays near 1)."""
-    method = build(name)
+    method = build(name, spec)
     batch = make_batch(method, samples=2)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-2)
     losses = []

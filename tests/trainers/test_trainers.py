@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
@@ -25,7 +26,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning import plan_finetuning
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
 from nnunetv2_hiendmae.trainers.trainers import learning_rate
-from nnunetv2_hiendmae.weights import convert_checkpoint, load_into
+from nnunetv2_hiendmae.weights import convert_checkpoint, load_encoder, load_into
 
 EPOCHS, WARMUP = 10, 2
 
@@ -324,7 +325,7 @@ def test_the_encoder_of_a_checkpoint_can_be_converted(make, nnunet, tmp_path, tr
     done = convert_checkpoint(source, tmp_path / "e.safetensors")
     assert all(torch.equal(v, done.state[k]) for k, v in trained.network.encoder.state_dict().items())
     metadata, plans = done.metadata, trained.plans_manager.plans
-    assert metadata.spec == trained.network.spec and metadata.method == (trainer.method or "mae3d")
+    assert metadata.spec == trained.network.spec and metadata.method == (trainer.method or "supervised")
     assert metadata.citations == (("@a{b}",) if trainer.method else ()) and trainer.__name__ in metadata.notes[0]
     known = (metadata.volume.spacing_mm, metadata.volume.image_reader_writer, metadata.volume.channel_names)
     assert known == ((1.5, 1.5, 1.5), plans["image_reader_writer"], ("CT",))
@@ -336,6 +337,27 @@ def test_the_encoder_of_a_checkpoint_can_be_converted(make, nnunet, tmp_path, tr
     load_into(trained.network.encoder, done.path)
     again = plan_finetuning(make.dataset, done.path, epochs=EPOCHS, warmup_epochs=WARMUP, plans_name="Again")
     assert again.path.is_file()
+
+
+def test_the_encoder_of_nnunets_own_primus_can_be_converted(make, nnunet, tmp_path):
+    """Its trainer builds the network whatever the plans name; heads are known by the width, the crop by the plans."""
+    make()
+    plans = json.loads(next(nnunet.preprocessed.rglob("nnUNetPlans_*.json")).read_text())
+    trained = make.from_plans(nnUNet_Primus_S_Trainer, plans)
+    trained.initialize()
+    torch.nn.init.normal_(trained.network.eva.pos_embed)
+    trained.save_checkpoint(str(tmp_path / "checkpoint_final.pth"))
+    done = convert_checkpoint(tmp_path / "checkpoint_final.pth", tmp_path / "e.safetensors")
+    encoder, metadata = load_encoder(done.path)
+    assert (metadata.spec.num_heads, metadata.spec.depth, metadata.method) == (6, 12, "supervised")
+    assert metadata.volume.window_hu == (-175.0, 250.0) and "nnUNet_Primus_S_Trainer" in "".join(metadata.notes)
+    network, x = trained.network.eval(), torch.randn(1, 1, *metadata.spec.img_size)
+    with torch.no_grad():
+        features = network.eva(network.down_projection(x).flatten(2).transpose(1, 2))[0]
+        ours = encoder(x)[0]
+    assert (ours - features).norm() < 1e-5 * features.norm()
+    planned = plan_finetuning(make.dataset, done.path, network="primus", plans_name="Again")
+    assert planned.trainer == "nnUNetTrainer_Pretrained"
 
 
 @pytest.mark.parametrize("network", ["dynamic_network_architectures.architectures.unet.PlainConvUNet", None])

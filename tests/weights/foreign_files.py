@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from primus_util import PrimusFixture
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
@@ -21,7 +22,18 @@ CONVVIT = EncoderSpec(
     stem_dims=(2, 4, 6),
     stem_depths=(1, 1, 1),
 )
-SPECS = {"hiendmae": VIT, "mim": CONVVIT, "glmae": VIT, "mae3d": VIT, "timm": VIT, "monai": VIT}
+PRIMUS = EncoderSpec(
+    *((16, 16, 16), (8, 8, 8), 24, 2, 2),
+    kind="primus",
+    mlp_ratio=8 / 3,
+    pos_embed="learned",
+    norm_eps=1e-5,
+    layer_scale=0.1,
+    inner_norm=True,
+)
+SPECS = {"hiendmae": VIT, "mim": CONVVIT, "glmae": VIT, "mae3d": VIT, "timm": VIT, "monai": VIT, "nnssl": PRIMUS}
+# those whose crop only tensors and options tell
+WITHOUT_PLAN = [kind for kind in SPECS if kind != "nnssl"]
 _MIM_BLOCK = {"pw1": "conv1", "dw": "attn", "pw2": "conv2"}
 _MONAI = (("attn.proj", "attn.out_proj"), ("mlp.fc1", "mlp.linear1"), ("mlp.fc2", "mlp.linear2"))
 
@@ -42,6 +54,9 @@ def authors_name(kind: str, name: str) -> str:
         return f"module.backbone.{name}"
     if kind == "mim":
         return _mim_name(name)
+    if kind == "nnssl":
+        stem = name.startswith("patch_embed.")
+        return name.replace("patch_embed", "down_projection") if stem else f"eva.{name}"
     if kind == "monai":
         for ours, theirs in _MONAI:
             name = name.replace(ours, theirs)
@@ -79,6 +94,7 @@ def authors_state(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
         "glmae": ["module.backbone.mask_token", "module.backbone.decoder_embed.bias", "module.head.mlp.0.bias"],
         "mae3d": ["mask_token", "decoder_embed.bias"],
         "timm": ["head.weight"],
+        "nnssl": ["mask_token", "decoder.norm.weight", "up_projection.decode.0.0.weight"],
         "monai": ["blocks.0.norm_cross_attn.weight", *["classification_head.0.bias"] * ("cls_token" in state)],
     }
     # of a shape that no tensor of an encoder has: under the name of one it must be noticed
@@ -91,9 +107,18 @@ def container(kind: str, state: dict[str, Tensor]) -> dict[str, Any]:
         return {"epoch": 1000, "state_dict": state}
     if kind == "glmae":
         return {"student": state, "epoch": 1599, "args": argparse.Namespace(arch="vit_base")}
+    if kind == "nnssl":
+        return {"network_weights": state, "nnssl_adaptation_plan": nnssl_plan(), "trainer_name": "BaseEvaMAETrainer"}
     if kind in ("mim", "mae3d"):
         return {"model": state, "epoch": 799, "args": argparse.Namespace(batch_size=1)}
     return state
+
+
+def nnssl_plan(crop: tuple[int, int, int] = (16, 16, 16)) -> dict[str, Any]:
+    """OpenMind's adaptation plan, for another crop."""
+    plan = PrimusFixture("nnssl_evamae").content()["nnssl_adaptation_plan"]
+    plan["pretrain_plan"]["configurations"]["onemmiso"]["patch_size"] = crop
+    return {**plan, "recommended_downstream_patchsize": crop}
 
 
 def write_checkpoint(path: Path, kind: str, spec: EncoderSpec | None = None, dtype=torch.float32, **save) -> Path:

@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 import time
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from foreign_files import CONVVIT, VIT, random_state, write_checkpoint
@@ -154,6 +156,59 @@ def test_settings_of_a_run_that_claim_too_much(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match="10000000 blocks"):
         translate_checkpoint(tmp_path / "c.pth")
+
+
+# ---- checkpoints of others -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_anywhere_in_a_foreign_checkpoint_is_noticed(tmp_path, seed):
+    """Torch itself looks at no checksum; where no bit matters, the weights are the same."""
+    path, options = write_checkpoint(tmp_path / "c.pth", "timm"), ConvertOptions(num_heads=2)
+    data, intact = path.read_bytes(), translate_checkpoint(path, options).state
+    intact = {name: tensor.clone() for name, tensor in intact.items()}
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    rng = np.random.default_rng(seed)
+    places = [*rng.integers(len(data), size=40), *rng.integers(directory, len(data), size=60)]
+    same = 0
+    for at in places:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :])
+        try:
+            state = translate_checkpoint(path, options).state
+        except UserError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+            continue
+        assert state.keys() == intact.keys() and all(torch.equal(state[k], intact[k]) for k in intact), at
+        same += 1
+    assert 0 < same < len(places) / 2
+
+
+def test_old_checkpoints_have_no_checksums_but_never_a_traceback(tmp_path):
+    path, options = write_checkpoint(tmp_path / "c.pth", "timm"), ConvertOptions(num_heads=2)
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    data, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in [*rng.integers(len(data), size=100), *range(0, 200, 3)]:
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1 << int(rng.integers(8))]) + data[at + 1 :])
+        try:
+            translate_checkpoint(path, options)
+        except UserError as e:
+            assert str(path) in str(e) and "\n" not in str(e)
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "set_crc32_options"), reason="torch 2.6 or newer")
+def test_checkpoints_that_were_written_without_checksums_load(tmp_path):
+    state = torch.load(write_checkpoint(tmp_path / "c.pth", "timm"))
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state, tmp_path / "c.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "c.pth") as archive:
+        assert archive.testzip()
+    assert (
+        translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2)).state.keys() == random_state(VIT).keys()
+    )
 
 
 # ---- files of other processes --------------------------------------------------------------------------------------
