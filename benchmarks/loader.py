@@ -101,6 +101,8 @@ def glmae_rates(data: CaseSet, args: argparse.Namespace) -> dict[str, list[float
         "one crop, no augmentation": MaskedCrop(local, tokens[local], augmentation=None),
         f"GL-MAE local view, {local[0]}³": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5))),
         f"GL-MAE global view, {large[0]}³": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0))),
+        "GL-MAE local box, for a GPU": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5), resized=False)),
+        "GL-MAE global box, for a GPU": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0), resized=False)),
     }
     datasets = {name: SampleDataset(data, view.draw, 0) for name, view in views.items()}
     rates = {name: [] for name in views}

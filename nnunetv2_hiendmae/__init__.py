@@ -1,7 +1,6 @@
 """Masked-autoencoder pretraining of 3D vision transformers for nnU-Net v2."""
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any
 
 # public name → where it is; docs/python_api.md shows each in use
@@ -26,5 +25,7 @@ def __getattr__(name: str) -> Any:
         module, _, attribute = _PUBLIC[name].partition(":")
         return getattr(import_module(f"nnunetv2_hiendmae.{module}"), attribute)
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("nnunetv2_hiendmae")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

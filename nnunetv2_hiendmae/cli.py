@@ -5,27 +5,27 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
-from types import ModuleType
+from typing import NoReturn
 
 from nnunetv2_hiendmae.errors import Stopped, UserError
+from nnunetv2_hiendmae.threads import wait_passively
 
 # in the order of the help: what is there, pretraining and fine-tuning, results
-NAMES = (
-    ("env", "doctor", "methods", "presets", "inspect"),
-    ("convert", "preprocess", "pretrain", "plan", "splits"),
-    ("compare", "classify", "reconstruct", "attention", "demo"),
+COMMANDS = (
+    *("env", "doctor", "methods", "presets", "inspect"),
+    *("convert", "preprocess", "pretrain", "plan", "splits"),
+    *("compare", "classify", "reconstruct", "attention", "demo"),
 )
-COMMANDS: dict[str, ModuleType] = {
-    name: import_module(f"nnunetv2_hiendmae.commands.{name}") for names in NAMES for name in names
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command. Exit codes: 0 done, 2 the user must change something; a bug keeps its traceback (1)."""
-    parser = build_parser()
-    args = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    # only the command that is asked for: `hiendmae env` runs in every shell start-up
+    parser = build_parser([name for name in COMMANDS if name in words[:1]] or COMMANDS)
+    args = parser.parse_args(words)
     if args.command is None:
         parser.print_help()
         return 0
@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.INFO)
     # what libraries tell each other's authors; nothing a user can act on
     warnings.filterwarnings("ignore", category=FutureWarning)
+    # before a command imports torch
+    wait_passively()
     try:
         return args.run(args) or 0
     except UserError as e:
@@ -57,18 +59,29 @@ def _is_told_elsewhere() -> bool:
     return rank > 0 and not (distributed and distributed.is_initialized())
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands with their options."""
+def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
+    """Commands with their options."""
     parser = argparse.ArgumentParser(
         prog="hiendmae", description="Masked-autoencoder pretraining of 3D vision transformers for nnU-Net v2."
     )
-    parser.add_argument("--version", action="version", version=f"nnunetv2_hiendmae {version('nnunetv2_hiendmae')}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for name, command in COMMANDS.items():
+    for name in names:
+        command = import_module(f"nnunetv2_hiendmae.commands.{name}")
         sub = commands.add_parser(name, help=command.HELP, description=command.HELP, formatter_class=_HelpFormatter)
         command.add_arguments(sub)
         sub.set_defaults(run=command.run)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version; looks it up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"nnunetv2_hiendmae {version('nnunetv2_hiendmae')}")
+        parser.exit()
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

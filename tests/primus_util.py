@@ -8,7 +8,7 @@ from fixtures_util import Fixture
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.architectures.primus import MLP_RATIO, NORM_EPS
+from nnunetv2_hiendmae.architectures.kinds import MLP_RATIO, NORM_EPS
 
 TINY_PRIMUS = EncoderSpec(
     *((16, 16, 16), (8, 8, 8), 24, 4, 2), kind="primus", mlp_ratio=MLP_RATIO, pos_embed="learned", norm_eps=NORM_EPS

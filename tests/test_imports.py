@@ -1,13 +1,20 @@
 """Who may import whom (CONTRIBUTING, "Layers"), read from the source of every module."""
 
 import ast
+import hashlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import nnunetv2_hiendmae
+from nnunetv2_hiendmae import cli
+from nnunetv2_hiendmae.architectures import PRESETS, build_encoder
+from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 
 PACKAGE = Path(nnunetv2_hiendmae.__file__).parent
 NAME = PACKAGE.name
@@ -23,6 +30,7 @@ BASE = {
     "plans_section",
     "optim",
     "figures",
+    "threads",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -37,6 +45,7 @@ ALLOWED = {
     "plans_section": {"schemas"},
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
+    "threads": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},
@@ -49,7 +58,7 @@ ALLOWED = {
     "evaluation": BASE,
     "inspection": BASE | {"architectures", "weights", "training", "pretraining", "preprocessing"},
     "demo": BASE | {"inspection", "evaluation"},
-    "cli": {"commands", "errors"},
+    "cli": {"commands", "errors", "threads"},
     # everything
     "commands": None,
 }
@@ -103,8 +112,70 @@ def test_only_the_border_knows_nnunet(module):
     assert not used or module.startswith(MAY_IMPORT_NNUNET), f"{module} imports {used}"
 
 
-@pytest.mark.parametrize("module", [NAME, f"{NAME}.cli"])
+LIGHT = [NAME, f"{NAME}.cli", f"{NAME}.architectures", f"{NAME}.weights", f"{NAME}.pretraining.declared"]
+HEAVY = {"torch", "torchvision", "nnunetv2", "timm", "matplotlib"}
+
+
+def heavy_after(code: str, *arguments: str, libraries: set[str] = HEAVY) -> tuple[set[str], str]:
+    """What a process has imported of the libraries that take seconds, and what it printed before."""
+    code = f"import atexit, sys; atexit.register(lambda: print('#', *({libraries} & set(sys.modules)))); {code}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={k: v for k, v in os.environ.items() if k != "nnUNet_extTrainer"},
+    )
+    assert done.returncode in (0, 2), done.stderr
+    printed, _, last = done.stdout.rpartition("#")
+    return set(last.split()), printed
+
+
+@pytest.mark.parametrize("module", LIGHT)
 def test_light_at_import(module):
-    code = f"import sys, {module}; print(*sorted({{'torch', 'nnunetv2', 'timm', 'matplotlib'}} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
-    assert done.stdout.split() == []
+    assert heavy_after(f"import {module}")[0] == set()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["env"], ["methods"], ["methods", "--json"], ["presets"], ["presets", "--json"], ["--version"], ["--help"]),
+        *([name, "--help"] for name in cli.COMMANDS),
+        *(["classify", action, "--help"] for action in ("train", "predict")),
+    ],
+    ids=" ".join,
+)
+def test_commands_that_read_tables_import_nothing_heavy(arguments):
+    heavy, printed = heavy_after(f"from {NAME}.cli import main; sys.exit(main())", *arguments)
+    assert heavy == set() and printed
+
+
+@pytest.mark.parametrize("arguments", [["env"], ["doctor", "--help"], ["compare", "--help"], ["splits", "--help"]])
+def test_commands_without_options_of_methods_import_the_standard_library_alone(arguments):
+    """`hiendmae env` runs in every shell start-up."""
+    code = f"from {NAME}.cli import main; sys.exit(main())"
+    assert heavy_after(code, *arguments, libraries={"numpy", "pydantic", "filelock"})[0] == set()
+
+
+def test_inspect_reads_an_encoder_file_without_torch(tmp_path):
+    spec = PRESETS["vit_nano_p8"]
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build_encoder(spec).state_dict().items()}
+    save_encoder(
+        tmp_path / "e", {name: torch.rand(shape) for name, shape in shapes.items()}, EncoderMetadata(spec, "mim")
+    )
+    heavy, printed = heavy_after(f"from {NAME}.cli import main; main()", "inspect", str(tmp_path / "e"), "--json")
+    assert heavy == set()
+    about = json.loads(printed)
+    assert about["loads"] == f"{len(shapes)} loaded, 0 adapted, 0 dropped"
+    assert about["sha256"] == hashlib.sha256((tmp_path / "e").read_bytes()).hexdigest()
+
+
+def test_doctor_imports_torch_for_the_device_alone():
+    heavy, _ = heavy_after(f"from {NAME}.cli import main; sys.exit(main())", "doctor")
+    assert heavy == {"torch"}
+
+
+def test_a_worker_of_preprocessing_builds_no_network():
+    """Spawned, it unpickles this function."""
+    heavy, _ = heavy_after(f"from {NAME}.preprocessing.cases import preprocess_case")
+    assert not heavy & {"timm", "torchvision", "matplotlib"}

@@ -1,24 +1,35 @@
-"""Networks: the encoders that pretraining and fine-tuning share, and the segmentation networks on top."""
+"""Networks: the encoders that pretraining and fine-tuning share, and the segmentation networks on top. What a spec says
+imports no torch; what computes is imported on first use."""
 
-from nnunetv2_hiendmae.architectures.convvit import ConvViTEncoder
-from nnunetv2_hiendmae.architectures.convvit_unetr import ConvViTUNETR
-from nnunetv2_hiendmae.architectures.layers import Encoder
-from nnunetv2_hiendmae.architectures.primus import LAYER_SCALE, MLP_RATIO, NORM_EPS, PrimusEncoder
-from nnunetv2_hiendmae.architectures.primus_network import PrimusNetwork
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2_hiendmae.architectures.kinds import KINDS, LAYER_SCALE, MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube
-from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
-from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
-__all__ = ["ENCODERS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec", "PrimusEncoder"]
-__all__ += ["PrimusNetwork", "ViTEncoder", "ViTUNETR", "build_encoder"]
+if TYPE_CHECKING:
+    from nnunetv2_hiendmae.architectures.convvit import ConvViTEncoder
+    from nnunetv2_hiendmae.architectures.convvit_unetr import ConvViTUNETR
+    from nnunetv2_hiendmae.architectures.encoders import ENCODERS, build_encoder
+    from nnunetv2_hiendmae.architectures.layers import Encoder
+    from nnunetv2_hiendmae.architectures.primus import PrimusEncoder
+    from nnunetv2_hiendmae.architectures.primus_network import PrimusNetwork
+    from nnunetv2_hiendmae.architectures.unetr import ViTUNETR
+    from nnunetv2_hiendmae.architectures.vit import ViTEncoder
 
-# every kind of encoder; all that is special about one stands in its class
-ENCODERS: dict[str, type[Encoder]] = {encoder.kind: encoder for encoder in (ViTEncoder, ConvViTEncoder, PrimusEncoder)}
+__all__ = ["ENCODERS", "KINDS", "PRESETS", "ConvViTEncoder", "ConvViTUNETR", "Encoder", "EncoderSpec"]
+__all__ += ["PrimusEncoder", "PrimusNetwork", "ViTEncoder", "ViTUNETR", "build_encoder"]
+
+# public name → its module, which imports torch and timm
+_LATER = {"ENCODERS": "encoders", "build_encoder": "encoders", "Encoder": "layers", "ViTEncoder": "vit"}
+_LATER |= {"ConvViTEncoder": "convvit", "ViTUNETR": "unetr", "ConvViTUNETR": "convvit_unetr"}
+_LATER |= {"PrimusEncoder": "primus", "PrimusNetwork": "primus_network"}
 
 
-def build_encoder(spec: EncoderSpec) -> Encoder:
-    """Encoder of a spec, freshly initialised."""
-    return ENCODERS[spec.kind](spec)
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _convvit(width: int, num_heads: int) -> EncoderSpec:

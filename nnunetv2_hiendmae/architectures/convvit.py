@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures import layers
 from nnunetv2_hiendmae.architectures.depthwise import DepthwiseConv3d
+from nnunetv2_hiendmae.architectures.kinds import ConvViT
 from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import resample_positions, take_tokens, token_grid
 
 # the transformer's norms use the spec's epsilon, all others PyTorch's default
@@ -106,7 +107,7 @@ class ConvStage(nn.Module):
         return x
 
 
-class ConvViTEncoder(Encoder):
+class ConvViTEncoder(ConvViT, Encoder):
     """Convolutional stages at 1/2, 1/4, 1/8 and a transformer at 1/16 of the crop; no CLS, no taps.
 
     Two forms. For pretraining: `forward`, with fusion convolutions from the stages into the visible tokens and a
@@ -118,14 +119,6 @@ class ConvViTEncoder(Encoder):
     everything else is `init_transformer`.
     """
 
-    kind = "convvit"
-    network = "nnunetv2_hiendmae.architectures.convvit_unetr.ConvViTUNETR"
-    # the decoder starts at half the transformer's resolution
-    tokens_per_step = 2
-    finetuning: ClassVar = {"dense": True}
-    has_taps = False
-    has_cls = False
-    own_fields = ("stem_dims", "stem_depths", "dense")
     input_kernel = "stages.0.embed.proj.weight"
     axes: ClassVar = {
         r"(embed|stages\.\d+\.embed|fusions\.\d+)\.proj\.weight|stages\.\d+\.blocks\.\d+\.dw\.weight": Axes.KERNEL,
@@ -138,17 +131,6 @@ class ConvViTEncoder(Encoder):
     segments = ("_fused",)
     masked_only = r"fusions\..*|norm\.(weight|bias)"
     dense_only = r"rel_pos_bias|blocks\.\d+\.ls[12]\.gamma"
-
-    @classmethod
-    def check_spec(cls, spec: EncoderSpec) -> None:
-        dims, depths, token = spec.stem_dims, spec.stem_depths, cube(2 << len(spec.stem_dims))
-        needed = "kind 'convvit' needs stem_dims and stem_depths of one length, at least 1"
-        require(0 < len(dims) == len(depths), f"{needed}, got {dims} and {depths}")
-        require(min(*dims, *depths) >= 1, f"stem_dims {dims} and stem_depths {depths} must be positive")
-        needed = f"{len(dims)} convolutional stages and the transformer's need patch_size {token}"
-        require(spec.patch_size == token, f"{needed}, got {spec.patch_size}")
-        told = f"kind 'convvit' has no CLS token and no taps, got cls_token {spec.cls_token}, taps {spec.taps}"
-        require(not spec.cls_token and not spec.taps, told)
 
     def __init__(self, spec: EncoderSpec):
         super().__init__(spec)

@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nnunetv2_hiendmae.architectures.kinds import Kind
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import resample_positions, sincos_positions
 
@@ -39,22 +40,16 @@ def axes_of(name: str, declared: Mapping[str, Axes]) -> Axes | None:
 BLOCK_TENSORS = r"blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.(weight|bias)"
 
 
-class Encoder(nn.Module):
+class Encoder(Kind, nn.Module):
     """A kind of encoder: what pretraining, segmentation, plans and weights on disk need of it.
 
     `forward(x, idx_keep=None)` takes a volume (B, C, D, H, W), each axis a multiple of the patch, and the visible
     tokens (B, K) in raster numbering (None: all N in raster order). It gives their tokens (B, [1+]K, E), CLS first if
     there is one, and the list of the taps' outputs. `feature_maps(x)` gives dense maps (B, width, d, h, w) from fine to
-    coarse. Everything else that differs between kinds is declared here, and nowhere else asked by name.
+    coarse. Everything else that differs between kinds is declared here and in its `Kind`, and nowhere else asked by
+    name.
 
     Attributes:
-        kind: as in `EncoderSpec.kind`.
-        network: dotted name of the segmentation network, as it stands in plans.
-        own_networks: others that read it, by their name in `hiendmae plan --network`.
-        tokens_per_step: tokens that a crop's axes are multiples of; a crop is more than one such step.
-        finetuning: fields of the spec that fine-tuning changes.
-        has_taps, has_cls: what it has where the spec does not say.
-        own_fields: fields of the spec that not every kind has.
         input_kernel: name of the weight that reads the image's channels.
         axes: pattern of tensor names → how they lie along the volume's axes; the first that fits counts.
         segments: methods that pretraining may compile or compute twice, besides the blocks in lists called blocks.
@@ -62,14 +57,6 @@ class Encoder(nn.Module):
         masked_only, dense_only: patterns of names that only the form of pretraining, or only that of fine-tuning has.
     """
 
-    kind: ClassVar[str]
-    network: ClassVar[str]
-    own_networks: ClassVar[dict[str, str]] = {}
-    tokens_per_step: ClassVar[int] = 1
-    finetuning: ClassVar[dict[str, Any]] = {}
-    has_taps: ClassVar[bool] = True
-    has_cls: ClassVar[bool] = True
-    own_fields: ClassVar[tuple[str, ...]] = ()
     input_kernel: ClassVar[str]
     axes: ClassVar[dict[str, Axes]]
     segments: ClassVar[tuple[str, ...]] = ()
@@ -79,10 +66,6 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec):
         super().__init__()
         self.spec = spec
-
-    @classmethod
-    def check_spec(cls, spec: EncoderSpec) -> None:
-        """Refuses a spec, whose fields are in range, that describes no encoder of this kind (ValueError)."""
 
     @property
     def num_prefix_tokens(self) -> int:

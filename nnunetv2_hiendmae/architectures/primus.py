@@ -10,12 +10,11 @@ from dynamic_network_architectures.initialization.weight_init import InitWeights
 from timm.layers import build_rotary_pos_embed
 from torch import Tensor, nn
 
+from nnunetv2_hiendmae.architectures.kinds import Primus
 from nnunetv2_hiendmae.architectures.layers import Axes, Encoder, PatchEmbed
-from nnunetv2_hiendmae.architectures.spec import EncoderSpec, require
+from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify, take_tokens, token_grid
 
-# what nnU-Net and nnssl build Primus with
-MLP_RATIO, NORM_EPS, LAYER_SCALE = 4 * 2 / 3, 1e-5, 0.1
 _PAIR = 2
 
 
@@ -32,7 +31,7 @@ def rotary_table(grid: Sequence[int], head_dim: int) -> Tensor:
     return torch.cat(waves, dim=-1)
 
 
-class PrimusEncoder(Encoder):
+class PrimusEncoder(Primus, Encoder):
     """Rotary and learned positions, gated MLPs with a norm inside; LayerScale, norms in the attention and register
     tokens as the spec says. No CLS token.
 
@@ -42,11 +41,6 @@ class PrimusEncoder(Encoder):
     register token is part of the token.
     """
 
-    kind = "primus"
-    network = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
-    own_networks: ClassVar = {"primus": "nnunetv2_hiendmae.architectures.primus_network.PrimusNetwork"}
-    has_cls = False
-    own_fields = ("register_tokens", "layer_scale", "inner_norm")
     input_kernel = "patch_embed.proj.weight"
     axes: ClassVar = {
         r"patch_embed\.proj\.weight": Axes.KERNEL,
@@ -57,14 +51,6 @@ class PrimusEncoder(Encoder):
             Axes.NONE
         ),
     }
-
-    @classmethod
-    def check_spec(cls, spec: EncoderSpec) -> None:
-        width = f"embed_dim {spec.embed_dim} over num_heads {spec.num_heads}"
-        require(spec.embed_dim // spec.num_heads % 6 == 0, f"kind 'primus': {width} is not divisible by 6")
-        require(not spec.cls_token, "kind 'primus' has no CLS token, got cls_token true")
-        require(spec.pos_embed == "learned", f"kind 'primus' needs pos_embed 'learned', got '{spec.pos_embed}'")
-        require(spec.register_tokens >= 0, f"register_tokens {spec.register_tokens} must not be negative")
 
     def __init__(self, spec: EncoderSpec):
         super().__init__(spec)

@@ -30,6 +30,11 @@ def require(fine: bool, told: str) -> None:
         raise ValueError(told)
 
 
+def num_visible(num_tokens: int, mask_ratio: float) -> int:
+    """K = int(N·(1 − ratio)), in floating point as the authors compute it (30 tokens at .9 give 2)."""
+    return int(num_tokens * (1 - mask_ratio))
+
+
 @dataclass(frozen=True)
 class EncoderSpec:
     """Everything that shapes an encoder's weights. Axes are D, H, W in array order, sizes in voxels.
@@ -82,22 +87,22 @@ class EncoderSpec:
     inner_norm: bool = False
 
     def __post_init__(self):
-        # the encoders' modules import this one
-        from nnunetv2_hiendmae.architectures import ENCODERS
+        # that module imports this one
+        from nnunetv2_hiendmae.architectures.kinds import KINDS
 
-        require(self.kind in ENCODERS, f"unknown encoder kind '{self.kind}', needed one of {tuple(ENCODERS)}")
+        require(self.kind in KINDS, f"unknown encoder kind '{self.kind}', needed one of {tuple(KINDS)}")
         if self.taps is None:
-            object.__setattr__(self, "taps", default_taps(self.depth) if ENCODERS[self.kind].has_taps else ())
+            object.__setattr__(self, "taps", default_taps(self.depth) if KINDS[self.kind].has_taps else ())
         if self.cls_token is None:
-            object.__setattr__(self, "cls_token", ENCODERS[self.kind].has_cls)
+            object.__setattr__(self, "cls_token", KINDS[self.kind].has_cls)
         for name in ("img_size", "patch_size", "taps", "stem_dims", "stem_depths"):
             object.__setattr__(self, name, tuple(int(i) for i in getattr(self, name)))
         self._validate()
-        own = ENCODERS[self.kind].own_fields
-        for kind, encoder in ENCODERS.items():
-            told = f"{', '.join(encoder.own_fields)} belong to kind '{kind}', the kind is '{self.kind}'"
-            require(not any(getattr(self, name) for name in encoder.own_fields if name not in own), told)
-        ENCODERS[self.kind].check_spec(self)
+        own = KINDS[self.kind].own_fields
+        for kind, facts in KINDS.items():
+            told = f"{', '.join(facts.own_fields)} belong to kind '{kind}', the kind is '{self.kind}'"
+            require(not any(getattr(self, name) for name in facts.own_fields if name not in own), told)
+        KINDS[self.kind].check_spec(self)
 
     def _validate(self):
         sizes = f"img_size {self.img_size} and patch_size {self.patch_size}"

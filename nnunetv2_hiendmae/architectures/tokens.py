@@ -81,11 +81,6 @@ def resample_positions(table: Tensor, source_grid: Sequence[int], target_grid: S
     return volume.permute(0, 2, 3, 4, 1).flatten(1, 3).to(table.dtype)
 
 
-def num_visible(num_tokens: int, mask_ratio: float) -> int:
-    """K = int(N·(1 − ratio)), in floating point as the authors compute it (30 tokens at .9 give 2)."""
-    return int(num_tokens * (1 - mask_ratio))
-
-
 def split_shuffle(ids_shuffle: Tensor, visible: int) -> tuple[Tensor, Tensor]:
     """Token permutation (B, N) → visible ones `ids_keep` (B, K) and masked ones `ids_mask` (B, N − K)."""
     return ids_shuffle[:, :visible], ids_shuffle[:, visible:]

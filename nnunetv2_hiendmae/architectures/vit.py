@@ -6,20 +6,19 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_hiendmae.architectures import layers
+from nnunetv2_hiendmae.architectures.kinds import ViT
 from nnunetv2_hiendmae.architectures.layers import BLOCK_TENSORS, Axes, Encoder, PatchEmbed
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import take_patches, take_tokens, token_grid
 
 
-class ViTEncoder(Encoder):
+class ViTEncoder(ViT, Encoder):
     """Pre-norm vision transformer over 3D patches (docs/methods.md, "Shared building blocks").
 
     `pos_embed` is stored with the weights: a foreign or trained table travels with the file. It holds no CLS
     row, the CLS token's position is zero.
     """
 
-    kind = "vit"
-    network = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
     input_kernel = "patch_embed.proj.weight"
     axes: ClassVar = {
         r"patch_embed\.proj\.weight": Axes.KERNEL,

@@ -99,6 +99,12 @@ class Inputs:
         return torch.stack([torch.from_numpy(volume.read(corner, self.size)) for corner in corners])
 
 
+def forward_work(network: "Classifier", inputs: Inputs) -> float:
+    """Floating-point operations that a case takes, roughly: two per parameter and token."""
+    tokens = math.prod(inputs.size) / math.prod(network.encoder.spec.patch_size)
+    return 2 * sum(p.numel() for p in network.parameters()) * tokens * inputs.crops
+
+
 def grid_corners(shape: Sequence[int], size: Sequence[int], most: int) -> list[tuple[int, ...]]:
     """Lower corners (D, H, W) of crops spread evenly over a volume, at most `most`.
 

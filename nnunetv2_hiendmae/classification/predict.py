@@ -15,7 +15,14 @@ from scipy import optimize, stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
 from nnunetv2_hiendmae.classification.labels import Labels, read_labels
-from nnunetv2_hiendmae.classification.network import BEST, LAST, Inputs, load_classifier, warn_of_differences
+from nnunetv2_hiendmae.classification.network import (
+    BEST,
+    LAST,
+    Inputs,
+    forward_work,
+    load_classifier,
+    warn_of_differences,
+)
 from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
@@ -64,7 +71,8 @@ def predict(
     numbers = "_".join(f"{dataset_id(name):03d}" for name in data.datasets)
     output = Path(options.output or run_dir / f"predictions_{numbers}.csv")
     warn_of_differences(data, metadata.inputs, metadata.volumes, "the classifier")
-    fabric = launch(options.device, choose_precision(options.precision, options.device), alone=COMMAND)
+    precision = choose_precision(options.precision, options.device)
+    fabric = launch(options.device, precision, forward_work(network, metadata.inputs), alone=COMMAND)
     probabilities = compute_probabilities(fabric, fabric.setup(network), data, metadata.inputs, options.workers)
     write_predictions(output, metadata.classes, names, probabilities, labels)
     if labels:

@@ -189,7 +189,9 @@ def train(
 def run_training(task: Task, run_dir: Path) -> Path:
     """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    fabric = run.launch(task.settings.device, task.settings.precision, alone=COMMAND)
+    work = task.settings.batch_size * net.forward_work(network, task.settings.inputs)
+    # backward is twice as much
+    fabric = run.launch(task.settings.device, task.settings.precision, 3 * work, alone=COMMAND)
     run.check_free_disk(run_dir, network)
     with run.claimed(run_dir, task.settings, task.data.digest()):
         if task.settings.resume:

@@ -6,7 +6,6 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar, get_args, get_origin
 
 from nnunetv2_hiendmae.options import Option, declared, flag, kinds_of
-from nnunetv2_hiendmae.options.commands import DEVICES
 
 Settings = TypeVar("Settings")
 
@@ -58,6 +57,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """`-device`, of commands whose options are no settings class."""
+    from nnunetv2_hiendmae.options.commands import DEVICES
+
     parser.add_argument("-device", default=DEVICES[0], choices=DEVICES, help="device")
 
 

@@ -4,12 +4,15 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
+
+if TYPE_CHECKING:
+    from nnunetv2_hiendmae.weights import EncoderMetadata, LoadReport
 
 HELP = "say what a file is and whether it would load: encoder file, checkpoint of ours or of other programs, run folder"
 
@@ -54,17 +57,21 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
 
 def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
     """What a file is, by its content and not its name, and whether it would load; nothing in it is executed."""
+    from nnunetv2_hiendmae.weights.header import look_into
+
+    # imports no torch
+    if path.is_file() and options == ConvertOptions() and (found := look_into(path)):
+        return _encoder_file(*found)
     from nnunetv2_hiendmae.weights.adaptation_plan import PLAN
     from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
     from nnunetv2_hiendmae.weights.convert import is_run_checkpoint, translate_checkpoint
-    from nnunetv2_hiendmae.weights.encoder_file import METADATA_KEY
+    from nnunetv2_hiendmae.weights.metadata import METADATA_KEY
     from nnunetv2_hiendmae.weights.nnunet import TRAINER, is_nnunet_checkpoint
 
     content, header = read_checkpoint(path)
     if METADATA_KEY in header:
         translated = translate_checkpoint(path, options)
-        about = {"kind": "encoder file", "loads": translated.report.summary(), "sha256": sha256(path)}
-        return {**about, **json.loads(translated.metadata.to_json())}
+        return _encoder_file(translated.metadata, translated.report, sha256(path))
     if is_run_checkpoint(content):
         about, next_step = _own(path, content)
     elif is_nnunet_checkpoint(content) and PLAN not in content:
@@ -81,6 +88,11 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
         **({} if is_run_checkpoint(content) else {"report": translated.report}),
     }
     return {**about, **json.loads(translated.metadata.to_json()), "next": next_step}
+
+
+def _encoder_file(metadata: "EncoderMetadata", report: "LoadReport", digest: str) -> dict[str, Any]:
+    about = {"kind": "encoder file", "loads": report.summary(), "sha256": digest}
+    return {**about, **json.loads(metadata.to_json())}
 
 
 def _own(path: Path, content: dict[str, Any]) -> tuple[dict[str, Any], str]:

@@ -18,10 +18,10 @@ add_arguments = add_json
 
 
 def run(args: argparse.Namespace) -> None:
-    from nnunetv2_hiendmae.pretraining import METHODS
+    from nnunetv2_hiendmae.pretraining.declared import DECLARED
 
     methods = {}
-    for name, method in METHODS.items():
+    for name, method in DECLARED.items():
         volume = RECIPES[name].volume
         methods[name] = {
             "title": method.title,

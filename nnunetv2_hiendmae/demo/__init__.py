@@ -17,6 +17,7 @@ from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import ENCODER, write_text
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
+from nnunetv2_hiendmae.threads import PASSIVE
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,8 @@ def _environment(output: Path, num_processes: int) -> dict[str, str]:
     ours[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
     # 0: nnU-Net's loaders run in the training process, where a seed reaches them
     ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
-    return {**os.environ, **ours}
+    # nnU-Net computes on all cores: its threads should at least not spin
+    return {**PASSIVE, **os.environ, **ours}
 
 
 def _pretrain(demo: _Demo, method: str, samples_per_step: int, views_per_sample: int, options: dict[str, Any]) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
@@ -130,7 +130,7 @@ def plan_finetuning(
     else:
         # nnU-Net looks at label values only where it is asked to
         check_label_files(raw, reader, options.num_processes)
-    if options.network in ENCODERS[spec.kind].own_networks:
+    if options.network in KINDS[spec.kind].own_networks:
         values["decoder_width"] = None
     plans = make_plans(
         raw,
@@ -170,7 +170,7 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
 
 def _network(spec: EncoderSpec, options: PlanOptions) -> str:
     """Dotted name of the segmentation network that was asked for; ValueError where it does not read the encoder."""
-    encoder = ENCODERS[spec.kind]
+    encoder = KINDS[spec.kind]
     if options.network in (None, UNETR):
         return encoder.network
     if options.network not in encoder.own_networks:
@@ -195,7 +195,7 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
     size = tuple(values.get("patch_size", own))
     if len(size) != 3:
         raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
-    encoder = ENCODERS[source.kind]
+    encoder = KINDS[source.kind]
     step = tuple(p * encoder.tokens_per_step for p in source.patch_size)
     fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
     if size != fitting:

@@ -15,7 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
@@ -67,7 +67,7 @@ def make_plans(
         raise UserError(f"{told}; run: nnUNetv2_extract_fingerprint -d {dataset_id(raw.name)}")
     arch_kwargs = {k: v for k, v in spec.to_dict().items() if k != "in_channels"}
     arch_kwargs |= {} if decoder_width is None else {"decoder_width": decoder_width}
-    class_name = network or ENCODERS[spec.kind].network
+    class_name = network or KINDS[spec.kind].network
     architecture = {"network_class_name": class_name, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
     fixed = {"patch_size": list(spec.img_size), "batch_size": batch_size, "architecture": architecture}
     # the arrays of pretraining have no labels, whether there are some or not

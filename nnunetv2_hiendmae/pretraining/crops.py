@@ -15,6 +15,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, read_resized
 
 OCTANTS = 8
+# times the voxels of the view that it becomes; of larger boxes workers send the view
+LARGEST_BOX = 4
 
 
 def octant_tokens(grid: Sequence[int]) -> Tensor:
@@ -124,21 +126,30 @@ class ResizedCrop:
         num_tokens: of the view.
         scale: smallest and largest share.
         augmentation: None, as published, or that of the other methods, applied to the resized view.
+        resized: False gives the box in its stored precision, for a device that resizes it (`views.resize_box`) to the
+            same view; one far larger than the view is resized all the same, so that memory does not grow with volumes.
     """
 
     size: tuple[int, int, int]
     num_tokens: int
     scale: tuple[float, float]
     augmentation: Augmentation | None = None
+    resized: bool = True
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """View (C, *size) float32 and token permutation (N,) int64."""
+        """View (C, *size) float32, or its box, and token permutation (N,) int64."""
         share = rng.uniform(*self.scale)
         box = [max(1, round(share * s)) for s in volume.shape]
-        image = read_resized(volume, draw_corner(volume, box, 0.0, rng), box, self.size)
+        lower = draw_corner(volume, box, 0.0, rng)
+        if self.resized or math.prod(box) > LARGEST_BOX * math.prod(self.size):
+            image = read_resized(volume, lower, box, self.size)
+        elif self.augmentation is None:
+            image = volume.read_stored(lower, box)
+        else:
+            image = torch.from_numpy(volume.read(lower, box))
         if self.augmentation is not None:
             spacing = [mm * b / s for mm, b, s in zip(volume.spacing_mm, box, self.size, strict=True)]
-            image = self.augmentation.apply(image[None], spacing, rng)[0]
+            image = self.augmentation.apply(image[None], spacing, rng, self.size)[0]
         return image, torch.from_numpy(rng.permutation(self.num_tokens))
 
 
@@ -146,7 +157,8 @@ class ResizedCrop:
 class GlobalLocalCrops:
     """Several global and several local views of one volume.
 
-    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local".
+    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local"; instead of a
+    tensor of views the list of their boxes, where crops are not resized.
     """
 
     global_crop: ResizedCrop
@@ -163,5 +175,8 @@ class GlobalLocalCrops:
         groups = {"global": (self.global_crop, self.global_views), "local": (self.local_crop, self.local_views)}
         for name, (crop, count) in groups.items():
             images, shuffles = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
-            sample |= {name: torch.stack(images), f"{name}_ids_shuffle": torch.stack(shuffles)}
+            sample |= {
+                name: torch.stack(images) if crop.resized else list(images),
+                f"{name}_ids_shuffle": torch.stack(shuffles),
+            }
         return sample

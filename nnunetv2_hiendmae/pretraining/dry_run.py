@@ -174,7 +174,7 @@ def _measure(learner: Learner, data: CaseSet, run_dir: Path) -> DryRun:
     batches.close()
     gpu = torch.cuda.max_memory_reserved(fabric.device) if fabric.device.type == "cuda" else None
     sizes = [_largest(fabric, size) for size in (gpu, *_peak_memory())]
-    samples, draws = SampleDataset(data, method.views().draw, settings.seed), []
+    samples, draws = SampleDataset(data, learner.views.draw, settings.seed), []
     for i in range(DRAWN if steps else 0):
         begun = time.perf_counter()
         _ = samples[settings.total_steps, i]

@@ -3,8 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
-from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.pretraining.declared import DeclaredGLMAE
 from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
-from nnunetv2_hiendmae.training.views import Augmentation
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
+from nnunetv2_hiendmae.training.views import Augmentation, resize_box
 from nnunetv2_hiendmae.weights import LoadReport
-
-# edges of a global view by those of a local one, as published: 160 and 96 voxels
-GLOBAL_TO_LOCAL = 160 / 96
-# not published; AdamW's usual rule, per 256 volumes
-LR_PER_256 = 1.5e-4
-_OF_EDGES = "share of the volume's edges"
 
 
 class ProjectionHead(nn.Sequential):
@@ -83,7 +76,7 @@ def cosine_momentum(start: float, progress: float) -> float:
     return 1 - (1 - start) * (1 + math.cos(math.pi * progress)) / 2
 
 
-class GLMAE(Method):
+class GLMAE(DeclaredGLMAE, Method):
     """Global-local masked autoencoder.
 
     The student reconstructs masked global and local views of a volume. The teacher, an exponential moving average of
@@ -95,90 +88,6 @@ class GLMAE(Method):
 
     `encoder` is the student's and what a run exports; `teacher_encoder` is in the checkpoint.
     """
-
-    name = "glmae"
-    title = "GL-MAE"
-    source = (
-        "Zhuang et al. 2023; an epoch is one pass over the paper's 746 volumes. lr is ours, 1.5e-4 · batch/256: the "
-        "published 1e-2 is unstable. Published epochs: 400 (ViT-T), 1000 (ViT-B)"
-    )
-    recipe = PretrainRecipe(
-        epochs=1000, steps_per_epoch=12, warmup_epochs=40, batch_size=64, accumulate=8, lr=LR_PER_256 * 64 / 256
-    )
-    recipe_notes: ClassVar[dict[str, str]] = {
-        **dict.fromkeys(("warmup_epochs", "lr", "weight_decay", "betas"), "ours"),
-        "steps_per_epoch": "746 volumes, ours",
-        "batch_size": "volumes",
-        "accumulate": "micro-batches, ours",
-    }
-
-    @dataclass(frozen=True)
-    class Options(MethodOptions):
-        """Of the student's masked views, of the agreement with the teacher, of the teacher, of the decoder."""
-
-        # share of tokens that the student does not see, in global and local views
-        mask_ratio: float = option(0.75, **SHARE)
-        # every patch by its own mean and standard deviation (unbiased variance)
-        normalize_target: bool = option(True, ours=True)
-        global_views: int = option(2, "per volume", ours=True, at_least=1)
-        local_views: int = option(4, "per volume", ours=True, at_least=1)
-        # local views have the size of the encoder's crop
-        global_size: int | tuple[int, int, int] | None = option(
-            None, "edge in voxels, or D,H,W; None: crop x 160/96, rounded to the patch"
-        )
-        # of the box that becomes a view
-        global_scale_min: float = option(0.5, _OF_EDGES, above=0, at_most=1)
-        global_scale_max: float = option(1.0, _OF_EDGES)
-        local_scale_min: float = option(0.25, _OF_EDGES, above=0, at_most=1)
-        local_scale_max: float = option(0.5, _OF_EDGES)
-        # flips, turns, intensity scale and shift of every view, as in Hi-End-MAE
-        augment: bool = option(False, "true or false")
-        # of the loss between student and teacher
-        consistency_weight: float = option(1.0, at_least=0)
-        # of patch tokens, as in the paper's first version, or the CLS token, as in its journal version
-        embedding: str = option("mean", "mean or cls", choices=("mean", "cls"))
-        # widths of the projection heads
-        head_hidden: int = option(2048, ours=True, at_least=1)
-        # the softmax of a single logit is 1, whatever the image
-        head_dim: int = option(512, at_least=2)
-        # that logits are divided by
-        student_temperature: float = option(0.1, ours=True, above=0)
-        teacher_temperature: float = option(0.04, ours=True, above=0)
-        # at step 0; goes to `teacher_temperature` linearly over the warm-up
-        teacher_temperature_start: float = option(0.07, ours=True, above=0)
-        temperature_warmup: float = option(0.1, "share of the run", ours=True, **SHARE)
-        # of the running mean of the teacher's logits; 1 switches centring off
-        centre_momentum: float = option(0.9, "per step", ours=True, **SHARE)
-        # share of itself that the teacher keeps; rises to 1, as half a cosine
-        teacher_momentum: float = option(0.996, "per step, at the start", ours=True, **SHARE)
-        decoder_dim: int = option(512)
-        decoder_depth: int = option(8)
-        decoder_heads: int = option(16)
-
-        def __post_init__(self):
-            super().__post_init__()
-            for kind in ("global", "local"):
-                low, high = self.scale(kind)
-                self.require(low <= high <= 1, f"{kind}_scale_max", f"{low} ({kind}_scale_min) to 1")
-
-        def scale(self, kind: str) -> tuple[float, float]:
-            """Smallest and largest share of the volume's edges of a "global" or "local" view."""
-            return getattr(self, f"{kind}_scale_min"), getattr(self, f"{kind}_scale_max")
-
-        def size(self, spec: EncoderSpec) -> tuple[int, ...]:
-            """Edges (D, H, W) of a global view in voxels.
-
-            Raises:
-                UserError: `global_size` is no multiple of the encoder's patch.
-            """
-            given, patch = self.global_size, spec.patch_size
-            if given is None:
-                pairs = zip(spec.img_size, patch, strict=True)
-                return tuple(max(1, round(s * GLOBAL_TO_LOCAL / p)) * p for s, p in pairs)
-            size = (given,) * 3 if isinstance(given, int) else tuple(given)
-            fits = len(size) == 3 and all(s > 0 and s % p == 0 for s, p in zip(size, patch, strict=True))
-            self.require(fits, "global_size", f"one or three positive multiples of the patch {patch}")
-            return size
 
     def __init__(self, spec: EncoderSpec, **options: Any):
         super().__init__(spec, **options)
@@ -221,11 +130,11 @@ class GLMAE(Method):
         kind, view = self.parts[part]
         measured = {}
         if part == 0:
-            outputs = self.teach(views["global"])
+            outputs = self.teach(self.images(views, "global"))
             # cross-entropy is linear in its target: the mean over pairs is the one with the mean of the teacher's views
             self._teacher_output = outputs.mean(1)
             measured["teacher_entropy"] = torch.special.entr(outputs).sum(-1).mean()
-        image, ids_shuffle = views[kind][:, view], views[f"{kind}_ids_shuffle"][:, view]
+        image, ids_shuffle = self.images(views, kind, view)[:, 0], views[f"{kind}_ids_shuffle"][:, view]
         tokens, prediction = self.predict(kind, image, ids_shuffle)
         target = patch_targets(image, ids_shuffle, self.visible[kind], self.specs[kind], self.options.normalize_target)
         reconstruction = F.mse_loss(prediction.float(), target) / self.counts[kind]
@@ -237,6 +146,16 @@ class GLMAE(Method):
             "loss_consistency": consistency.detach(),
             **measured,
         }
+
+    @torch.no_grad()
+    def images(self, views: Batch, kind: str, view: int | None = None) -> Tensor:
+        """Views (B, g, C, D, H, W) of a kind, or one of them (g = 1); resized here where boxes came."""
+        sent, chosen = views[kind], range(self.counts[kind]) if view is None else (view,)
+        if isinstance(sent, Tensor):
+            return sent if view is None else sent[:, view : view + 1]
+        size = self.specs[kind].img_size
+        made = [torch.stack([resize_box(box, size) for box in sent.column(number)]) for number in chosen]
+        return torch.stack(made, 1)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:
@@ -284,7 +203,7 @@ class GLMAE(Method):
         """The first global and the first local view."""
         made = {}
         for kind, spec in self.specs.items():
-            image, ids_shuffle = views[kind][:, 0], views[f"{kind}_ids_shuffle"][:, 0]
+            image, ids_shuffle = self.images(views, kind, 0)[:, 0], views[f"{kind}_ids_shuffle"][:, 0]
             _, prediction = self.predict(kind, image, ids_shuffle)
             made[kind] = picture(image, ids_shuffle, prediction, spec, self.options.normalize_target)
         return made

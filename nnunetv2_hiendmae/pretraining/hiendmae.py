@@ -1,7 +1,6 @@
 """Hi-End-MAE: a decoder that cross-attends to the encoder's layers, deep to shallow (docs/methods.md, "Hi-End-MAE")."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.layers import FusedAttention, attend, init_transformer, transformer_block
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options import option
+from nnunetv2_hiendmae.pretraining.declared import DeclaredHiEndMAE
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries, MaskedCropMethod
 
 # the released decoders: width by encoder width; 528 is no rule of 1536
@@ -53,27 +52,14 @@ class CrossBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
-class HiEndMAE(MaskedCropMethod):
+class HiEndMAE(DeclaredHiEndMAE, MaskedCropMethod):
     """Hierarchical encoder-driven masked autoencoder.
 
     The paper's figure shows one self-attention block and post-norm; the released weights have two and
     pre-norm, which is what is built here.
     """
 
-    name = "hiendmae"
-    title = "Hi-End-MAE"
-    source = "Tang et al. 2025; decoder and recipe as in the authors' released code"
     unbiased_target = False
-
-    @dataclass(frozen=True)
-    class Options(MaskedCropMethod.Options):
-        """Width and attention heads of the decoder, and its self-attention blocks before the cross blocks."""
-
-        # None: as released (528 for an encoder of 1536, 384 for 768), else (ours) half of the encoder's width
-        decoder_dim: int | None = option(None)
-        # None: those of the encoder
-        decoder_heads: int | None = option(None)
-        self_depth: int = option(2)
 
     def __init__(self, spec: EncoderSpec, **options: Any):
         if not spec.taps:

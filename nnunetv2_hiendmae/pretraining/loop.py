@@ -90,7 +90,10 @@ def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
     if settings.start and not settings.resume:
         report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
         logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")
-    return run.launch(settings.device, settings.precision), method
+    # forward, and twice as much backward: a multiplication and an addition per parameter and token
+    trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    samples = settings.batch_size // (processes * accumulate)
+    return run.launch(settings.device, settings.precision, 6.0 * trained * settings.spec.num_tokens * samples), method
 
 
 def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:

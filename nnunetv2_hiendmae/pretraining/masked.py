@@ -3,7 +3,6 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -14,8 +13,8 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures import tokens as tk
 from nnunetv2_hiendmae.architectures.layers import init_transformer, transformer_block
-from nnunetv2_hiendmae.options import SHARE, option
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, Reconstruction
+from nnunetv2_hiendmae.pretraining.declared import DeclaredMAE3D, MaskedOptions
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
 from nnunetv2_hiendmae.training.views import MaskedCrop
 
 
@@ -94,12 +93,7 @@ class MaskedCropMethod(Method):
     Subclasses build what they predict with after `super().__init__`, which builds the encoder, and implement `predict`.
     """
 
-    @dataclass(frozen=True)
-    class Options(MethodOptions):
-        """`mask_ratio` is the share of tokens that is hidden."""
-
-        mask_ratio: float = option(0.75, **SHARE)
-
+    Options = MaskedOptions
     # the target, see `patch_targets`
     normalize_target: bool = True
     unbiased_target: ClassVar[bool] = True
@@ -179,22 +173,8 @@ def picture(
     return Reconstruction(image, assemble(shown, blank), assemble(shown, prediction), hidden, normalize)
 
 
-class MAE3D(MaskedCropMethod):
+class MAE3D(DeclaredMAE3D, MaskedCropMethod):
     """Masked autoencoder: encode the visible tokens, decode all of them, MSE on the masked patches."""
-
-    name = "mae3d"
-    title = "MAE3D"
-    source = "He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. Training recipe: ours, that of Hi-End-MAE"
-
-    @dataclass(frozen=True)
-    class Options(MaskedCropMethod.Options):
-        """Of the target, and the decoder's width, blocks and attention heads."""
-
-        # every patch by its own mean and standard deviation (unbiased variance)
-        normalize_target: bool = option(True)
-        decoder_dim: int = option(512)
-        decoder_depth: int = option(8)
-        decoder_heads: int = option(16)
 
     def __init__(self, spec: EncoderSpec, **options: Any):
         super().__init__(spec, **options)

@@ -1,8 +1,7 @@
 """MiM: masked autoencoding on three nested levels of one crop, aligned with each other (docs/methods.md, "MiM")."""
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from timm.layers import Mlp
@@ -12,13 +11,11 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.architectures.tokens import put_tokens, take_tokens
-from nnunetv2_hiendmae.options import SHARE, option
 from nnunetv2_hiendmae.pretraining.crops import OCTANTS, NestedCrops, cut_blocks, octant_tokens, resize
+from nnunetv2_hiendmae.pretraining.declared import DeclaredMiM
 from nnunetv2_hiendmae.pretraining.masked import MAEDecoder, patch_targets, picture
-from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, MethodOptions, PretrainRecipe, Reconstruction
+from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
 
-ALIGNMENTS = ("infonce", "byol", "none")
-CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
 LEVELS = (1, 2, 3)
 
 
@@ -63,7 +60,7 @@ class RegionAlignment(nn.Module):
         return 2 - 2 * take_tokens(cosines[:, :, None], origin[:, None])[:, 0, 0], found
 
 
-class MiM(Method):
+class MiM(DeclaredMiM, Method):
     """Mask in Mask: one encoder and one decoder for three levels of one crop of twice the encoder's edge.
 
     Level 1 is the whole crop, halved, with whole octants masked; level 2 are masked octants at full resolution; level
@@ -74,61 +71,6 @@ class MiM(Method):
     `views_per_part` of every volume at a time. The coarser side of the alignment is detached by definition, so that a
     part needs only values of the parts before it, never their activations.
     """
-
-    name = "mim"
-    title = "MiM"
-    source = (
-        "Zhuang et al. 2024. A sample is a volume with 21 views: 24 volumes stand for the paper's 512 views. Published "
-        "lr: 1e-4 · views / 256"
-    )
-    recipe = PretrainRecipe(encoder="convvit_base", epochs=800, warmup_epochs=40, batch_size=24, accumulate=4, lr=2e-4)
-    recipe_notes: ClassVar[dict[str, str]] = {
-        "steps_per_epoch": "ours",
-        "batch_size": "volumes",
-        "accumulate": "micro-batches, ours",
-    }
-
-    @dataclass(frozen=True)
-    class Options(MethodOptions):
-        """What is hidden, views per volume, the alignment, weights of all losses, the decoder's size."""
-
-        # share that is hidden
-        mask_ratio_level1: float = option(0.5, "share of octants", **SHARE)
-        mask_ratio_level2: float = option(0.6, "share of tokens", **SHARE)
-        mask_ratio_level3: float = option(0.5, "share of tokens", **SHARE)
-        # masked octants and masked patches that become views; the mask ratios say how many there are
-        crops_level2: int = option(4, "per volume")
-        crops_level3: int = option(4, "per level-2 view")
-        alignment: str = option(
-            "infonce", "infonce, byol or none; ours, the equation is unpublished", ours=True, choices=ALIGNMENTS
-        )
-        # temperature
-        tau: float = option(0.1, "of infonce", ours=True, above=0)
-        # of the reconstruction losses, of the alignment losses
-        weight_level1: float = option(1.0, at_least=0)
-        weight_level2: float = option(1.0, at_least=0)
-        weight_level3: float = option(1.0, at_least=0)
-        weight_align12: float = option(0.1, at_least=0)
-        weight_align23: float = option(0.1, at_least=0)
-        # "coarse_to_fine" multiplies level 1 by 1 + cos(π/2·t) and level 3 by sin(π/2·t), t being the finished
-        # fraction of the run; "fine_to_coarse" exchanges the two
-        curriculum: str = option(
-            CURRICULA[0], f"{', '.join(CURRICULA[:-1])}, or {CURRICULA[-1]}, which is ours", choices=CURRICULA
-        )
-        # centred on foreground (see `NestedCrops`)
-        foreground_share: float = option(0.0, "share of crops", ours=True, **SHARE)
-        # the same for both published encoders
-        decoder_dim: int = option(576)
-        decoder_depth: int = option(8)
-        decoder_heads: int = option(16)
-        # more is faster on a GPU that a micro-batch of volumes does not fill
-        views_per_part: int = option(1, "views of each volume in memory at once", ours=True, at_least=1)
-
-        def __post_init__(self):
-            super().__post_init__()
-            reconstructs = self.weight_level1 + self.weight_level2 + self.weight_level3 > 0
-            aligns = self.alignment != "none" and self.weight_align12 + self.weight_align23 > 0
-            self.require(reconstructs or aligns, "weight_level1", "more than 0: every part of the loss is off")
 
     def __init__(self, spec: EncoderSpec, **options: Any):
         super().__init__(spec, **options)

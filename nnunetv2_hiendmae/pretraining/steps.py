@@ -20,7 +20,7 @@ from nnunetv2_hiendmae.pretraining.blocks import carry_out, check_compiler
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training import run
-from nnunetv2_hiendmae.training.views import step_keys
+from nnunetv2_hiendmae.training.views import Views, step_keys, unresized
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches
 
 
@@ -76,13 +76,19 @@ class Learner:
         """What a checkpoint holds besides the step."""
         return {STATE: self.method, "optimizer": self.optimizer, "precision": self.fabric.strategy.precision}
 
+    @property
+    def views(self) -> Views:
+        """What workers draw: boxes that a GPU resizes faster than they."""
+        views = self.method.views()
+        return views if self.fabric.device.type == "cpu" else unresized(views)
+
     def restore(self, run_dir: Path) -> int:
         """Puts back the last checkpoint of a run that is continued; the next step."""
         return run.restore_state(run_dir, self.parts, **{STEP: 0})[STEP] if self.settings.resume else 0
 
     def batches(self, data: CaseSet, steps: range) -> Iterator[Batch]:
         """This process's micro-batches of those steps, on its device."""
-        dataset = SampleDataset(data, self.method.views().draw, self.settings.seed)
+        dataset = SampleDataset(data, self.views.draw, self.settings.seed)
         rank, processes = self.fabric.global_rank, self.fabric.world_size
         keys = step_keys(steps, self.settings.batch_size, self.settings.accumulate, rank, processes)
         return load_batches(self.fabric, dataset, keys, self.settings.workers)

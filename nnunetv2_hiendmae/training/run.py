@@ -23,6 +23,7 @@ from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import check_device, nnunet_folder
 from nnunetv2_hiendmae.errors import DiskFull, UserError, printable
 from nnunetv2_hiendmae.options.commands import PRECISIONS
+from nnunetv2_hiendmae.threads import use_threads
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -35,9 +36,12 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def launch(device: str, precision: str, alone: str = "") -> Fabric:
-    """Fabric for this process, alone or as one of torchrun's or srun's. `alone`: name of a command that needs no
-    distributed training and uses one device.
+def launch(device: str, precision: str, work: float, alone: str = "") -> Fabric:
+    """Fabric for this process, alone or as one of torchrun's or srun's.
+
+    Args:
+        work: floating-point operations of a step of one process, roughly; decides the threads of a CPU.
+        alone: name of a command that needs no distributed training and uses one device.
 
     Raises:
         UserError: no such device, one that the precision does not go with, or several processes of such a command.
@@ -48,14 +52,23 @@ def launch(device: str, precision: str, alone: str = "") -> Fabric:
     if alone:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UserError(f"{alone} uses one device, got several processes; run it without torchrun")
-        return Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision])
+        fabric, local = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision]), 1
+    else:
+        fabric, local = _launch_all(device, precision)
+    if device == "cpu":
+        use_threads(work, local, tell=fabric.is_global_zero)
+    return fabric
+
+
+def _launch_all(device: str, precision: str) -> tuple[Fabric, int]:
+    """Fabric for one of several processes, and how many of them are on this machine."""
     processes = num_processes()
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // int(os.environ.get("SLURM_NNODES") or 1)))
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     devices = {"devices": local, "num_nodes": processes // local, "strategy": "ddp" if processes > 1 else "auto"}
     fabric = Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
     fabric.launch()
-    return fabric
+    return fabric, local
 
 
 def choose_precision(asked: str, device: str) -> str:

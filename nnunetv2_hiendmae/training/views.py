@@ -37,6 +37,9 @@ class Volume(Protocol):
     def read(self, lower: Sequence[int], size: Sequence[int]) -> np.ndarray:
         """(C, *size) float32 from corner `lower`, the channel's smallest value outside the volume."""
 
+    def read_stored(self, lower: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A box (C, *size) inside the volume, in the precision in which it is stored."""
+
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether a voxel (D, H, W) is above the lower bound of the intensity window."""
 
@@ -54,10 +57,20 @@ class Views(Protocol):
 
 def unaugmented(views: Views) -> Views:
     """The views as they would be without augmentation, those that they are made of too."""
+    return _with(views, "augmentation", None)
+
+
+def unresized(views: Views) -> Views:
+    """The views as workers draw them for a device that resizes their boxes itself; others as they are."""
+    return _with(views, "resized", False)
+
+
+def _with(views: Views, field_name: str, value: object) -> Views:
+    """With another value of a field, wherever they and those that they are made of have it."""
     if not is_dataclass(views):
         return views
-    inner = {f.name: unaugmented(getattr(views, f.name)) for f in fields(views)}
-    return replace(views, **{k: None if k == "augmentation" else v for k, v in inner.items()})
+    inner = {f.name: _with(getattr(views, f.name), field_name, value) for f in fields(views)}
+    return replace(views, **{k: value if k == field_name else v for k, v in inner.items()})
 
 
 class ShiftIntensityTransform(ImageOnlyTransform):
@@ -97,9 +110,16 @@ class Augmentation:
         turns = (1, 2, 3) if square else (2,)
         return _pipeline(self, turns)
 
-    def apply(self, images: Tensor, spacing_mm: Sequence[float], rng: np.random.Generator) -> Tensor:
-        """Crops (n, C, D, H, W), each changed in its own way, by one number of `rng`."""
-        transform = self.transform(images.shape[2:], spacing_mm)
+    def apply(
+        self,
+        images: Tensor,
+        spacing_mm: Sequence[float],
+        rng: np.random.Generator,
+        size: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Crops (n, C, D, H, W), each changed in its own way, by one number of `rng`. `size`: (D, H, W) that they are
+        resized to afterwards, which decides how they may turn; resizing and all that is done here commute."""
+        transform = self.transform(size or images.shape[2:], spacing_mm)
         with seeded_globals(int(rng.integers(2**31))):
             return torch.stack([transform(image=image)["image"] for image in images])
 
@@ -218,6 +238,15 @@ def read_resized(volume: Volume, lower: Sequence[int], box: Sequence[int], size:
         for row, column in depth[:, start:stop].nonzero().tolist():
             resized[:, row].add_(slices[:, column], alpha=depth[row, start + column].item())
     return resized
+
+
+def resize_box(box: Tensor, size: Sequence[int]) -> Tensor:
+    """A whole box (C, D, H, W) of any precision → (C, *size) float32, as `read_resized` but on the box's device: to
+    rounding, since the order of sums differs."""
+    slices = F.interpolate(box.float(), tuple(size[1:]), mode="bilinear", antialias=True)
+    # rows as width, whose weights are 1 and 0: no matrix product, which autocast or TF32 would round
+    rows = slices.flatten(2)[:, None]
+    return F.interpolate(rows, (size[0], rows.shape[3]), mode="bilinear", antialias=True)[:, 0].unflatten(2, size[1:])
 
 
 def axis_weights(source: int, target: int) -> Tensor:

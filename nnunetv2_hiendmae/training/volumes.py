@@ -18,7 +18,7 @@ import torch
 from lightning_fabric import Fabric
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from nnunetv2_hiendmae.environment import dataset_name, end_with_parent, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
@@ -122,6 +122,19 @@ class CaseVolume:
         """(C, *size) float32 from corner `lower`; outside the volume the smallest value that a channel has in it."""
         return crop_and_pad(self._array, lower, size, lambda: _smallest(self._path))
 
+    def read_stored(self, lower: Sequence[int], size: Sequence[int]) -> torch.Tensor:
+        """A box (C, *size) inside the volume, in the precision in which it is stored. What a worker reads lies in
+        memory that it shares with the training process, so that it is sent without a copy."""
+        shape = (len(self._array), *size)
+        box = torch.from_numpy(np.empty(0 if get_worker_info() else shape, self._array.dtype))
+        if get_worker_info():
+            # as torch's own collation does: what is shared later is copied
+            box = box.new(box._typed_storage()._new_shared(math.prod(shape), device=box.device)).view(shape)
+        upper = [a + s for a, s in zip(lower, size, strict=True)]
+        # decompressed where it lies; indexing would take other memory and copy
+        self._array.get_slice_numpy(box.numpy(), ([0, *lower], [len(self._array), *upper]))
+        return box
+
     def is_foreground(self, voxel: Sequence[int]) -> bool:
         """Whether the foreground channel at (D, H, W) is above the lower bound of the intensity window."""
         return bool(self._array[(self._channel, *voxel)] > self._above)
@@ -186,6 +199,40 @@ class SampleDataset(Dataset):
             raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
 
 
+@dataclass(frozen=True)
+class Boxes:
+    """Arrays of different shapes, the same number in every sample: a batch of what cannot be stacked.
+
+    Args:
+        arrays: per sample.
+    """
+
+    arrays: tuple[tuple[torch.Tensor, ...], ...]
+
+    def column(self, number: int) -> list[torch.Tensor]:
+        """Array `number` of every sample."""
+        return [sample[number] for sample in self.arrays]
+
+    def to(self, *args: Any, **kwargs: Any) -> "Boxes":
+        """On a device, as a tensor's `to`."""
+        return self._each(lambda array: array.to(*args, **kwargs))
+
+    def pin_memory(self, *_: Any) -> "Boxes":
+        """In memory that a GPU reads by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Boxes":
+        return Boxes(tuple(tuple(map(change, sample)) for sample in self.arrays))
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Samples as a batch: lists of arrays become `Boxes`, the rest is stacked."""
+    return {
+        key: Boxes(tuple(map(tuple, values))) if isinstance(values[0], list) else default_collate(values)
+        for key, values in ((key, [sample[key] for sample in samples]) for key in samples[0])
+    }
+
+
 def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], workers: int) -> Iterator[dict[str, Any]]:
     """Batches on the device, in the order of `keys`, one list per batch, whatever the number of workers.
 
@@ -199,6 +246,7 @@ def load_batches(fabric: Fabric, dataset: Dataset, keys: Iterable[list[Any]], wo
         pin_memory=fabric.device.type == "cuda",
         worker_init_fn=_start_worker,
         prefetch_factor=4 if workers else None,
+        collate_fn=collate,
     )
     try:
         yield from fabric.setup_dataloaders(loader, use_distributed_sampler=False)

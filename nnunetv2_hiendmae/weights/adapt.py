@@ -10,28 +10,13 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import ENCODERS, Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
-from nnunetv2_hiendmae.architectures.spec import require
 from nnunetv2_hiendmae.architectures.tokens import resample_positions
 from nnunetv2_hiendmae.errors import UserError, printable, some
+from nnunetv2_hiendmae.weights.metadata import check_size
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
 # what may differ between a file and the network that reads it: none of it changes the shape of a block
 ADAPTABLE = ("img_size", "in_channels", "taps", "pos_embed", "norm_eps", "drop_path_rate")
-
-
-def check_size(spec: EncoderSpec, state: Mapping[str, Tensor]) -> None:
-    """Refuses a spec far beyond the tensors (ValueError): what a file says of itself may be of any size, and even a
-    network without memory takes time for every block. What is a little beyond them is told by name later."""
-    blocks = spec.depth + sum(spec.stem_depths)
-    require(blocks <= len(state), f"it describes an encoder of {blocks} blocks, but holds only {len(state)} tensors")
-    there = sum(tensor.numel() for tensor in state.values())
-    # of a block: queries, keys, values and their projection, and the two layers of the MLP
-    block = spec.embed_dim * (4 * spec.embed_dim + 2 * int(min(spec.embed_dim * spec.mlp_ratio, there)))
-    kernel = spec.embed_dim * spec.patch_voxels if not spec.stem_dims else spec.in_channels * spec.stem_dims[0]
-    # whether there are as many of both is a matter of the kind, which has checked it
-    stem = sum(width**2 * blocks for width, blocks in zip(spec.stem_dims, spec.stem_depths, strict=False))
-    needed = (spec.num_tokens + spec.register_tokens) * spec.embed_dim + spec.depth * block + kernel + stem
-    require(needed <= 8 * there, f"it describes an encoder of at least {needed} numbers, its tensors have {there}")
 
 
 def expected_tensors(spec: EncoderSpec, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,14 +16,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError, printable
+from nnunetv2_hiendmae.weights.metadata import DIGEST_KEY, NO_DIGEST
 
 # the ways in which torch names what it refuses to unpickle
 _OFFENDER = re.compile(
     r"(?:GLOBAL|unsupported class|unrecognized function|but got <class) ['`\"]?((?:[A-Za-z_]\w*\.)+\w+)"
 )
 SAFETENSORS = ".safetensors"
-# where the header of our files has the sha256 of the whole file, and what stands there while it is computed
-DIGEST_KEY, NO_DIGEST = "hiendmae_sha256", "0" * 64
 _PICKLE_START = b"\x80"
 _ZIP_START = b"PK\x03\x04"
 _MOST_COMPRESSED = 4

@@ -1,81 +1,26 @@
-"""`encoder.safetensors`, the only weights that fine-tuning reads, and what it says about its encoder."""
+"""`encoder.safetensors`, the only weights that fine-tuning reads: writing and loading it."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
 
 import torch
-from pydantic_core import from_json
 from torch import Tensor
 
-from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
-from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
+from nnunetv2_hiendmae.architectures import Encoder, build_encoder
+from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing
-from nnunetv2_hiendmae.schemas import CLOSED, validated
-from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights.adapt import adapt_state, check_size, expected_tensors, mismatch
-from nnunetv2_hiendmae.weights.checkpoint_io import DIGEST_KEY, NO_DIGEST, check_finite, read_safetensors
+from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
+from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, read_safetensors
+from nnunetv2_hiendmae.weights.metadata import DIGEST_KEY, METADATA_KEY, NO_DIGEST, EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
-METADATA_KEY = "hiendmae"
 # what the format calls a number type, in the order in which its own writer puts tensors into the file: wide ones first
 _DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES |= {torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-# of the JSON form, in the order in which files of 0.1 have them; those of the volume stand among the others
-_KEYS = (
-    *("spec", "method", "spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer"),
-    *("orientation", "citations", "intensity_offset", "intensity_scale", "licence", "source", "source_sha256"),
-    *("training", "notes", "version", "interpolation"),
-)
-
-
-@dataclass(frozen=True)
-class EncoderMetadata:
-    """What an encoder is, how it was trained, and what it saw.
-
-    Args:
-        method: that it was pretrained with.
-        volume: how the images that it saw had become arrays.
-        citations: BibTeX entries; texts where a foreign file has no BibTeX.
-        source, source_sha256: name and digest of the foreign file it was converted from.
-        training: steps, number of cases and settings of the run, for the record.
-        notes: what else a reader should know, e.g. about the order of axes; a sentence each.
-    """
-
-    __pydantic_config__: ClassVar = CLOSED
-    spec: EncoderSpec
-    method: str
-    volume: VolumeFormat = VolumeFormat()
-    citations: tuple[str, ...] = ()
-    licence: str = "not stated"
-    source: str | None = None
-    source_sha256: str | None = None
-    training: dict[str, Any] | None = None
-    notes: tuple[str, ...] = ()
-    version: str = ""
-
-    def to_json(self) -> str:
-        """As stored in the file's header."""
-        data = {**asdict(self), **asdict(self.volume), "spec": self.spec.to_dict()}
-        return json.dumps({key: data[key] for key in _KEYS})
-
-    @classmethod
-    def from_json(cls, text: str) -> "EncoderMetadata":
-        """Inverse of `to_json`.
-
-        Raises:
-            ValueError: not the JSON of encoder metadata.
-        """
-        # unlike json's, this parser refuses what is nested without end
-        data = from_json(text)
-        if not isinstance(data, dict) or "volume" in data:
-            raise ValueError("no description of an encoder")
-        volume = {f.name: data.pop(f.name) for f in fields(VolumeFormat) if f.name in data}
-        return validated(cls, json.dumps({**data, "volume": volume}))
 
 
 def save_encoder(path: Path, state: Mapping[str, Tensor], metadata: EncoderMetadata, *, new: bool = False) -> None:
@@ -206,22 +151,3 @@ def _open(path: Path, *, whole: bool) -> tuple[EncoderMetadata, dict[str, Tensor
     if metadata := header_metadata(header, METADATA_KEY, path, state):
         return metadata, state
     raise UserError(f"{path} is a safetensors file but not an encoder file of ours; make one with: hiendmae convert")
-
-
-def header_metadata(
-    header: Mapping[str, str], key: str, path: Path, state: Mapping[str, Tensor]
-) -> EncoderMetadata | None:
-    """Metadata of an encoder under a key of a safetensors file's header; None: there is no such key. Refuses a damaged
-    text, and a spec that is too large for the file's tensors (UserError)."""
-    if key not in header:
-        return None
-    try:
-        metadata = EncoderMetadata.from_json(header[key])
-        check_size(metadata.spec, state)
-        # a damaged name of the digest must not pass for a file of 0.1, which had none
-        if unknown := header.keys() - {key, DIGEST_KEY, "format"}:
-            raise ValueError(f"unknown entries {some(sorted(unknown))} in its header")
-        return metadata
-    except ValueError as e:
-        told = printable(e, LONGEST_ERROR)
-        raise UserError(f"{path} is not a readable encoder file ({told}); download or write it again") from e

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, PrimusEncoder
-from nnunetv2_hiendmae.architectures.primus import MLP_RATIO, NORM_EPS
+from nnunetv2_hiendmae.architectures.kinds import MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat, resampling

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec
+from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
@@ -97,5 +97,5 @@ def _configuration(plans: dict[str, Any], name: str | None) -> dict[str, Any]:
 
 def _spec(values: dict[str, Any], channels: int) -> EncoderSpec:
     fields = {k: v for k, v in values.items() if k != "decoder_width"}
-    finetuning = ENCODERS[fields.get("kind", EncoderSpec.kind)].finetuning
+    finetuning = KINDS[fields.get("kind", EncoderSpec.kind)].finetuning
     return EncoderSpec.from_dict({"in_channels": channels, **fields, **finetuning})

@@ -4,8 +4,8 @@ import math
 import re
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec, PrimusEncoder
+from nnunetv2_hiendmae.architectures.kinds import LAYER_SCALE, MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.architectures.layers import axes_of
-from nnunetv2_hiendmae.architectures.primus import LAYER_SCALE, MLP_RATIO, NORM_EPS
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 from nnunetv2_hiendmae.weights.layouts import Sizes, State, choose_grid, needed_tensor, transformer_fields

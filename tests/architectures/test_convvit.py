@@ -10,7 +10,8 @@ from fixtures_util import Fixture
 
 from nnunetv2_hiendmae.architectures import PRESETS, ConvViTEncoder, EncoderSpec, ViTEncoder, build_encoder
 from nnunetv2_hiendmae.architectures.convvit import ConvBlock, channels_last_patches, hidden_voxels, relative_index
-from nnunetv2_hiendmae.architectures.tokens import num_visible, patchify
+from nnunetv2_hiendmae.architectures.spec import num_visible
+from nnunetv2_hiendmae.architectures.tokens import patchify
 
 # one convolutional stage: a token is 4³ voxels
 SPEC = EncoderSpec((8, 8, 12), (4, 4, 4), 12, 2, 2, kind="convvit", stem_dims=(4,), stem_depths=(2,))

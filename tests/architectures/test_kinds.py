@@ -8,7 +8,8 @@ import pytest
 import torch
 from primus_util import FULL_PRIMUS
 
-from nnunetv2_hiendmae.architectures import ENCODERS, EncoderSpec, ViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures import ENCODERS, KINDS, PRESETS, EncoderSpec, ViTEncoder, build_encoder
+from nnunetv2_hiendmae.architectures.kinds import tensor_shapes
 from nnunetv2_hiendmae.architectures.layers import Axes, axes_of
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_encoder, permute_axes, save_encoder
 
@@ -63,6 +64,27 @@ def test_the_network_of_a_kind_fits_its_steps_and_declares_its_own_tensors(kind)
             assert (axes_of(name, network.axes) is Axes.KERNEL) == (tensor.ndim == 5), name
 
 
+def written_down():
+    """Specs of every kind in all its forms, and all presets."""
+    for name, preset in PRESETS.items():
+        yield pytest.param(preset, id=name)
+    for kind, spec in SPECS.items():
+        yield pytest.param(spec, id=f"{kind}-masked")
+        yield pytest.param(spec.with_(**ENCODERS[kind].finetuning), id=f"{kind}-finetuning")
+        yield pytest.param(spec.with_(mlp_ratio=2.7, pos_embed="learned", depth=1, taps=None), id=f"{kind}-other")
+    plain = {"register_tokens": 2, "layer_scale": None, "inner_norm": False}
+    yield pytest.param(SPECS["primus"].with_(**plain), id="primus-registers")
+    yield pytest.param(SPECS["vit"].with_(cls_token=False, img_size=(8, 8, 8)), id="vit-no-cls")
+    yield pytest.param(SPECS["convvit"].with_(stem_dims=(5,), stem_depths=(3,), patch_size=(4,) * 3), id="one-stage")
+
+
+@pytest.mark.parametrize("spec", list(written_down()))
+def test_shapes_are_those_of_the_encoder_that_is_built(spec):
+    """Names, shapes and order; a kind that nobody wrote down is built instead."""
+    built = {name: tuple(tensor.shape) for name, tensor in state_of(spec).items()}
+    assert list(tensor_shapes(spec).items()) == list(built.items())
+
+
 class Toy(ViTEncoder):
     """A third kind."""
 
@@ -71,12 +93,14 @@ class Toy(ViTEncoder):
     own_fields = ("stem_dims",)
 
 
-def test_a_third_kind_is_one_class_and_an_entry(monkeypatch, tmp_path):
+def test_a_third_kind_is_one_class_and_two_entries(monkeypatch, tmp_path):
     fields = {"img_size": (16, 16, 8), "patch_size": (8, 8, 8), "embed_dim": 12, "depth": 4, "num_heads": 2}
     with pytest.raises(ValueError, match=r"'toy'.*\('vit', 'convvit', 'primus'\)"):
         EncoderSpec(**fields, kind="toy")
+    monkeypatch.setitem(KINDS, "toy", Toy)
     monkeypatch.setitem(ENCODERS, "toy", Toy)
     spec = EncoderSpec(**fields, kind="toy", stem_dims=(3,))
+    assert tensor_shapes(spec) is None
     assert spec.cls_token is False and spec.taps == (1, 2, 3)
     with pytest.raises(ValueError, match=r"stem_dims.*'convvit'.*'vit'"):
         EncoderSpec(**fields, stem_dims=(3,))

@@ -8,9 +8,9 @@ from fixtures_util import Fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nnunetv2_hiendmae.architectures.spec import num_visible
 from nnunetv2_hiendmae.architectures.tokens import (
     normalize_patches,
-    num_visible,
     patchify,
     put_tokens,
     resample_positions,

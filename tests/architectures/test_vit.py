@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.tokens import num_visible, patchify
+from nnunetv2_hiendmae.architectures.spec import num_visible
+from nnunetv2_hiendmae.architectures.tokens import patchify
 
 SPEC = EncoderSpec((8, 8, 12), (4, 4, 4), embed_dim=12, depth=4, num_heads=2)
 

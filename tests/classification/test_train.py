@@ -92,7 +92,7 @@ def error(capsys, arguments: list[str]) -> str:
 def untrained_aucs(bench: Bench, task, seeds: int) -> list[float]:
     """Validation AUC of the pretrained encoder under fresh heads."""
     found = []
-    fabric = launch("cpu", "fp32", alone="hiendmae classify")
+    fabric = launch("cpu", "fp32", 0.0, alone="hiendmae classify")
     for seed in range(seeds):
         network = build_classifier(TINY_SPEC, 2, task.settings.pool, seed=seed)
         load_into(network.encoder, bench.encoder)
@@ -509,4 +509,4 @@ def test_gpu_run_and_predict(small, precision):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="hiendmae classify uses one device"):
-        launch("cpu", "fp32", alone="hiendmae classify")
+        launch("cpu", "fp32", 0.0, alone="hiendmae classify")

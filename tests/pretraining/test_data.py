@@ -6,6 +6,7 @@ import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,11 @@ from lightning_fabric import Fabric
 from run_data import PLANS, write_case, write_preprocessed
 
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.training.views import MaskedCrop, step_keys
+from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.pretraining.steps import Learner
+from nnunetv2_hiendmae.training.views import MaskedCrop, resize_box, step_keys, unresized
 from nnunetv2_hiendmae.training.volumes import (
+    Boxes,
     CaseVolume,
     SampleDataset,
     check_crop_size,
@@ -287,3 +291,30 @@ def test_memory_is_that_of_a_crop_not_of_the_volume(nnunet):
         check=True,
     )
     assert int(out.stdout.split()[-1]) < 16e6
+
+
+BOXES = GlobalLocalCrops(ResizedCrop((16, 16, 16), 8, (0.5, 1.0)), ResizedCrop((8, 8, 8), 1, (0.25, 0.5)), 2, 3)
+
+
+def test_boxes_come_from_workers_as_one_tensor_and_become_their_views(preprocessed):
+    """What a GPU gets, on the CPU: batches of boxes, drawn in a process of their own and here, against views."""
+    keys, fabric = [[(0, i) for i in range(4)], [(1, i) for i in range(4)]], Fabric(accelerator="cpu", devices=1)
+    made = {}
+    for name, views, workers in (("views", BOXES, 0), ("here", unresized(BOXES), 0), ("worker", unresized(BOXES), 1)):
+        made[name] = list(load_batches(fabric, SampleDataset(find(), views.draw, 0), keys, workers))
+    for plain, here, sent in zip(made["views"], made["here"], made["worker"], strict=True):
+        assert plain["case"] == here["case"] == sent["case"]
+        for kind, size in (("global", (16, 16, 16)), ("local", (8, 8, 8))):
+            assert isinstance(sent[kind], Boxes)
+            for number in range(plain[kind].shape[1]):
+                assert all(map(torch.equal, sent[kind].column(number), here[kind].column(number)))
+                assert all(box.is_shared() for box in sent[kind].column(number))
+                resized = torch.stack([resize_box(box, size) for box in sent[kind].column(number)])
+                assert (resized - plain[kind][:, number]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("device", "resized"), [("cpu", True), ("cuda", False), ("mps", False)])
+def test_workers_send_boxes_where_the_device_is_not_the_cpu(device, resized):
+    fabric = SimpleNamespace(device=SimpleNamespace(type=device))
+    learner = Learner(fabric, None, SimpleNamespace(views=lambda: BOXES), None, None)
+    assert learner.views.global_crop.resized is learner.views.local_crop.resized is resized

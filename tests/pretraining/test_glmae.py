@@ -16,6 +16,7 @@ from nnunetv2_hiendmae.pretraining import GLMAE
 from nnunetv2_hiendmae.pretraining.glmae import Centre, cosine_momentum
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries
 from nnunetv2_hiendmae.pretraining.settings import read_options
+from nnunetv2_hiendmae.training.volumes import Boxes
 
 WIDE_SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=2, num_heads=2, in_channels=2)
 
@@ -376,3 +377,16 @@ def test_options_of_the_command_line():
     # a comma makes nothing else a sequence
     with pytest.raises(UserError, match="--set head_dim=16,24"):
         read_options(GLMAE, ["head_dim=16,24"])
+
+
+def test_losses_and_pictures_are_the_same_where_boxes_came():
+    """Boxes of the size of their views, so that nothing is resized; what resizing does is tested with the views."""
+    method, again = build(), build()
+    batch = make_batch(method)
+    sent = {**batch, **{k: Boxes(tuple(tuple(sample) for sample in batch[k])) for k in ("global", "local")}}
+    for key, value in all_parts(method, batch).items():
+        assert torch.equal(value, all_parts(again, sent)[key]), key
+    for kind, made in method.reconstruct(batch).items():
+        assert torch.equal(made.reconstruction, again.reconstruct(sent)[kind].reconstruction)
+    for view in range(method.counts["local"]):
+        assert torch.equal(method.images(sent, "local", view)[:, 0], batch["local"][:, view])

@@ -6,7 +6,15 @@ import torch
 
 from nnunetv2_hiendmae.pretraining import crops
 from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
-from nnunetv2_hiendmae.training.views import Augmentation, axis_weights, read_resized
+from nnunetv2_hiendmae.training.views import (
+    Augmentation,
+    axis_weights,
+    read_resized,
+    resize_box,
+    unaugmented,
+    unresized,
+)
+from nnunetv2_hiendmae.training.volumes import Boxes, collate
 
 
 class RampVolume:
@@ -20,9 +28,13 @@ class RampVolume:
         self.reads = []
 
     def read(self, lower, size):
+        return self.read_stored(lower, size).float().numpy()
+
+    def read_stored(self, lower, size):
         assert all(a >= 0 and a + b <= s for a, b, s in zip(lower, size, self.shape, strict=True)), "outside"
         self.reads.append((tuple(lower), tuple(size)))
-        return self.values[(slice(None), *(slice(a, a + b) for a, b in zip(lower, size, strict=True)))].copy()
+        cut = (slice(None), *(slice(a, a + b) for a, b in zip(lower, size, strict=True)))
+        return torch.from_numpy(self.values[cut].copy())
 
     def is_foreground(self, voxel):
         raise AssertionError("global and local views do not look for foreground")
@@ -186,3 +198,64 @@ def test_augmentation_moves_voxels_of_the_resized_view():
         assert sum(torch.equal(augmented, m) for m in mirrored) == 1 and augmented.is_contiguous()
         moved += not torch.equal(augmented, plain)
     assert moved >= 5
+
+
+def noise_volume(shape=(40, 50, 60), channels=2, dtype=np.float32):
+    """As after preprocessing: in [0, 1]."""
+    volume = RampVolume(shape)
+    volume.values = rng().random((channels, *shape)).astype(dtype)
+    return volume
+
+
+def same_views(plain, boxes, size) -> list[float]:
+    """Largest differences between views and those that a device makes of their boxes."""
+    made = [torch.stack([resize_box(box, size) for box in boxes.column(i)]) for i in range(plain.shape[1])]
+    assert all(m.dtype == torch.float32 for m in made)
+    return [(plain[:, i] - m).abs().max().item() for i, m in enumerate(made)]
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation(p_rotate=1.0, p_scale=0.5, p_shift=0.5)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("shape", [(30, 40, 44), (5, 33, 33), (1, 9, 70)])
+def test_boxes_become_the_same_views_on_a_device(augmentation, dtype, shape):
+    """What a worker sends to a GPU, and what it makes of it, against what a worker makes: to 1e-5 of the window, of
+    every shape of box, also where a view is mirrored and turned; the same generator gives the same boxes and tokens."""
+    volume, drawn = noise_volume(shape, dtype=dtype), views(augmentation=augmentation)
+    plain = collate([drawn.draw(volume, rng(seed)) for seed in range(6)])
+    sent = collate([unresized(drawn).draw(volume, rng(seed)) for seed in range(6)])
+    for kind, size in (("global", (24, 24, 24)), ("local", (16, 16, 16))):
+        assert torch.equal(plain[f"{kind}_ids_shuffle"], sent[f"{kind}_ids_shuffle"])
+        boxes = sent[kind]
+        assert isinstance(boxes, Boxes) and len({array.shape for row in boxes.arrays for array in row}) > 1
+        # in the stored precision, unless its numbers were changed
+        kept = torch.float16 if dtype == np.float16 and not augmentation else torch.float32
+        assert {array.dtype for row in boxes.arrays for array in row} == {kept}
+        assert max(same_views(plain[kind], boxes, size)) < 1e-5
+
+
+def test_a_box_far_larger_than_its_view_is_resized_by_the_worker():
+    """So that what is sent, and a worker's memory, do not grow with the volume."""
+    crop = ResizedCrop((8, 8, 8), 8, (1.0, 1.0))
+    for edge, sent in ((12, (2, 12, 12, 12)), (13, (2, 8, 8, 8))):
+        volume = noise_volume((edge,) * 3)
+        box, _ = unresized(crop).draw(volume, rng())
+        view, _ = crop.draw(volume, rng())
+        assert tuple(box.shape) == sent
+        assert (resize_box(box, (8, 8, 8)) - view).abs().max() < 1e-5
+        assert sent[1] != 8 or torch.equal(resize_box(box, (8, 8, 8)), view)
+
+
+def test_boxes_move_as_tensors_do():
+    boxes = collate([{"a": [torch.rand(1, 2, 3, 4), torch.rand(1, 1, 1, 1)]}, {"a": [torch.rand(1, 5, 1, 2)] * 2}])["a"]
+    moved = boxes.to("cpu", torch.float64)
+    assert [box.shape for box in moved.column(0)] == [(1, 2, 3, 4), (1, 5, 1, 2)]
+    assert all(torch.equal(a, b.double()) for a, b in zip(moved.column(1), boxes.column(1), strict=True))
+
+
+def test_only_what_is_resized_changes_for_a_device():
+    drawn = views(augmentation=Augmentation())
+    changed = unresized(drawn)
+    assert not changed.global_crop.resized and not changed.local_crop.resized
+    assert unaugmented(changed) == unresized(unaugmented(drawn)) != unaugmented(drawn)
+    other = object()
+    assert unresized(other) is other

@@ -1,0 +1,9 @@
+"""The methods, by name."""
+
+from nnunetv2_hiendmae.pretraining.glmae import GLMAE
+from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
+from nnunetv2_hiendmae.pretraining.masked import MAE3D
+from nnunetv2_hiendmae.pretraining.method import Method
+from nnunetv2_hiendmae.pretraining.mim import MiM
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (HiEndMAE, MiM, GLMAE, MAE3D)}

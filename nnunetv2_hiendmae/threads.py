@@ -1,0 +1,131 @@
+"""How many threads compute on a CPU, and how they wait for each other. Imports nothing heavy: the second is decided
+before torch starts its threads."""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CHOSEN_BY_USER = "OMP_NUM_THREADS"
+# of GNU's OpenMP, which torch has on Linux, and of LLVM's and Intel's
+PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+# floating-point operations of a step for every thread: with less, threads wait for each other rather than work
+WORK_PER_THREAD = 2e9
+# how long it is watched which cores others use
+_WATCHED_S = 0.5
+_PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def wait_passively() -> None:
+    """Lets threads sleep while they wait, in this process if torch is not imported yet, and in all that it starts.
+
+    By default they spin at every barrier: where cores are busy with other work, the thread that is waited for then gets
+    no core. What the user has set is kept.
+    """
+    for name, value in PASSIVE.items():
+        os.environ.setdefault(name, value)
+
+
+def use_threads(work: float, processes: int = 1, tell: bool = True) -> None:
+    """Sets torch's number of threads, and logs which and why. A user's own OMP_NUM_THREADS stays as it is.
+
+    Args:
+        work: floating-point operations of a step of this process, roughly.
+        processes: those of this run on this machine, which share the cores.
+        tell: log it.
+    """
+    if os.environ.get(CHOSEN_BY_USER):
+        return
+    import torch
+
+    number, why = choose_threads(work, processes)
+    torch.set_num_threads(number)
+    if tell:
+        told = f"{number} thread{'' if number == 1 else 's'} on the CPU: {why}"
+        logger.info(f"{told}; set {CHOSEN_BY_USER} for another number, or for the same bits in every run")
+
+
+def choose_threads(work: float, processes: int = 1) -> tuple[int, str]:
+    """Number of threads, and why so many: the least of the cores that this process may use, of those that are idle, and
+    of what the work of a step is worth."""
+    cores = max(1, available_cores() // processes)
+    worth = max(1, math.floor(work / WORK_PER_THREAD))
+    if min(cores, worth) == 1:
+        return (
+            1,
+            f"{cores} core{'' if cores == 1 else 's'} may be used" if cores == 1 else "steps are too small for more",
+        )
+    idle = idle_cores(_affinity()) / processes
+    free = max(1, round(idle))
+    number = min(cores, worth, free)
+    if number == cores:
+        return number, f"as many cores may be used and {idle:.1f} are idle"
+    if number == free:
+        return number, f"of {cores} cores that may be used {idle:.1f} are idle"
+    return number, f"steps are too small for more, {cores} cores may be used"
+
+
+def available_cores() -> int:
+    """Cores that this process may use: its affinity, and the processor time of its cgroups, rounded down."""
+    return max(1, math.floor(min([len(_affinity()), *_quotas()])))
+
+
+def idle_cores(cores: Collection[int], seconds: float = _WATCHED_S) -> float:
+    """How many of some cores nobody uses while this process sleeps; all of them where the system does not say."""
+    before = _times()
+    time.sleep(seconds if before else 0)
+    after = _times()
+    known = [core for core in cores if core in before and core in after and after[core][1] > before[core][1]]
+    shares = [(after[c][0] - before[c][0]) / (after[c][1] - before[c][1]) for c in known]
+    return sum(shares) + len(cores) - len(known)
+
+
+def _affinity() -> set[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def _times() -> dict[int, tuple[int, int]]:
+    """Per core: idle time, and all time, in the system's unit."""
+    try:
+        lines = (_PROC / "stat").read_text().splitlines()
+    except OSError:
+        return {}
+    rows = (line.split() for line in lines if line.startswith("cpu") and line[3:4].isdigit())
+    return {int(name[3:]): (int(t[3]) + int(t[4]), sum(map(int, t[:8]))) for name, *t in rows}
+
+
+def _quotas() -> list[float]:
+    """Cores' worth of processor time that the cgroups of this process may use, those around them too; versions 1 and
+    2."""
+    try:
+        lines = (_PROC / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = _CGROUPS / ("" if not controllers else "cpu" if (_CGROUPS / "cpu").is_dir() else controllers)
+        group = root / path.strip("/")
+        # a container may see its own group as the root
+        found += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    return [quota for quota in found if quota is not None]
+
+
+def _quota(folder: Path) -> float | None:
+    try:
+        if (folder / "cpu.max").is_file():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (OSError, ValueError):
+        # "max", or nothing is said here
+        return None
