@@ -64,7 +64,8 @@ def build_parser(names: Sequence[str] = COMMANDS) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hiendmae", description="Masked-autoencoder pretraining of 3D vision transformers for nnU-Net v2."
     )
-    parser.add_argument("--version", action=_Version, nargs=0, help="show program's version number and exit")
+    told = "show program's version number and exit"
+    parser.add_argument("--version", action=_Version, nargs=0, default=argparse.SUPPRESS, help=told)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name in names:
         command = import_module(f"nnunetv2_hiendmae.commands.{name}")
