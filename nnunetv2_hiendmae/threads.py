@@ -4,8 +4,6 @@ before torch starts its threads."""
 import logging
 import math
 import os
-import time
-from collections.abc import Collection
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -15,8 +13,6 @@ CHOSEN_BY_USER = "OMP_NUM_THREADS"
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # floating-point operations of a step for every thread: with less, threads wait for each other rather than work
 WORK_PER_THREAD = 2e9
-# how long it is watched which cores others use
-_WATCHED_S = 0.5
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
 
@@ -46,27 +42,16 @@ def use_threads(work: float, processes: int = 1, tell: bool = True) -> None:
     torch.set_num_threads(number)
     if tell:
         told = f"{number} thread{'' if number == 1 else 's'} on the CPU: {why}"
-        logger.info(f"{told}; set {CHOSEN_BY_USER} for another number, or for the same bits in every run")
+        logger.info(f"{told}; set {CHOSEN_BY_USER} for another number")
 
 
 def choose_threads(work: float, processes: int = 1) -> tuple[int, str]:
-    """Number of threads, and why so many: the least of the cores that this process may use, of those that are idle, and
-    of what the work of a step is worth."""
+    """Number of threads, and why so many: the least of the cores that this process may use and of what the work of a
+    step is worth. Not how busy the cores are: a run must repeat, and continue, with the same bits."""
     cores = max(1, available_cores() // processes)
     worth = max(1, math.floor(work / WORK_PER_THREAD))
-    if min(cores, worth) == 1:
-        return (
-            1,
-            f"{cores} core{'' if cores == 1 else 's'} may be used" if cores == 1 else "steps are too small for more",
-        )
-    idle = idle_cores(_affinity()) / processes
-    free = max(1, round(idle))
-    number = min(cores, worth, free)
-    if number == cores:
-        return number, f"as many cores may be used and {idle:.1f} are idle"
-    if number == free:
-        return number, f"of {cores} cores that may be used {idle:.1f} are idle"
-    return number, f"steps are too small for more, {cores} cores may be used"
+    told = f"{cores} core{'' if cores == 1 else 's'} may be used"
+    return min(cores, worth), told if cores <= worth else f"steps are too small for more, {told}"
 
 
 def available_cores() -> int:
@@ -74,30 +59,10 @@ def available_cores() -> int:
     return max(1, math.floor(min([len(_affinity()), *_quotas()])))
 
 
-def idle_cores(cores: Collection[int], seconds: float = _WATCHED_S) -> float:
-    """How many of some cores nobody uses while this process sleeps; all of them where the system does not say."""
-    before = _times()
-    time.sleep(seconds if before else 0)
-    after = _times()
-    known = [core for core in cores if core in before and core in after and after[core][1] > before[core][1]]
-    shares = [(after[c][0] - before[c][0]) / (after[c][1] - before[c][1]) for c in known]
-    return sum(shares) + len(cores) - len(known)
-
-
 def _affinity() -> set[int]:
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
-
-
-def _times() -> dict[int, tuple[int, int]]:
-    """Per core: idle time, and all time, in the system's unit."""
-    try:
-        lines = (_PROC / "stat").read_text().splitlines()
-    except OSError:
-        return {}
-    rows = (line.split() for line in lines if line.startswith("cpu") and line[3:4].isdigit())
-    return {int(name[3:]): (int(t[3]) + int(t[4]), sum(map(int, t[:8]))) for name, *t in rows}
 
 
 def _quotas() -> list[float]:

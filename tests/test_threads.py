@@ -15,11 +15,10 @@ MUCH = 100 * threads.WORK_PER_THREAD
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A machine of eight cores, of which some are idle, and its /proc and cgroups."""
+    """A machine of eight cores, its /proc and cgroups."""
     monkeypatch.setattr(threads, "_affinity", lambda: set(range(8)))
     monkeypatch.setattr(threads, "_PROC", tmp_path / "proc")
     monkeypatch.setattr(threads, "_CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(threads, "idle_cores", lambda cores: float(len(cores)))
     monkeypatch.delenv(threads.CHOSEN_BY_USER, raising=False)
     (tmp_path / "proc" / "self").mkdir(parents=True)
     return tmp_path
@@ -53,39 +52,17 @@ def test_cores_are_those_of_affinity_and_cgroups(machine, cgroup, limits, cores)
 
 
 @pytest.mark.parametrize(
-    ("work", "processes", "idle", "number", "why"),
+    ("work", "processes", "number", "why"),
     [
-        (MUCH, 1, 8.0, 8, "8.0 are idle"),
-        (MUCH, 1, 7.6, 8, "7.6 are idle"),
-        (MUCH, 1, 2.4, 2, "of 8 cores that may be used 2.4 are idle"),
-        (MUCH, 1, 0.2, 1, "of 8 cores that may be used 0.2 are idle"),
-        (3.5 * threads.WORK_PER_THREAD, 1, 8.0, 3, "steps are too small"),
-        (0.0, 1, 8.0, 1, "steps are too small"),
-        (MUCH, 4, 8.0, 2, "2.0 are idle"),
-        (MUCH, 8, 8.0, 1, "1 core may be used"),
+        (MUCH, 1, 8, "8 cores may be used"),
+        (3.5 * threads.WORK_PER_THREAD, 1, 3, "steps are too small for more, 8 cores may be used"),
+        (0.0, 1, 1, "steps are too small for more, 8 cores may be used"),
+        (MUCH, 4, 2, "2 cores may be used"),
+        (MUCH, 8, 1, "1 core may be used"),
     ],
 )
-def test_a_step_gets_as_many_threads_as_are_worth_it(machine, monkeypatch, work, processes, idle, number, why):
-    monkeypatch.setattr(threads, "idle_cores", lambda _: idle)
-    chosen, told = threads.choose_threads(work, processes)
-    assert chosen == number and why in told
-
-
-def test_idle_cores_are_counted_from_what_the_system_says(machine, monkeypatch):
-    """Core 0 is busy, core 1 is idle half of the time (waiting for a disk counts as idle), core 2 wholly; others of the
-    system do not count, and of one that it says nothing of nobody knows that it is busy."""
-    monkeypatch.undo()
-    monkeypatch.setattr(threads, "_PROC", machine / "proc")
-    stat = machine / "proc" / "stat"
-
-    def say(*times):
-        rows = [f"cpu{i} {user} 0 0 {idle} {waiting} 0 0 0 0 0" for i, (user, idle, waiting) in enumerate(times)]
-        stat.write_text("\n".join(["cpu  9 9 9 9 9 0 0 0 0 0", *rows, "intr 1"]))
-
-    monkeypatch.setattr(threads.time, "sleep", lambda _: say((50, 10, 0), (25, 20, 10), (5, 50, 0)))
-    for cores, idle in (({0, 1}, 0.5), ({0}, 0.0), ({0, 1, 2, 9}, 2.5)):
-        say((0, 10, 0), (0, 5, 0), (5, 0, 0))
-        assert threads.idle_cores(cores) == idle
+def test_a_step_gets_as_many_threads_as_are_worth_it(machine, work, processes, number, why):
+    assert threads.choose_threads(work, processes) == (number, why)
 
 
 def test_a_users_own_number_wins(machine, monkeypatch, caplog):
@@ -100,7 +77,7 @@ def test_a_users_own_number_wins(machine, monkeypatch, caplog):
     threads.use_threads(MUCH, processes=4, tell=False)
     assert asked == [8, 2]
     [line] = [record.message for record in caplog.records]
-    assert line.startswith("8 threads on the CPU: as many cores may be used") and threads.CHOSEN_BY_USER in line
+    assert line.startswith("8 threads on the CPU: 8 cores may be used") and threads.CHOSEN_BY_USER in line
 
 
 def test_commands_wait_passively_before_torch_is_there():
