@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,9 +153,12 @@ def test_in_two_processes(preprocessed, nnunet, tmp_path, method):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
-def test_compiled_blocks_learn_the_same(preprocessed, tmp_path, twice):
+def test_compiled_blocks_learn_the_same(preprocessed, tmp_path, twice, monkeypatch):
     """Losses differ by rounding, 1e-7 of about 1, which nine steps amplify; files have the same names, and a run goes
     on with or without."""
+    if twice:
+        # traced alike; kernels, which take a minute to make, are those of the other test
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain = run(tmp_path / "plain", tiny_settings(picture_epochs=9))
     changes = {"compile": True, "checkpoint_activations": twice, "picture_epochs": 9}
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
