@@ -443,6 +443,8 @@ def test_processes_stop_together(make, tmp_path, good_steps):
     """Two gloo processes; in the first one every loss is NaN, in the second one `good_steps` are not."""
     trainer = make()
     trainer.on_train_start()
+    # before there is a child: one that is forked has none of its parent's threads, and would wait for them
+    outputs = broken_epoch(trainer), broken_epoch(trainer, good_steps)
     trainer.is_ddp = True
     child = os.fork()
     trainer.local_rank = rank = 0 if child else 1
@@ -450,9 +452,8 @@ def test_processes_stop_together(make, tmp_path, good_steps):
     try:
         store = dist.FileStore(str(tmp_path / "store"), 2)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-        outputs = broken_epoch(trainer, good_steps * rank)
         trainer.network = DistributedDataParallel(trainer.network)
-        trainer.on_train_epoch_end(outputs)
+        trainer.on_train_epoch_end(outputs[rank])
         stopped = 0
     except RuntimeError as e:
         stopped = 1 if "all 4 losses of epoch 0 are nan" in str(e) else 3
