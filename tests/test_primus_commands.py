@@ -46,7 +46,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     planning += ["--decoder-width", 4] if network == "unetr" else []
     said = hiendmae(*planning)
     assert "ZScoreNormalization whatever the channel" in said
-    preprocess, train, predict = (line.split() for line in said.strip().splitlines()[-3:])
+    train, predict = workplace.preprocess_as_printed(said)
     plans_name = train[train.index("-p") + 1]
     assert train[train.index("-tr") + 1] == "nnUNetTrainer_Pretrained"
 
@@ -56,7 +56,6 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     assert configuration["normalization_schemes"] == ["ZScoreNormalization"]
     assert configuration["spacing"] == [spacing] * 3 and plans["image_reader_writer"] == "SimpleITKIO"
 
-    workplace.run(*preprocess)
     splits = [{"train": ["case_000"], "val": ["case_001"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     said = workplace.run(*train, "-device", "cpu")

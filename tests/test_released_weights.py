@@ -60,7 +60,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     planning = ["plan", "-d", 1, "-w", encoder, "--epochs", 1, "--iterations-per-epoch", 1, "-np", 1]
     planning += ["--val-iterations-per-epoch", 1, "--batch-size", 2, "--decoder-width", 4]
     said = hiendmae(*planning, "--patch-size", *released.crop)
-    preprocess, train, predict = (line.split() for line in said.strip().splitlines()[-3:])
+    train, predict = workplace.preprocess_as_printed(said)
     plans_name = train[train.index("-p") + 1]
     assert train[train.index("-tr") + 1] == released.trainer
 
@@ -72,7 +72,6 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
         assert plans["image_reader_writer"] == "NibabelIOWithReorient"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [released.spacing_mm] * 3
 
-    workplace.run(*preprocess)
     splits = [{"train": ["case_000"], "val": ["case_001"]}]
     (folder / "splits_final.json").write_text(json.dumps(splits))
     said = workplace.run(*train, "-device", "cpu")

@@ -51,6 +51,14 @@ class Workplace:
         if script == "nnUNetv2_preprocess":
             self.run(script, *arguments)
 
+    def preprocess_as_printed(self, said: str) -> tuple[list[str], list[str]]:
+        """Follows the lines that `hiendmae plan` printed up to training (it prints no preprocessing where the arrays
+        are there); the words of those that train and predict."""
+        *preprocess, train, predict = (line.split() for line in said.splitlines() if line.startswith("  nnUNetv2_"))
+        for command in preprocess:
+            self.run(*command)
+        return train, predict
+
     def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
         """The last but one of the printed commands, on the CPU, for any fold."""
         script, dataset, configuration, _, *rest = planned.next_commands[-2].split()

@@ -156,9 +156,8 @@ def test_in_two_processes(preprocessed, nnunet, tmp_path, method):
 def test_compiled_blocks_learn_the_same(preprocessed, tmp_path, twice, monkeypatch):
     """Losses differ by rounding, 1e-7 of about 1, which nine steps amplify; files have the same names, and a run goes
     on with or without."""
-    if twice:
-        # traced alike; kernels, which take a minute to make, are those of the other test
-        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    # traced as for a GPU; kernels, which take a minute to make, are those of test_unetr.py
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain = run(tmp_path / "plain", tiny_settings(picture_epochs=9))
     changes = {"compile": True, "checkpoint_activations": twice, "picture_epochs": 9}
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
