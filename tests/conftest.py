@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import forked
+import torch
 from matplotlib.figure import Figure
 from nnunet_data import Folders, make_folders
 
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="session")
 def quick_nnunet():
     forked.quicken_nnunet()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """nnU-Net's resampling and export set torch's threads, and an error leaves them so."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -243,10 +243,11 @@ def _run(
     draw = partial(settings.inputs.draw, augment=settings.augmentation)
     samples = SampleDataset(task.subset(split.train), draw, settings.seed, case_in_key=True)
     keys = net.epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
-    batches = load_batches(fabric, samples, islice(keys, cut, None), settings.workers)
     steps = math.ceil(len(split.train) / settings.batch_size)
     weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
     with (
+        # workers end here, and not whenever their batches are collected
+        closing(load_batches(fabric, samples, islice(keys, cut, None), settings.workers)) as batches,
         closing(RunLog(run_dir, "epoch", epochs.start, settings.epochs)) as log,
         noting_stop_signals() as noted,
     ):

@@ -107,8 +107,9 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
     if settings.resume and fabric.is_global_zero:
         logger.info(f"{run_dir} goes on at step {first_step} of {settings.total_steps}")
     steps = range(first_step, settings.total_steps)
-    batches = learner.batches(data, steps)
     with (
+        # workers end here, and not whenever their batches are collected
+        closing(learner.batches(data, steps)) as batches,
         closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log,
         noting_stop_signals(fabric.is_global_zero) as noted,
     ):

@@ -139,7 +139,7 @@ def test_the_dry_run_takes_it_too(preprocessed, tmp_path, monkeypatch, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mim", "hiendmae"])
+@pytest.mark.parametrize("method", ["mim"])
 def test_in_two_processes(preprocessed, nnunet, tmp_path, method):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     launcher += ["--master-addr", "127.0.0.1", "--master-port", free_port(), "-m", "nnunetv2_hiendmae.cli"]

@@ -189,12 +189,15 @@ def test_several_processes_tell_once_where_they_stopped(nnunet, tmp_path):
 
 
 def test_a_second_signal_acts_at_once():
-    before = signal.getsignal(signal.SIGINT)
+    # a shell that starts tests in the background has them ignore Ctrl-C
+    inherited, before = signal.getsignal(signal.SIGINT), signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
     with pytest.raises(KeyboardInterrupt), noting_stop_signals() as noted:
         os.kill(os.getpid(), signal.SIGINT)
         assert noted() == signal.SIGINT
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.parametrize("method", METHODS)
