@@ -172,6 +172,12 @@ def locked(lock: Path, in_use: str, timeout_s: float = 0) -> Iterator[None]:
         held.release()
 
 
+def check_unlocked(lock: Path, in_use: str, timeout_s: float = 0) -> None:
+    """Raises what `locked` would, and keeps nothing."""
+    with locked(lock, in_use, timeout_s):
+        pass
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
     digest = hashlib.sha256()

@@ -56,16 +56,9 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     assert configuration["normalization_schemes"] == ["ZScoreNormalization"]
     assert configuration["spacing"] == [spacing] * 3 and plans["image_reader_writer"] == "SimpleITKIO"
 
-    splits = [{"train": ["case_000"], "val": ["case_001"]}]
-    (folder / "splits_final.json").write_text(json.dumps(splits))
-    said = workplace.run(*train, "-device", "cpu")
+    trained = workplace.train_and_predict("Dataset001_Toy", train, predict, encoder, tmp_path / "predicted")
+    said, segmentation = trained
     assert f"Encoder weights from {encoder}" in said and said.count("Please cite:\n") == 3
-    # prediction needs no encoder file
-    encoder.unlink()
-    output = tmp_path / "predicted"
-    place = predict.index("-o")
-    workplace.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0)
-    segmentation = workplace.read(output / "test_000.nii.gz")
     assert segmentation.shape == SHAPE and set(np.unique(segmentation)) <= {0, ORGAN, LESION}
     # the fine-tuned encoder comes out of nnU-Net's own checkpoint
     checkpoint = next(workplace.folders.results.rglob(f"*{plans_name}__*/fold_*/checkpoint_final.pth"))

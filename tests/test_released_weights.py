@@ -72,14 +72,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
         assert plans["image_reader_writer"] == "NibabelIOWithReorient"
     assert plans["configurations"]["3d_fullres"]["spacing"] == [released.spacing_mm] * 3
 
-    splits = [{"train": ["case_000"], "val": ["case_001"]}]
-    (folder / "splits_final.json").write_text(json.dumps(splits))
-    said = workplace.run(*train, "-device", "cpu")
+    trained = workplace.train_and_predict("Dataset001_Toy", train, predict, encoder, tmp_path / "predicted")
+    said, segmentation = trained
     assert f"Encoder weights from {encoder}" in said and said.count("Please cite:\n") == 1
-    # prediction needs no encoder file
-    encoder.unlink()
-    output = tmp_path / "predicted"
-    place = predict.index("-o")
-    workplace.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0)
-    segmentation = workplace.read(output / "test_000.nii.gz")
     assert segmentation.shape == SHAPE and set(np.unique(segmentation)) <= {0, ORGAN, LESION}

@@ -1,5 +1,6 @@
 """A place to run console scripts in: nnU-Net's folders and its variables."""
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,20 @@ class Workplace:
         for command in preprocess:
             self.run(*command)
         return train, predict
+
+    def train_and_predict(
+        self, dataset: str, train: list[str], predict: list[str], encoder: Path, output: Path
+    ) -> tuple[str, np.ndarray]:
+        """Follows these lines on one case, on the CPU; the encoder file is gone before prediction. What training said,
+        and the segmentation (D, H, W) of the one test image."""
+        splits = [{"train": ["case_000"], "val": ["case_001"]}]
+        (self.folders.preprocessed / dataset / "splits_final.json").write_text(json.dumps(splits))
+        said = self.run(*train, "-device", "cpu")
+        # prediction needs no encoder file
+        encoder.unlink()
+        place = predict.index("-o")
+        self.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0)
+        return said, self.read(output / "test_000.nii.gz")
 
     def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
         """The last but one of the printed commands, on the CPU, for any fold."""

@@ -10,7 +10,8 @@ from nnunetv2_hiendmae.schemas import CLOSED, validated
 POSITION_KINDS = ("sincos", "learned")
 # no number of an encoder comes near it, and products of a few such numbers are still numbers
 _LARGEST = 2**31
-# fields that 0.1 did not know: left out of the JSON form where they are at their default, so that it reads the others
+# fields that 0.1 did not know: left out of the JSON form where they are at their default, so that its runs and plans,
+# whose settings are compared in this form, go on
 _SINCE_0_1 = ("register_tokens", "layer_scale", "inner_norm")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import locked, write_text
+from nnunetv2_hiendmae.files import check_unlocked, locked, write_text
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
@@ -182,15 +182,16 @@ def _keep_for_this_process(raw: RawDataset, options: PreprocessOptions, stack: E
     if options.part is None:
         stack.enter_context(locked(whole, f"{busy}, or share the work: --part K/N"))
         for lock in folder.glob(f".{name}.part-*.lock"):
-            with locked(lock, busy):
-                pass
+            check_unlocked(lock, busy)
         return
-    part = f"part-{'-of-'.join(map(str, options.number_of_parts))}"
     own = f"another process is preprocessing part {options.part} of {raw.name} with {name}; wait for it to end"
-    stack.enter_context(locked(folder / f".{name}.{part}.lock", own))
+    stack.enter_context(locked(folder / f".{name}.{_part_name(options)}.lock", own))
     # other parts hold it for a moment
-    with locked(whole, busy, timeout_s=_LOOK_S):
-        pass
+    check_unlocked(whole, busy, timeout_s=_LOOK_S)
+
+
+def _part_name(options: PreprocessOptions) -> str:
+    return "part-{}-of-{}".format(*options.number_of_parts)
 
 
 def _folder(raw: RawDataset) -> Path:
@@ -200,14 +201,10 @@ def _folder(raw: RawDataset) -> Path:
 def _scratch(raw: RawDataset, options: PreprocessOptions, stack: ExitStack) -> Path:
     """Where cases are written before they are moved: nnU-Net allows nothing but cases in the folder of the arrays."""
     ours = f".{options.plans_name}_{CONFIGURATION}"
-    scratch = _folder(raw) / f"{ours}.partial"
+    whole = options.part is None
+    scratch = _folder(raw) / (f"{ours}.partial" if whole else f"{ours}.{_part_name(options)}.partial")
     # the lock is ours, so what lies there was left by a process that was killed
-    left = [scratch, *_folder(raw).glob(f"{ours}.part-*.partial")]
-    if options.part is not None:
-        number, parts = options.number_of_parts
-        scratch = scratch.with_name(f"{ours}.part-{number}-of-{parts}.partial")
-        left = [scratch]
-    for folder in left:
+    for folder in (scratch, *(_folder(raw).glob(f"{ours}.part-*.partial") if whole else ())):
         shutil.rmtree(folder, ignore_errors=True)
     scratch.mkdir(parents=True)
     stack.callback(shutil.rmtree, scratch, ignore_errors=True)

@@ -199,8 +199,7 @@ def check_claimable(run_dir: Path, settings: RunSettings, data_digest: str) -> N
     if not os.access(existing, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {run_dir}: {existing} is not writable; choose a writable folder")
     if (run_dir / files.LOCK).exists():
-        with files.locked(run_dir / files.LOCK, _IN_USE.format(run_dir)):
-            pass
+        files.check_unlocked(run_dir / files.LOCK, _IN_USE.format(run_dir))
     check_folder(run_dir, settings, data_digest)
 
 

@@ -46,9 +46,7 @@ def export_nnssl(
     content = {
         NETWORK: {theirs(name): _alone(tensor) for name, tensor in state.items()},
         PLAN: _plan(spec, metadata.volume),
-        CITATIONS: [
-            {"type": "Pre-Training Method", "name": metadata.method, "bibtex_citations": [*metadata.citations]}
-        ],
+        CITATIONS: [{"type": _CITED, "name": metadata.method, "bibtex_citations": [*metadata.citations]}],
         EXPORT_KEY: metadata.to_json(),
     }
     with replacing(path, new=new) as temporary, temporary.open("wb") as f:
