@@ -17,7 +17,7 @@ ACTIONS = {
 NEEDED = {
     "train": [
         ("--labels", "labels_file", "CSV", "columns case,label and, if wanted, fold or split"),
-        ("-w", "encoder_file", "FILE", "encoder file (encoder.safetensors)"),
+        ("-w", "encoder_file", "FILE", "encoder file, or hf://ORG/REPO[/FILE]"),
     ],
     "predict": [("-m", "run_dir", "RUN_DIR", "run folder of classify train")],
 }

@@ -12,7 +12,14 @@ HELP = "write nnU-Net plans that fine-tune an encoder"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="labelled dataset to fine-tune on")
-    add("-w", dest="encoder_file", type=Path, required=True, metavar="FILE", help="encoder file (encoder.safetensors)")
+    add(
+        "-w",
+        dest="encoder_file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="encoder file, or hf://ORG/REPO[/FILE]",
+    )
     add_options(parser, PlanOptions)
 
 

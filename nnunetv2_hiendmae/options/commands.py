@@ -143,7 +143,7 @@ class PretrainOptions(CommandOptions):
     encoder: str | None = _from(
         f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=PRESETS
     )
-    encoder_file: Path | None = option(None, "encoder file to start from", flag="-w", metavar="FILE")
+    encoder_file: Path | None = option(None, "start from this file, or hf://ORG/REPO[/FILE]", flag="-w", metavar="FILE")
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)
     patch_size: tuple[int, int, int] | None = _from(_PRESET, "ViT patch in voxels", metavar=_DHW)
     epochs: int | None = _count(None, "epochs; more than before with --c extend a finished run", default_is=_METHOD)

@@ -24,6 +24,7 @@ from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.volumes import CaseSet, check_crop_size, find_cases
 from nnunetv2_hiendmae.weights import check_encoder_file
 from nnunetv2_hiendmae.weights.adapt import check_compatible
+from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 
 logger = logging.getLogger(__name__)
 
@@ -216,12 +217,16 @@ def _start(options: PretrainOptions, channels: int, preset: str) -> tuple[Start 
     """Where the encoder's weights come from, and the encoder: that of the file, where no preset is given."""
     if options.encoder_file is None:
         return None, _sized(PRESETS[preset], options, channels)
-    metadata, file = check_encoder_file(options.encoder_file), Path(options.encoder_file).resolve()
+    file = local_file(options.encoder_file)
+    metadata, digest, named = check_encoder_file(file), sha256(file), hub_name(file)
     own = metadata.spec.with_(drop_path_rate=0.0)
     spec = _sized(PRESETS[preset] if options.encoder else own, options, channels)
     check_compatible(metadata.spec, spec, "leave out --encoder and --patch-size, which the file decides")
     known = {name: getattr(metadata, name) for name in ("method", "citations", "licence", "source", "source_sha256")}
-    return Start(**{**known, "file": str(file), "sha256": sha256(file), "source": metadata.source or file.name}), spec
+    known["source"] = named or metadata.source or file.resolve().name
+    if named:
+        known["source_sha256"] = digest
+    return Start(file=str(lasting_path(file)), sha256=digest, **known), spec
 
 
 def extended(settings: PretrainSettings, options: PretrainOptions, run_dir: Path) -> PretrainSettings:

@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLAN
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.weights import load_into
+from nnunetv2_hiendmae.weights.hub import hub_name
 
 __all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
 
@@ -217,7 +218,9 @@ class _ViTTrainer(nnUNetTrainer):
             )
         del self._fresh_kernel
         if not path.is_file():
-            raise RuntimeError(f"the plans' encoder file {path} does not exist; put it back, or run: {PLAN_COMMAND}")
+            named = hub_name(path)
+            back = f"download it to there again with: hiendmae inspect {named}" if named else "put it back"
+            raise RuntimeError(f"the plans' encoder file {path} does not exist; {back}, or run: {PLAN_COMMAND}")
         if sha256(path) != self.section.encoder_sha256:
             raise RuntimeError(f"the encoder file {path} changed since the plans were made; run: {PLAN_COMMAND}")
         try:
