@@ -106,7 +106,9 @@ def convert_checkpoint(
         report, notes = export(output, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
-        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm, monai, nnssl or {HUB_TARGET}")
+        raise UserError(
+            f"{source} is an encoder file already; use it as it is, or give --to timm, monai, nnssl or {HUB_TARGET}"
+        )
     encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 

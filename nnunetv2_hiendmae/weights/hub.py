@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.files import ENCODER, sha256
 logger = logging.getLogger(__name__)
 
 # pathlib makes one slash of two
-_START = re.compile("hf:/+")
+_START = re.compile("hf:(/+|$)")
 _NAME = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _FORMS = "hf://ORG/REPO, hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE"
 # what the Hub calls repositories that hold no models
@@ -95,10 +95,10 @@ def _fetch(repo: str, revision: str | None, file: str | None) -> Path:
 
 def _cached(repo: str, revision: str | None) -> list[str]:
     """Files of a revision that the cache has."""
-    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
-        found = [r for r in scan_cache_dir().repos if (r.repo_id, r.repo_type) == (repo, "model")]
+        found = [r for r in scan_cache_dir(constants.HF_HUB_CACHE).repos if (r.repo_id, r.repo_type) == (repo, "model")]
     except CacheNotFound:
         return []
     wanted = revision or "main"
