@@ -76,7 +76,10 @@ def lasting_path(path: Path) -> Path:
 def _fetch(repo: str, revision: str | None, file: str | None) -> Path:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging as hub_logging
 
+    # it prints its warnings itself: the root logger would print them once more
+    hub_logging.disable_propagation()
     try:
         return Path(hf_hub_download(repo, file or ENCODER, revision=revision))
     except EntryNotFoundError as e:
