@@ -80,6 +80,8 @@ RECIPES: dict[str, MethodRecipe] = {
     ),
 }
 DEFAULT_METHOD = "hiendmae"
+# peak learning rate without weights, whatever the method: that of nnU-Net's own vision transformers (Primus)
+SCRATCH_LR = 3e-4
 # ours, for weights that another program pretrained or trained, whatever its method: as the baseline, with nnU-Net's own
 # batch size
 FOREIGN = MethodRecipe("nnUNetTrainer_Pretrained", citations=(), volume=VolumeFormat(), batch_size=2)
