@@ -351,10 +351,10 @@ def test_continuing_inside_and_after_the_warm_up_changes_nothing(make, tmp_path)
 
 def train_as_one_of_two(plans: dict, dataset_json: dict, store: str, rank: int, output: str) -> None:
     """In a process: an epoch with a frozen encoder, and two after it; each process has batches of its own."""
-    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     trainer = nnUNetTrainer_HiEndMAE(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
-    torch.manual_seed(0)
     trainer.initialize()
+    # after which nnU-Net would look for a GPU
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
     trainer.network = DistributedDataParallel(trainer.network)
     for epoch in range(3):
         trainer.current_epoch = epoch
