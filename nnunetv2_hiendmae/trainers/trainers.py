@@ -19,9 +19,10 @@ from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.randomness import seed_of
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
-from nnunetv2_hiendmae.trainers.seeding import seeded, seeds_of
+from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
 
 # beside 0 and 1, the loaders of training and validation
@@ -196,7 +197,7 @@ class _ViTTrainer(nnUNetTrainer):
         recipe = self.section.recipe
         if recipe.seed is not None:
             # for stochastic depth
-            torch.manual_seed(seeds_of(recipe.seed, self.local_rank, _EPOCH, self.current_epoch)[0])
+            torch.manual_seed(seed_of(recipe.seed, self.local_rank, _EPOCH, self.current_epoch))
         frozen = recipe.freeze_encoder or self.current_epoch < recipe.decoder_warmup
         if frozen:
             # no stochastic depth in what does not learn

@@ -15,7 +15,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workplace import make_workplace, prepare
 
-from nnunetv2_hiendmae.trainers import seeding
+from nnunetv2_hiendmae.trainers.loaders import seeded
 
 
 class Noise:
@@ -36,7 +36,7 @@ def augmenter(workers: int):
 
 
 def draw(count: int, workers: int = 0, seed=(5, 0, 0), first: int = 0) -> list:
-    batches = seeding.seeded(augmenter(workers), seed, first)
+    batches = seeded(augmenter(workers), seed, first)
     drawn = [next(batches) for _ in range(count)]
     if workers:
         batches._finish()

@@ -2,17 +2,13 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
-
-def seeds_of(*numbers: int) -> list[int]:
-    """Two seeds of 32 bits, independent of each other and of those of other numbers; these are at least 0."""
-    return np.random.SeedSequence(numbers).generate_state(2).tolist()
+from nnunetv2_hiendmae.randomness import seed_of, seeded_globals
 
 
 class SeededLoader:
@@ -35,12 +31,9 @@ class SeededLoader:
         self.number += thread_id
 
     def __next__(self) -> dict[str, Any]:
-        of_numpy, of_torch = seeds_of(*self.seed, self.number)
+        seed = seed_of(*self.seed, self.number)
         self.number += self.stride
-        np.random.seed(of_numpy)  # noqa: NPY002
-        # without workers the network's stochastic depth draws from it too
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(of_torch)
+        with seeded_globals(seed):
             return next(self.loader)
 
 
