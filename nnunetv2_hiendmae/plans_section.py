@@ -72,11 +72,11 @@ class FinetuneRecipe:
             yield not self.freeze_encoder or value == neutral, told
         counts = "epochs, iterations_per_epoch and val_iterations_per_epoch must be at least 1"
         yield min(self.epochs, self.iterations_per_epoch, self.val_iterations_per_epoch) >= 1, counts
-        yield self.decoder_warmup >= 0, f"decoder_warmup {self.decoder_warmup} must be at least 0"
-        last = self.epochs - max(0, self.decoder_warmup) - 1
-        after = f" after decoder_warmup {self.decoder_warmup}" if self.decoder_warmup else ""
-        told = f"warmup_epochs {self.warmup_epochs}{after} must lie in 0..epochs-1 ({last})"
-        yield 0 <= self.warmup_epochs <= last, told
+        warmup, last = self.decoder_warmup, self.epochs - 1
+        yield 0 <= warmup <= last, f"decoder_warmup {warmup} must lie in 0..epochs-1 ({last})"
+        after = f" after decoder_warmup {warmup}" if warmup else ""
+        told = f"warmup_epochs {self.warmup_epochs}{after} must lie in 0..epochs-1 ({last - warmup})"
+        yield not 0 <= warmup <= last or 0 <= self.warmup_epochs <= last - warmup, told
         yield self.seed is None or 0 <= self.seed < 2**63, f"seed {self.seed} must lie in 0..2^63-1"
 
 

@@ -57,6 +57,8 @@ _TOLD = {
     "seed": "seed {seed}",
     "grad_clip": "gradients clipped to {grad_clip:g}",
 }
+# values that change nothing
+_UNTOLD = {"encoder_lr_scale": 1, "decoder_warmup": 0}
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +290,7 @@ def _messages(
         ),
         ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader}"),
         ("channels", _DATASET, f"channels {', '.join(channels)}"),
-        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] is not None),
+        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] not in (None, _UNTOLD.get(o))),
     ]
     if section.recipe.freeze_encoder:
         facts.append(("freeze_encoder", _GIVEN, "encoder frozen"))

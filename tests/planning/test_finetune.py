@@ -391,7 +391,7 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
         ),
         *(({"encoder_lr_scale": f}, rf"encoder_lr_scale {f} .*\(0, 1\]") for f in (0.0, 1.5)),
         ({"epochs": 5, "decoder_warmup": 4, "warmup_epochs": 1}, r"warmup_epochs 1 after decoder_warmup 4 .*\(0\)"),
-        ({"decoder_warmup": -1}, r"decoder_warmup -1 .* 0\b"),
+        *(({"decoder_warmup": w}, rf"decoder_warmup {w} .*\(299\); change") for w in (-1, 300)),
         ({"scratch_lr": 2.0}, r"scratch_lr is 2\.0.* 1\b"),
         *(({"seed": seed}, rf"seed {seed} .*0\.\.2\^63-1") for seed in (-1, 2**63)),
         ({"batch_size": 0}, r"--batch-size is 0, .* 1\b"),
