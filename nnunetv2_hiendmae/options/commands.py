@@ -197,9 +197,7 @@ class PlanOptions(CommandOptions):
     iterations_per_epoch: int | None = _from("nnU-Net's 250", "training batches per epoch", metavar="N")
     val_iterations_per_epoch: int | None = _from("nnU-Net's 50", "validation batches per epoch", metavar="N")
     lr: float | None = _from(_RECIPE, "peak learning rate")
-    scratch_lr: float | None = _from(
-        "--lr with --from-scratch, else 3e-4", "peak learning rate from scratch", metavar="LR"
-    )
+    scratch_lr: float | None = _from("--lr with --from-scratch, else 3e-4", "peak rate from scratch", metavar="LR")
     weight_decay: float | None = _from(_RECIPE, "AdamW weight decay")
     batch_size: int | None = _from(_RECIPE, "crops per batch", metavar="B", at_least=1)
     patch_size: tuple[int, int, int] | None = _from(_FILE, "crop in voxels", metavar=_DHW)
