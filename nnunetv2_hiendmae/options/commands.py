@@ -94,8 +94,8 @@ class PreprocessOptions(CommandOptions):
     plans_name: str = _plans(help="name of the plans")
     like: str | Path | None = option(
         None,
-        "method or encoder file whose spacing and window to use",
-        metavar="METHOD|FILE",
+        "method or encoder file whose spacing and window to use; mri: 1 mm, z-scored, for MR of heads",
+        metavar="METHOD|mri|FILE",
         default_is="hiendmae",
     )
     spacing_mm: tuple[float, float, float] | None = option(
@@ -103,7 +103,7 @@ class PreprocessOptions(CommandOptions):
         "target spacing in mm",
         flag="--spacing",
         metavar=_DHW,
-        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median",
+        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median; mri: 1 1 1",
     )
     window_hu: tuple[float, float] | None = option(
         None,
@@ -111,7 +111,7 @@ class PreprocessOptions(CommandOptions):
         **_WINDOW,
         default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
     )
-    interpolation: str | None = _interpolation("that of --like; all methods: linear")
+    interpolation: str | None = _interpolation("that of --like; methods and mri: linear")
     part: str | None = option(
         None, "take every N-th case only, from the K-th on: one part per machine, at the same time", metavar="K/N"
     )
