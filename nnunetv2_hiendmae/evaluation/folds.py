@@ -16,7 +16,7 @@ from typing_extensions import TypedDict
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.evaluation.draws import SHOTS, Fold, Subset, draw
-from nnunetv2_hiendmae.evaluation.patients import PATIENTS_FILE, Patients, missing_words, read_patients, torn_patients
+from nnunetv2_hiendmae.evaluation.patients import PATIENTS_FILE, Patients, notes_on_patients, read_patients
 from nnunetv2_hiendmae.files import locked, telling_damage, write_text
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS, Folds, read_as, read_dataset_json, read_json
 
@@ -105,9 +105,8 @@ def list_folds(dataset: str | int) -> Splits:
     if not splits.folds:
         raise UserError(f"{folder} has no {SPLITS_FILE} yet; run: hiendmae splits -d {folder.name} --shots 1")
     patients = read_patients(folder.name, splits.cases)
-    for number, fold in enumerate(splits.folds):
-        if torn := torn_patients(fold, patients):
-            logger.warning("fold %d trains and validates on the same patients (%s)", number, some(torn))
+    for note in notes_on_patients(patients, dict(enumerate(splits.folds)), splits.cases):
+        logger.warning(note)
     return splits
 
 
@@ -220,8 +219,8 @@ def _check_relatives(splits: Splits, subset: Subset, drawn: set[str]) -> None:
 
 def _tell(splits: Splits, subsets: Sequence[Subset], patients: Patients) -> None:
     """Warns of what new folds could not be, or what was taken for granted."""
-    if told := missing_words(patients, splits.cases):
-        logger.warning(told)
+    for note in notes_on_patients(patients, {}, splits.cases):
+        logger.warning(note)
     for single in dict.fromkeys(replace(subset, repeat=0) for subset in subsets):
         repeats = [number for number, subset in splits.appended.items() if replace(subset, repeat=0) == single]
         trained = [{patients.get(case, case) for case in splits.folds[number]["train"]} for number in repeats]

@@ -1,7 +1,7 @@
 """Which cases are of one patient: the user's `patients.json`."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,15 @@ def read_patients(dataset: str, known: Collection[str] | None) -> Patients:
     return patients
 
 
-def missing_words(patients: Patients, cases: Collection[str]) -> str:
-    """What a reader must know of cases that the file leaves out; "" where there are none, or no file."""
-    missing = sorted(set(cases) - patients.keys()) if patients else ()
-    if not missing:
-        return ""
-    return f"{len(missing)} cases are not in {PATIENTS_FILE} and count as patients of their own: {some(missing)}"
+def notes_on_patients(
+    patients: Patients, folds: Mapping[int, Mapping[str, Any]], cases: Collection[str]
+) -> Iterator[str]:
+    """What a reader must know: which of `cases` the file leaves out, and which of `folds` (by number) leak."""
+    if missing := sorted(set(cases) - patients.keys()) if patients else ():
+        yield f"{len(missing)} cases are not in {PATIENTS_FILE} and count as patients of their own: {some(missing)}"
+    for number, fold in folds.items():
+        if torn := torn_patients(fold, patients):
+            yield f"fold {number} trains and validates on the same patients ({some(torn)}), its Dice are too high"
 
 
 def torn_patients(fold: Mapping[str, Any], patients: Patients) -> list[str]:
