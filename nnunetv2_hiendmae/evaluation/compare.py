@@ -42,9 +42,9 @@ class SettingResult:
             (of cases, where nothing is known of patients) and of `repeats`, and mean and std over these of their means
             over the cases that all of them have. A case counts with its mean over repeats.
         comparisons: a row for each pair: `first` − `second` on the `folds` and cases that both have, `measure` "mean",
-            what `paired_test` gives, number of `repeats` and whether the runs are `equivalent`; one family of tests for
-            Holm's correction. Each pair is of one fold: a case is compared with itself in the same repeat, and counts
-            with the mean of these differences.
+            what `paired_test` gives, number of `repeats`, std over these of the mean difference, and whether the runs
+            are `equivalent`; one family of tests for Holm's correction. A case is compared with itself in the same
+            repeat, and counts with the mean of these differences.
         class_comparisons: the same for every class as `measure`, another family.
         notes: what a reader must know before believing the numbers.
     """
@@ -136,7 +136,7 @@ def compare(
                 len({(splits.draw_of(fold)[0], case) for fold, case in _in_all_runs(there)}),
                 _runs(there, numbers, splits, patients),
                 *(
-                    _with_verdicts(_comparisons(there, pairs, measures, seed, patients), splits, equivalence)
+                    _with_verdicts(_comparisons(there, pairs, measures, seed, splits, patients), equivalence)
                     for measures in ([MEAN], classes)
                 ),
                 list(_notes(there, numbers, found, splits, baseline)),
@@ -237,9 +237,14 @@ def _runs(dice: pd.DataFrame, folds: Sequence[int], splits: Splits, patients: Pa
 
 
 def _comparisons(
-    dice: pd.DataFrame, pairs: Iterable[tuple], measures: Iterable[str], seed: int, patients: Patients
+    dice: pd.DataFrame,
+    pairs: Iterable[tuple],
+    measures: Iterable[str],
+    seed: int,
+    splits: Splits,
+    patients: Patients,
 ) -> pd.DataFrame:
-    """What `paired_test` gives of each pair, one family of tests; pairs of which a run is missing here are left out."""
+    """As `SettingResult.comparisons` but for verdicts; pairs of which a run is missing here are left out."""
     by_run, folds = dice.unstack("run").sort_index(), dice.reset_index("fold").groupby("run")["fold"].unique()
     rows = []
     for measure, (first, second) in product(measures, pairs):
@@ -252,18 +257,18 @@ def _comparisons(
         shared = [fold for fold in folds[first].tolist() if fold in folds[second]]
         clusters = [patients.get(name, name) for name in names] if patients else None
         test = paired_test(*once, clusters, seed)
-        rows.append({"first": first, "second": second, "measure": measure, "folds": shared, **test})
+        about = {"first": first, "second": second, "measure": measure, "folds": shared}
+        # the runs stand on the same repeats: what a draw does to both of them cancels
+        spread = spread_over_repeats(both[first] - both[second], splits)
+        rows.append({**about, **test, **{name: spread[name] for name in ("repeats", "std_over_repeats")}})
     tests = pd.DataFrame(rows)
     return tests.assign(p_holm=holm(tests["p_wilcoxon"])) if rows else tests
 
 
-def _with_verdicts(tests: pd.DataFrame, splits: Splits, points: float) -> pd.DataFrame:
-    """Tests of Dice with the number of repeats in them, and whether the difference is within ± `points`."""
-    if tests.empty:
-        return tests
-    found = (equivalent(row.pairs, row.interval_90, points / 100) for row in tests.itertuples())
-    repeats = [len({splits.draw_of(fold)[1] for fold in folds}) for folds in tests["folds"]]
-    return tests.assign(repeats=repeats, equivalent=pd.Series(found, tests.index, dtype=object))
+def _with_verdicts(tests: pd.DataFrame, points: float) -> pd.DataFrame:
+    """Tests of Dice, and whether the differences are within ± `points`."""
+    found = [equivalent(row.pairs, row.interval_90, points / 100) for row in tests.itertuples()]
+    return tests.assign(equivalent=pd.Series(found, tests.index, dtype=object))
 
 
 def _notes(

@@ -29,6 +29,10 @@ TESTS = (
     "Equivalent: the 90% interval of the same samples lies within {margin} (two one-sided tests at 5%; a point is a "
     "Dice of 0.01); n/a for fewer than {least} pairs."
 )
+REPEATS = (
+    "Every repeat trains on other cases. A case counts with its mean over repeats. **Over repeats**: mean of each "
+    "repeat over the cases that all repeats of the run have; in tests, of the differences in one repeat."
+)
 
 # columns of runs.csv
 RUN_MEASURES = (
@@ -134,6 +138,7 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
         _table_of(overview),
         "Per class, over cases:",
         table(["class", *(labels[run["run"]] for run in runs)], per_class),
+        REPEATS if _repeated(result) else "",
     ]
     if tests:
         count = result.comparisons["p_wilcoxon"].count()
@@ -147,7 +152,7 @@ def _setting(result: SettingResult, report: Report) -> list[str]:
 
 
 def _run_cells(run: Mapping[str, Any], result: SettingResult, report: Report) -> dict[str, str]:
-    by_patient, repeated = report.unit == PATIENT, result.runs["repeats"].max() > 1
+    by_patient, repeated = report.unit == PATIENT, _repeated(result)
     return {
         "run": report.labels[run["run"]],
         "folds": _listed(run["folds"]),
@@ -166,7 +171,7 @@ def _run_cells(run: Mapping[str, Any], result: SettingResult, report: Report) ->
 
 def _test_cells(test: Mapping[str, Any], result: SettingResult, report: Report) -> dict[str, str]:
     units = {"patients": test["pairs"], "cases": test["cases"]} if report.unit == PATIENT else {"pairs": test["pairs"]}
-    units |= {"repeats": test["repeats"]} if result.runs["repeats"].max() > 1 else {}
+    units |= {"repeats": test["repeats"]} if _repeated(result) else {}
     reason = f" ({test['reason']})" if test["reason"] else ""
     verdict = "n/a"
     if test["equivalent"] is not None:
@@ -176,10 +181,15 @@ def _test_cells(test: Mapping[str, Any], result: SettingResult, report: Report) 
         "folds": _listed(test["folds"]) or "none",
         **{name: str(count) for name, count in units.items()},
         "difference [95%]": f"{_number(test['mean_difference'], '+.4f')} {_interval(test['interval_95'])}",
+        **({"over repeats": f"± {_number(test['std_over_repeats'])}"} if _repeated(result) else {}),
         "p": _number(test["p_wilcoxon"], ".2g") + reason,
         "p, Holm": _number(test["p_holm"], ".2g"),
         f"within {_margin(report)} [90%]": verdict,
     }
+
+
+def _repeated(result: SettingResult) -> bool:
+    return result.runs["repeats"].max() > 1
 
 
 def _interval(bounds: Sequence[float]) -> str:
