@@ -11,7 +11,7 @@ RUNS = "trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns of one 
 EXAMPLE = "'FewShot_*' takes all plans of that beginning"
 BASELINE = "compare all others with this run, told in the same way; it must fit one run (default: every pair)"
 
-EQUIVALENCE = "Dice points of 0.01: a difference that is shown to be smaller is called equivalent (default: 1)"
+EQUIVALENCE = "margin in Dice points of 0.01: runs are equivalent where they are shown to differ by less"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
