@@ -31,6 +31,7 @@ BASE = {
     "optim",
     "figures",
     "threads",
+    "host_memory",
     "randomness",
 }
 # part of the package -> parts of ours that it may import
@@ -47,6 +48,7 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "threads": set(),
+    "host_memory": set(),
     "randomness": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
