@@ -17,8 +17,8 @@ def set_freed_memory(keep: bool) -> bool:
 
     By default glibc gives a step's gradients and activations back and gets them page by page again, depending on where
     they happened to lie: a tenth of a step's time, in some runs and not in others. Kept, they cost what the peak costs.
-    Given back, memory is not broken into pieces that no tensor fits into: half the peak of MiM with blocks computed
-    twice, for half more time than without. What the user has set is left as it is, and so are other allocators.
+    Given back, memory is not broken into pieces that no tensor fits into: three quarters of the peak of MiM with blocks
+    computed twice, for half more time. What the user has set is left as it is, and so are other allocators.
 
     Returns:
         Whether anything was set.
