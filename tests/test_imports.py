@@ -31,6 +31,8 @@ BASE = {
     "optim",
     "figures",
     "threads",
+    "host_memory",
+    "randomness",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -46,6 +48,8 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "threads": set(),
+    "host_memory": set(),
+    "randomness": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},

@@ -97,7 +97,9 @@ def test_no_names_of_cases_and_no_paths(run_dir, tmp_path):
     assert metadata.citations == METADATA.citations
     for file in out.iterdir():
         content = file.read_bytes()
-        assert not [name for name in (b"smith", b"jones", b"Jane", b"jane", b"me\\", b"/data/") if name in content], file
+        assert not [name for name in (b"smith", b"jones", b"Jane", b"jane", b"me\\", b"/data/") if name in content], (
+            file
+        )
 
 
 def test_what_names_nothing_stays_the_same_file(run_dir, tmp_path):
