@@ -14,16 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add = parser.add_argument
     add("file", type=Path, metavar="FILE", help="checkpoint, or hf://ORG/REPO[/FILE]; see: hiendmae inspect FILE")
-    add(
-        "-o",
-        dest="output",
-        type=Path,
-        required=True,
-        metavar="OUT",
-        help="file or folder to write, e.g. encoder.safetensors",
-    )
+    add("-o", dest="output", type=Path, required=True, metavar="OUT", help="file to write, e.g. encoder.safetensors")
     add_options(parser, ConvertOptions)
-    told = "write a .safetensors with these names, nnssl: a .pth with its plan, hub-folder: a folder with model card"
+    told = "write a .safetensors with these names, nnssl: a .pth with its plan, hub-folder: a folder for the Hub"
     add("--to", choices=["timm", "monai", "nnssl", "hub-folder"], help=f"{told} (default: an encoder file)")
     add("--force", action="store_true", help="replace OUT if it exists")
 

@@ -8,12 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.files import ENCODER, LOG, scratch_folder, sha256, telling_disk_errors, write_text
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.schemas import LogLine, validated
+from nnunetv2_hiendmae.schemas import validated
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, save_encoder
 from nnunetv2_hiendmae.weights.report import LoadReport
 
@@ -21,8 +22,11 @@ HUB_TARGET = "hub-folder"
 # the Hub shows the card, and counts downloads by the configuration
 CARD, CONFIG = "README.md", "config.json"
 FILES = (ENCODER, CONFIG, CARD)
+_OF_GIT = (".git", ".gitattributes", ".gitignore")
 # the Hub's names of licences
 _LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0")
+# of log.jsonl
+_Line = dict[str, FiniteFloat]
 _MEASURES = ("loss", "probe_dice", "probe_rank")
 _ABSOLUTE = r"(?:~|[A-Za-z]:)?[/\\]"
 # in a sentence: no part of a URL, of a date or of "and/or"
@@ -33,7 +37,7 @@ def check_hub_folder(folder: Path, force: bool) -> None:
     """Refuses what a folder for the Hub must not replace, or would take along (UserError)."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; --to {HUB_TARGET} writes a folder, give another -o")
-    others = [p.name for p in folder.iterdir() if p.name not in FILES and p.name[0] != "."] if folder.is_dir() else []
+    others = {p.name for p in folder.iterdir()} - {*FILES, *_OF_GIT} if folder.is_dir() else set()
     if force and others:
         told = f"{folder} holds {printable(some(sorted(others)))}, which would be uploaded too"
         raise UserError(f"{told}; give the name of a new folder to -o")
@@ -149,12 +153,12 @@ def model_card(metadata: EncoderMetadata, parameters: int, digest: str, run_dir:
 
 def _measures(run_dir: Path, steps: object) -> dict[str, float]:
     """Means of losses and of what a probe found, over the last epoch of the first `steps` steps in a run's log."""
-    lines: list[dict[str, Any]] = []
+    lines: list[_Line] = []
     path = run_dir / LOG
     for text in reversed(path.read_bytes().splitlines()) if path.is_file() and isinstance(steps, int) else ():
         # a kill may cut the last line
         with suppress(ValueError):
-            line = validated(LogLine, text)
+            line = validated(_Line, text)
             if lines and line.get("epoch") != lines[0].get("epoch"):
                 break
             if 0 <= line.get("step", -1) < steps:

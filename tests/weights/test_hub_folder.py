@@ -47,7 +47,7 @@ def run_dir(tmp_path):
     lines = [{"step": s, "epoch": s // 2, "loss": loss, "lr": 1e-3} for s, loss in enumerate((9, 8, 1, 2, 70))]
     lines[3]["probe_dice"] = 0.375
     log = "\n".join(map(json.dumps, [{"step": -1, "epoch": 0, "probe_dice": 0.125}, *lines]))
-    (folder / "log.jsonl").write_text(f'{log}\n{{"step": 5, "epo')
+    (folder / "log.jsonl").write_text(f'{log}\n{{"step": {{}}}}\n{{"step": 5, "epo')
     return folder
 
 
