@@ -39,6 +39,8 @@ def local_file(name: str | Path) -> Path:
         UserError: no such name, repository, revision or file, no access, no connection while it is not in the cache,
             or a damaged file in the cache.
     """
+    if re.match("https?:/", str(name)):
+        raise UserError(f"{printable(name)} is the address of a page, needed a file or a name: {_FORMS}")
     start = _START.match(str(name))
     if not start:
         return Path(name)

@@ -78,7 +78,9 @@ def test_without_file_the_only_weights_are_taken(hub):
         local_file(f"hf://{REPO}")
 
 
-@pytest.mark.parametrize("name", ["hf://", "hf://a", "hf://a/", "hf://a/b@", "hf://a@b", "hf://datasets/a/b/c.pth"])
+@pytest.mark.parametrize(
+    "name", ["hf://", "hf://a", "hf://a/", "hf://a/b@", "hf://a@b", "hf://datasets/a/b/c.pth", "https://hub/a/b"]
+)
 def test_other_names_are_refused_with_the_form(capsys, name):
     code, out, err = run(capsys, "inspect", name)
     assert code == 2 and not out and len(err.splitlines()) == 1
