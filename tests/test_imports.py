@@ -31,6 +31,7 @@ BASE = {
     "optim",
     "figures",
     "threads",
+    "processes",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -46,6 +47,7 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "threads": set(),
+    "processes": {"environment", "errors"},
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},
@@ -70,6 +72,7 @@ MAY_IMPORT_NNUNET = (
     "demo/",
     "inspection/volumes",
     "evaluation/folds",
+    "evaluation/measuring",
     "commands/doctor",
 )
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import combinations, product
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.folds import Splits, listed, read_splits
+from nnunetv2_hiendmae.evaluation.metrics import DICE, Metric, chosen_metrics, tolerances_mm
 from nnunetv2_hiendmae.evaluation.results import Run, collect_runs, matching, results_folder, run_names
 from nnunetv2_hiendmae.evaluation.statistics import foreground_mean, holm, mean_along, mean_ranks, paired_test, summary
 
@@ -32,6 +33,7 @@ class SettingResult:
             and what `paired_test` gives; one family of tests for Holm's correction.
         class_comparisons: the same for every class as `measure`, another family.
         notes: what a reader must know before believing the numbers.
+        all_pairs: as `comparisons`, of every pair whether there is a baseline or not: a family for the diagram.
     """
 
     setting: str
@@ -42,6 +44,7 @@ class SettingResult:
     comparisons: pd.DataFrame
     class_comparisons: pd.DataFrame
     notes: Sequence[str]
+    all_pairs: pd.DataFrame
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ class Report:
 
     Args:
         labels: full name of a run -> the shortest one that tells it from the others.
-        dice: of every case; index setting, run, fold, case; columns "mean" (over the classes that the case has a value
-            for) and the classes.
+        values: of every case; index setting, run, fold, case; columns "mean" (over the classes that the case has a
+            value for) and the classes.
+        metric: what the values are.
+        signed: of volumes, differences with their sign, as `values`.
+        others: name of a metric beside Dice -> report of it, of the same runs and cases.
     """
 
     dataset: str
@@ -60,7 +66,15 @@ class Report:
     notes: Sequence[str]
     settings: Sequence[SettingResult]
     labels: Mapping[str, str]
-    dice: pd.DataFrame
+    values: pd.DataFrame
+    metric: Metric = DICE
+    signed: pd.DataFrame | None = None
+    others: Mapping[str, "Report"] = field(default_factory=dict)
+
+    @property
+    def dice(self) -> pd.DataFrame:
+        """`values` of a report on Dice."""
+        return self.values
 
 
 def compare(
@@ -70,8 +84,12 @@ def compare(
     baseline: str | None = None,
     folds: Sequence[int] | None = None,
     seed: int = 0,
+    metrics: Sequence[str] = (DICE.name,),
+    tolerance: Sequence[str] = (),
+    num_processes: int = 4,
 ) -> Report:
-    """Compares runs by the Dice that nnU-Net measured on each fold's validation cases.
+    """Compares runs by the Dice that nnU-Net measured on each fold's validation cases, and by metrics of the
+    predictions that it stored there.
 
     Folds that mean different things are never put together: cross-validation, 1-shot, 10% and so on are settings of
     their own, and so are other seeds of them.
@@ -81,12 +99,18 @@ def compare(
         baseline: a run that all others are compared with, told in the same way; None: every pair.
         folds: numbers; None: all.
         seed: of the bootstrap, 0 or above.
+        metrics: some of `evaluation.metrics.METRICS`; Dice is always there.
+        tolerance: of NSD in mm, 1 by default: "2" for all classes, "liver=2" for one.
+        num_processes: that measure surfaces, 1 or above.
 
     Raises:
-        UserError: no results, unknown runs or folds, a negative seed, or damaged files.
+        UserError: no results, unknown runs, folds, metrics or classes, a number out of range, or files that are damaged
+            or, for metrics beside Dice, missing.
     """
-    if seed < 0:
-        raise UserError(f"--seed is {seed}, needed 0 or more")
+    for option, value, least in (("--seed", seed, 0), ("-np", num_processes, 1)):
+        if value < least:
+            raise UserError(f"{option} is {value}, needed {least} or more")
+    others = chosen_metrics(metrics, tolerance)
     folder = results_folder(dataset)
     splits = read_splits(nnunet_folder("nnUNet_preprocessed") / folder.name)
     if baseline is not None:
@@ -98,26 +122,47 @@ def compare(
     names = [run.name for run in found]
     pairs = list(combinations(names, 2) if baseline is None else product(names, [baseline]))
     settings = _settings(found, splits, folds)
-    dice = _dice(found, settings)
+    dice = values_of(found, settings)
     classes, results = list(dice.columns[1:]), []
+    tolerances = tolerances_mm(tolerance, classes)
     for setting, numbers in settings.items():
-        there = dice.loc[setting]
-        results.append(
-            SettingResult(
-                setting,
-                {fold: splits.meaning(fold) for fold in numbers},
-                classes,
-                int((there.groupby(["fold", "case"]).size() == there.index.unique("run").size).sum()),
-                _runs(there, numbers),
-                _comparisons(there, pairs, [MEAN], seed),
-                _comparisons(there, pairs, classes, seed),
-                list(_notes(there, numbers, found, splits, baseline)),
-            )
-        )
+        there, meanings = dice.loc[setting], {fold: splits.meaning(fold) for fold in numbers}
+        notes = list(_notes(there, numbers, found, splits, baseline))
+        results.append(setting_result(setting, meanings, there, pairs, seed, notes))
     notes = [f"{r.name}: fold_all is left out, it validates on its training cases" for r in found if r.has_fold_all]
     if not splits.folds:
         notes.append("no splits_final.json: which cases belong to which fold was not checked")
-    return Report(folder.name, baseline, seed, notes, results, short_names(names), dice)
+    report = Report(folder.name, baseline, seed, notes, results, short_names(names), dice)
+    if not others:
+        return report
+    from nnunetv2_hiendmae.evaluation.beside_dice import reports_beside
+
+    return replace(report, others=reports_beside(report, others, found, settings, pairs, tolerances, num_processes))
+
+
+def setting_result(
+    setting: str,
+    folds: Mapping[int, str],
+    values: pd.DataFrame,
+    pairs: Sequence[tuple],
+    seed: int,
+    notes: Sequence[str],
+    metric: Metric = DICE,
+) -> SettingResult:
+    """`values`: as `Report.values`, of one setting."""
+    classes, everything = list(values.columns[1:]), list(combinations(values.index.unique("run"), 2))
+    tests = _comparisons(values, pairs, [MEAN], seed)
+    return SettingResult(
+        setting,
+        folds,
+        classes,
+        int((values.groupby(["fold", "case"]).size() == values.index.unique("run").size).sum()),
+        _runs(values, [*folds], metric),
+        tests,
+        _comparisons(values, pairs, classes, seed),
+        notes,
+        tests if len(tests) == len(everything) else _comparisons(values, everything, [MEAN], seed),
+    )
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
@@ -143,8 +188,8 @@ def _settings(runs: Sequence[Run], splits: Splits, wanted: Sequence[int] | None)
     return {name: folds for (_, name), folds in sorted(grouped.items()) if present & set(folds)}
 
 
-def _dice(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.DataFrame:
-    """As `Report.dice`; the classes must be the same in all folds of all runs."""
+def values_of(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.DataFrame:
+    """As `Report.values`; the classes must be the same in all folds of all runs."""
     known = [(f"{run.name} fold {fold}", list(table)) for run in runs for fold, table in run.folds.items()]
     first, classes = known[0]
     for name, other in known:
@@ -168,11 +213,13 @@ def _dice(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.Data
     return dice
 
 
-def _runs(dice: pd.DataFrame, folds: Sequence[int]) -> pd.DataFrame:
+def _runs(dice: pd.DataFrame, folds: Sequence[int], metric: Metric) -> pd.DataFrame:
     """As `SettingResult.runs`."""
     complete = dice[MEAN].unstack("run").sort_index().dropna()
     common_means = dict(zip(complete, mean_along(np.ascontiguousarray(complete), 0), strict=True))
-    ranks = dict(zip(complete, mean_ranks(complete.to_numpy().T), strict=True)) if len(complete.columns) > 1 else {}
+    # of mean_ranks, which takes the highest for the best
+    better = complete.to_numpy().T * (1 if metric.higher_is_better else -1)
+    ranks = dict(zip(complete, mean_ranks(better), strict=True)) if len(complete.columns) > 1 else {}
     rows = []
     for run, table in dice.droplevel("run").groupby(dice.index.get_level_values("run"), sort=False):
         classes, own = table.drop(columns=MEAN), [fold for fold in folds if fold in table.index.unique("fold")]
