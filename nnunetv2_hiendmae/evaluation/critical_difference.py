@@ -7,7 +7,7 @@ from nnunetv2_hiendmae.files import write_with
 
 MIN_RUNS = 3
 LEVEL = 0.05
-WIDTH_INCHES, ROW_INCHES, INCHES_PER_LINE = 8.0, 1.3, 0.25
+WIDTH_INCHES, ROW_INCHES, INCHES_PER_LINE = 11.0, 1.2, 0.2
 
 
 def draw_critical_difference(report: Report, path: Path) -> None:

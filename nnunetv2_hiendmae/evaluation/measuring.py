@@ -106,13 +106,12 @@ def measure_runs(
     todo, problems = [case for case in cases if case not in known], {}
     if known:
         logger.info("metrics of %d of %d predictions are known from an earlier call", len(known), len(cases))
-    outcomes = in_processes([partial(_measured, case) for case in todo], num_processes, "measuring surfaces")
-    for cache, of_fold in groupby(todo, lambda case: case.cache):
-        for case in of_fold:
-            outcome = next(outcomes)
-            (problems if isinstance(outcome, str) else known)[case] = outcome
-        there = {c.name: {"sha256": digests[c], "classes": known[c]} for c in cases if c.cache == cache and c in known}
-        _write_cache(cache, there)
+    jobs, last_of_fold = [partial(_measured, case) for case in todo], {case.cache: case for case in todo}
+    for case, outcome in zip(todo, in_processes(jobs, num_processes, "measuring surfaces"), strict=True):
+        (problems if isinstance(outcome, str) else known)[case] = outcome
+        if case is last_of_fold[case.cache]:
+            there = [other for other in cases if other.cache == case.cache and other in known]
+            _write_cache(case.cache, {c.name: {"sha256": digests[c], "classes": known[c]} for c in there})
     _refuse(problems)
     return _tables(runs, {(case.run, case.fold, case.name): values for case, values in known.items()})
 

@@ -139,10 +139,10 @@ def draw_comparison(report: Report, path: Path) -> None:
             labels.append(_shortened(report.labels[run.run]) + (lacking if run.missing_folds else ""))
         shades = [colours[run] for run in result.runs["run"]]
         _draw_cases(dots, report.values.loc[result.setting][MEAN], labels, shades, report.metric.largest)
-        _finish(dots, f"{result.setting}\ncases, mean of classes", labels, report.metric.label)
+        _finish(dots, f"{result.setting}\ncases, mean of classes", labels, report)
         _draw_classes(bars, result, labels, shades, report.metric.largest)
         names = [*map(_shortened, result.classes)]
-        _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", names, report.metric.label)
+        _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", names, report)
     figure.suptitle(report.dataset, fontsize=11)
     write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
@@ -278,7 +278,6 @@ def _draw_cases(axis, cases: pd.Series, labels: Sequence[str], colours: Sequence
         if known.size:
             axis.hlines(known.mean(), i - 0.25, i + 0.25, color="black", linewidth=1.5, zorder=3)
     if largest is None:
-        axis.set_ylim(0, None)
         return
     low, high = axis.get_ylim()
     middle = min(max((low + high) / 2, SMALLEST_SPAN / 2), largest - SMALLEST_SPAN / 2)
@@ -298,15 +297,20 @@ def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: S
         for position in x[np.isnan(means)]:
             axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
     # bars start at nothing; the dots beside them show what happens near the top
-    axis.set_ylim(0, largest)
+    if largest is not None:
+        axis.set_ylim(0, largest)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _finish(axis, title: str, names: Sequence[str], label: str) -> None:
+def _finish(axis, title: str, names: Sequence[str], report: Report) -> None:
     axis.set_title(title, fontsize=9)
+    if report.metric.largest is None:
+        # misses lie far above everything else
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_ylim(0, None)
     axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
     axis.set_xlim(-0.6, len(names) - 0.4)
-    axis.set_ylabel(label, fontsize=8)
+    axis.set_ylabel(report.metric.label, fontsize=8)
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
