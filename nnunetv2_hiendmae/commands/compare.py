@@ -12,6 +12,7 @@ EXAMPLE = "'FewShot_*' takes all plans of that beginning"
 BASELINE = "compare all others with this run, told in the same way; it must fit one run (default: every pair)"
 METRICS = "some of dice,nsd,hd95,volume; those beside Dice are measured in nnU-Net's stored predictions (default: dice)"
 TOLERANCE = "of nsd in mm: a number for all classes, CLASS=MM for one (default: 1)"
+EQUIVALENCE = "Dice points of 0.01: a difference that is shown to be smaller is called equivalent (default: 1)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", metavar="NAME", help=BASELINE)
     add("--folds", type=int, nargs="+", metavar="FOLD", help="only these folds (default: all)")
     add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--equivalence", type=float, default=1.0, metavar="POINTS", help=EQUIVALENCE)
     add("--metrics", type=_names, default=["dice"], metavar="NAME,…", help=METRICS)
     add("--tolerance", nargs="+", default=[], metavar="MM", help=TOLERANCE)
     add("-np", dest="num_processes", type=int, default=4, metavar="N", help="processes that measure surfaces")

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pandas as pd
 
 from nnunetv2_hiendmae.environment import nnunet_folder
-from nnunetv2_hiendmae.evaluation.compare import MEAN, Report, setting_result, values_of
+from nnunetv2_hiendmae.evaluation.compare import Design, Report, setting_result, values_of
 from nnunetv2_hiendmae.evaluation.folds import listed
 from nnunetv2_hiendmae.evaluation.measuring import measure_runs
-from nnunetv2_hiendmae.evaluation.metrics import MISSED, SIGNED, VOLUME, Metric
+from nnunetv2_hiendmae.evaluation.metrics import MEAN, MISSED, SIGNED, VOLUME, Metric
+from nnunetv2_hiendmae.evaluation.repeats import over_repeats
 from nnunetv2_hiendmae.evaluation.results import Run
 
 
@@ -18,7 +19,7 @@ def reports_beside(
     metrics: Sequence[Metric],
     runs: Sequence[Run],
     settings: Mapping[str, Sequence[int]],
-    pairs: Sequence[tuple[str, str]],
+    design: Design,
     tolerances: Sequence[float],
     num_processes: int,
 ) -> dict[str, Report]:
@@ -26,7 +27,7 @@ def reports_beside(
 
     Args:
         report: on Dice.
-        runs, settings, pairs: what it was made of.
+        runs, settings, design: what it was made of.
         tolerances: of the classes, mm.
 
     Raises:
@@ -38,29 +39,28 @@ def reports_beside(
     measured = measure_runs(folder, wanted, tolerances, num_processes)
     tables = {name: values_of(of_name, settings) for name, of_name in measured.items()}
     by_class = dict(zip(report.values.columns.drop(MEAN), tolerances, strict=True))
-    return {m.name: _report(report, m.told_with(by_class), tables, pairs) for m in metrics}
+    return {m.name: _report(report, m.told_with(by_class), tables, design) for m in metrics}
 
 
-def _report(
-    report: Report, metric: Metric, tables: Mapping[str, pd.DataFrame], pairs: Sequence[tuple[str, str]]
-) -> Report:
+def _report(report: Report, metric: Metric, tables: Mapping[str, pd.DataFrame], design: Design) -> Report:
     """`tables`: as `Report.values`, by name of a metric or of what stands beside them."""
     values, results = tables[metric.name], []
     signed = tables[SIGNED] if metric.name == VOLUME.name else None
     for of_dice in report.settings:
         setting = of_dice.setting
         notes = list(_misses(tables[MISSED].loc[setting]))
-        result = setting_result(setting, of_dice.folds, values.loc[setting], pairs, report.seed, notes, metric)
+        result = setting_result(setting, [*of_dice.folds], values.loc[setting], design, notes, metric)
         if signed is not None:
-            _add_bias(result.runs, signed.loc[setting])
+            _add_bias(result.runs, signed.loc[setting], design)
         results.append(result)
     return replace(report, notes=[], settings=results, values=values, metric=metric, signed=signed)
 
 
-def _add_bias(runs: pd.DataFrame, signed: pd.DataFrame) -> None:
+def _add_bias(runs: pd.DataFrame, signed: pd.DataFrame, design: Design) -> None:
     """Adds mean and standard deviation of signed differences over cases to what `SettingResult.runs` says per class."""
     for run, per_class in zip(runs["run"], runs["per_class"], strict=True):
-        for name, differences in signed.xs(run, level="run")[[*per_class]].items():
+        once = over_repeats(signed.xs(run, level="run"), design.splits)
+        for name, differences in once[[*per_class]].items():
             per_class[name] |= {"mean_signed": differences.mean(), "std_signed": differences.std()}
 
 

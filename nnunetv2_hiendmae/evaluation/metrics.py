@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.folds import listed
 
+MEAN = "mean"  # stands where the name of a class could stand
 DEFAULT_TOLERANCE_MM = 1.0
 # tables beside those of the metrics: signed difference of volumes, and whether one of truth and prediction is empty
 SIGNED, MISSED = "signed", "missed"
