@@ -22,7 +22,7 @@ from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.evaluation.metrics import HD95, MISSED, NSD, SIGNED, VOLUME
 from nnunetv2_hiendmae.evaluation.results import Run
-from nnunetv2_hiendmae.evaluation.surfaces import MEASURES, PREDICTED_ML, REFERENCE_ML, measure
+from nnunetv2_hiendmae.evaluation.surfaces import DECIMALS, MEASURES, PREDICTED_ML, REFERENCE_ML, measure
 from nnunetv2_hiendmae.files import sha256, write_text
 from nnunetv2_hiendmae.processes import in_processes
 from nnunetv2_hiendmae.schemas import PlansReader, read_as, read_dataset_json, validated
@@ -205,7 +205,7 @@ def _tables(runs: Iterable[Run], values: Mapping[tuple[str, int, str], Values]) 
                 for name in MEASURES
             }
             there = of[NSD.name].notna()
-            signed = (of[PREDICTED_ML] - of[REFERENCE_ML]).where(there)
+            signed = (of[PREDICTED_ML] - of[REFERENCE_ML]).where(there).round(DECIMALS)
             missed = ((of[PREDICTED_ML] == 0) ^ (of[REFERENCE_ML] == 0)).astype(float)
             extra = {VOLUME.name: signed.abs(), SIGNED: signed, MISSED: missed}
             for name, table in {NSD.name: of[NSD.name], HD95.name: of[HD95.name], **extra}.items():

@@ -16,6 +16,8 @@ _SHARE = 0.95
 # headers keep spacings as 32-bit floats: 1 mm may be read as 0.99999998 or 1.00000006
 _SLACK = 1e-6
 _MM3_PER_ML = 1000
+# of what is returned: rounding errors must not break ties between runs
+DECIMALS = 9
 
 NSD, HD95, PREDICTED_ML, REFERENCE_ML = MEASURES = ("nsd", "hd95", "predicted_ml", "reference_ml")
 
@@ -43,11 +45,11 @@ def measure(
     flat = np.array(reference.shape) == 1
     voxel_ml = spacing.prod() / _MM3_PER_ML
     masks = {PREDICTED_ML: prediction, REFERENCE_ML: reference}
-    volumes = {name: float(np.count_nonzero(mask) * voxel_ml) for name, mask in masks.items()}
-    if not all(volumes.values()):
-        nothing = not any(volumes.values())
-        diagonal = np.linalg.norm(np.where(flat, 0, spacing * reference.shape))
-        return {NSD: np.nan if nothing else 0.0, HD95: np.nan if nothing else float(diagonal), **volumes}
+    volumes = {name: round(float(np.count_nonzero(mask) * voxel_ml), DECIMALS) for name, mask in masks.items()}
+    if not all(mask.any() for mask in masks.values()):
+        nothing = not any(mask.any() for mask in masks.values())
+        diagonal = round(float(np.linalg.norm(np.where(flat, 0, spacing * reference.shape))), DECIMALS)
+        return {NSD: np.nan if nothing else 0.0, HD95: np.nan if nothing else diagonal, **volumes}
     box = _box(reference | prediction)
     patterns = [_patterns(mask[box], flat) for mask in (reference, prediction)]
     surfaces = [(found != 0) & (found != _FULL) for found in patterns]
@@ -55,8 +57,8 @@ def measure(
     distances = [_distances(*pair, spacing) for pair in (surfaces, surfaces[::-1])]
     near = [distance <= tolerance_mm * (1 + _SLACK) for distance in distances]
     agreeing = sum(area[close].sum() for area, close in zip(areas, near, strict=True))
-    hausdorff = max(map(_percentile, distances, areas))
-    return {NSD: float(agreeing / sum(area.sum() for area in areas)), HD95: float(hausdorff), **volumes}
+    nsd, hd95 = agreeing / sum(area.sum() for area in areas), max(map(_percentile, distances, areas))
+    return {NSD: round(float(nsd), DECIMALS), HD95: round(float(hd95), DECIMALS), **volumes}
 
 
 @lru_cache

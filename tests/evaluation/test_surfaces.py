@@ -179,3 +179,15 @@ def test_a_spacing_of_32_bits_does_not_decide():
     reference = box((12, 12, 12), (3, 8), (3, 8), (3, 8))
     for mm in (np.nextafter(np.float32(1), 2), 1, np.nextafter(np.float32(1), 0)):
         assert measure(reference, np.roll(reference, 1, 0), (float(mm), 1, 1), 1)["nsd"] == 1
+
+
+def test_ties_stay_ties():
+    """The same error elsewhere in the image gives the same numbers, whatever 0.7 is in binary."""
+    found = []
+    for start in range(3, 12):
+        reference = box((30, 12, 12), (start, start + 8), (2, 9), (2, 9))
+        prediction = np.roll(reference, 5, 0)
+        reference[0, 0, 0] = prediction[0, 0, 0] = True
+        found.append(measure(reference, prediction, (0.7, 1.1, 1.3), 2.1))
+    assert all(other == found[0] for other in found)
+    assert found[0]["hd95"] == 3.5
