@@ -12,7 +12,7 @@ EXAMPLE = "'FewShot_*' takes all plans of that beginning"
 BASELINE = "compare all others with this run, told in the same way; it must fit one run (default: every pair)"
 METRICS = "some of dice,nsd,hd95,volume; those beside Dice are measured in nnU-Net's stored predictions (default: dice)"
 TOLERANCE = "of nsd in mm: a number for all classes, CLASS=MM for one (default: 1)"
-EQUIVALENCE = "Dice points of 0.01: a difference that is shown to be smaller is called equivalent (default: 1)"
+EQUIVALENCE = "margin in Dice points of 0.01: runs are equivalent where they are shown to differ by less"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.schemas import Groups, read_as
 
 PATIENTS_FILE = "patients.json"
@@ -39,9 +39,10 @@ def read_patients(dataset: str, known: Collection[str] | None) -> Patients:
             raise UserError(f"{path} and {other} contradict each other; remove the one that is wrong")
     strange, missing = patients.keys() - set(known or patients), set(known or ()) - patients.keys()
     if strange and missing:
+        unknown = some(map(printable, sorted(strange)))
         raise UserError(
-            f"{path} names {some(sorted(strange))}, no case of the folds, and lacks {some(sorted(missing))}; "
-            "correct the names, or add what is missing"
+            f"{path} names {unknown}, no case of the folds, and lacks {some(sorted(missing))}; correct the names, or add "
+            "what is missing"
         )
     return patients
 
