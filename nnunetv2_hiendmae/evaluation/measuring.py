@@ -98,11 +98,7 @@ def measure_runs(
     _refuse({case: reason for case in cases if (reason := _missing(case))})
     digests = {case: case.digest() for case in cases}
     kept = {cache: _read_cache(cache) for cache in {case.cache for case in cases}}
-    known = {
-        case: kept[case.cache][case.name]["classes"]
-        for case, digest in digests.items()
-        if kept[case.cache].get(case.name, {}).get("sha256") == digest
-    }
+    known = {case: found for case in cases if (found := _known(case, kept[case.cache], digests[case]))}
     todo, problems = [case for case in cases if case not in known], {}
     if known:
         logger.info("metrics of %d of %d predictions are known from an earlier call", len(known), len(cases))
@@ -222,6 +218,12 @@ def _read_cache(path: Path) -> dict[str, _Kept]:
     except (OSError, ValueError) as e:
         logger.warning("%s cannot be used, and its cases are measured again (%s)", path, printable(e))
         return {}
+
+
+def _known(case: _Case, kept: Mapping[str, _Kept], digest: str) -> Values | None:
+    entry = kept.get(case.name)
+    same = entry and entry["sha256"] == digest and entry["classes"].keys() == {key for key, *_ in case.classes}
+    return entry["classes"] if same else None
 
 
 def _write_cache(path: Path, kept: Mapping[str, _Kept]) -> None:

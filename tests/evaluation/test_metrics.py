@@ -209,6 +209,10 @@ def test_what_is_known_is_not_measured_again(tree, monkeypatch, caplog):
     cache = tree.results / DATASET / OURS / "fold_0" / "validation" / measuring.CACHE
     cache.write_text(cache.read_text()[:-20])
     again(3)
+    content = json.loads(cache.read_text())
+    del content["case_1"]["classes"]["2"], content["case_2"]
+    cache.write_text(json.dumps(content))
+    again(2)
     assert str(cache) in caplog.text
     again(0)
     # a new validation
