@@ -15,13 +15,13 @@ MEND = 'needed {"patient": ["case", "another case"], …}; mend it, or remove it
 Patients = Mapping[str, str]
 
 
-def read_patients(dataset: str, known: Collection[str] | None) -> Patients:
+def read_patients(dataset: str, known: Collection[str]) -> Patients:
     """Patients of a dataset: from `patients.json` in its raw folder, beside dataset.json, or in its preprocessed one,
     beside the folds; empty where neither has one.
 
     Args:
         dataset: full name.
-        known: all cases; None: not known.
+        known: all cases; empty: not known.
 
     Raises:
         UserError: a damaged file, a case of two patients, two files that differ, or cases that nobody knows while known
@@ -37,12 +37,12 @@ def read_patients(dataset: str, known: Collection[str] | None) -> Patients:
     for other, differing in others:
         if differing != patients:
             raise UserError(f"{path} and {other} contradict each other; remove the one that is wrong")
-    strange, missing = patients.keys() - set(known or patients), set(known or ()) - patients.keys()
+    strange, missing = patients.keys() - set(known or patients), set(known) - patients.keys()
     if strange and missing:
         unknown = some(map(printable, sorted(strange)))
         raise UserError(
-            f"{path} names {unknown}, no case of the folds, and lacks {some(sorted(missing))}; correct the names, or add "
-            "what is missing"
+            f"{path} names {unknown}, no case of the folds, and lacks {some(sorted(missing))}; correct the names, or "
+            "add what is missing"
         )
     return patients
 
