@@ -33,7 +33,7 @@ def draw_critical_difference(report: Report, path: Path) -> None:
 def has_enough(result: SettingResult) -> bool:
     """Three runs, and so many cases that a test of one pair could differ: the smallest p of the exact signed-rank test,
     2 / 2^cases, times the number of pairs lies below 0.05. These are 7 cases for three runs and 9 for five."""
-    if len(result.runs) < MIN_RUNS:
+    if len(result.runs) < MIN_RUNS or result.runs["mean_rank"].isna().any():
         return False
     cases = min(result.common_cases, result.all_pairs["pairs"].min())
     return len(result.all_pairs) * 2.0 ** (1 - cases) < LEVEL
@@ -79,6 +79,6 @@ def _draw(axis, result: SettingResult, report: Report) -> None:
     axis.spines[["left", "right", "bottom"]].set_visible(False)
     axis.set_title(
         f"{report.dataset}, {result.setting}: {report.metric.title}, mean rank over {result.common_cases} cases (1 is "
-        f"best)\na bar joins runs that do not differ (Wilcoxon, Holm over {len(result.all_pairs)} pairs, {LEVEL:.0%})",
+        f"best)\na bar joins runs that no test tells apart (Wilcoxon, Holm over {len(result.all_pairs)} pairs, {LEVEL:.0%})",
         fontsize=8,
     )

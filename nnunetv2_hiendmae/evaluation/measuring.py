@@ -94,7 +94,7 @@ def measure_runs(
     Raises:
         UserError: of some cases the prediction or the label is missing, damaged, or no longer what nnU-Net compared.
     """
-    cases = [case for run in runs for case in _cases(folder / run.name, run, tolerances)]
+    cases = [case for run in runs if run.folds for case in _cases(folder / run.name, run, tolerances)]
     _refuse({case: reason for case in cases if (reason := _missing(case))})
     digests = {case: case.digest() for case in cases}
     kept = {cache: _read_cache(cache) for cache in {case.cache for case in cases}}
@@ -153,7 +153,7 @@ def _refuse(problems: Mapping[_Case, str]) -> None:
         dataset = dataset_id(of_fold[0].prediction.parents[3].name)
         command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -tr {trainer} --val"
         named = some((f"{case.name} ({problems[case]})" for case in of_fold), _MOST_NAMED)
-        told.append(f"{len(of_fold)} cases of {run} fold {fold}: {named}; predict them again: {command}")
+        told.append(f"{len(of_fold)} cases of {run} fold {fold}: {named}; this makes predictions again: {command}")
     if told:
         raise UserError(f"metrics beside Dice need nnU-Net's predictions and labels. {'. '.join(told)}")
 

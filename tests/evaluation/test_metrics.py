@@ -272,6 +272,11 @@ def test_files_that_do_not_fit_are_told_at_once(tree, capsys):
     )
 
 
+def test_a_run_without_a_finished_fold_needs_nothing(tree):
+    (tree.results / DATASET / RESENC / "fold_0").mkdir(parents=True)
+    assert compare(7, metrics=["nsd"], num_processes=1).others["nsd"].values.shape == (6, 3)
+
+
 def test_a_run_without_its_plans(tree, capsys):
     (tree.results / DATASET / OURS / "plans.json").unlink()
     code, _, err = run_command(capsys, "--metrics", "nsd", "-np", 1)
