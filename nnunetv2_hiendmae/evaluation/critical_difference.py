@@ -77,8 +77,7 @@ def _draw(axis, result: SettingResult, report: Report) -> None:
     axis.tick_params(labelsize=8)
     axis.set_yticks([])
     axis.spines[["left", "right", "bottom"]].set_visible(False)
-    axis.set_title(
-        f"{report.dataset}, {result.setting}: {report.metric.title}, mean rank over {result.common_cases} cases (1 is "
-        f"best)\na bar joins runs that no test tells apart (Wilcoxon, Holm over {len(result.all_pairs)} pairs, {LEVEL:.0%})",
-        fontsize=8,
-    )
+    over = f"mean rank over {result.common_cases} cases, 1 is best"
+    tests = f"Wilcoxon, Holm over {len(result.all_pairs)} pairs, {LEVEL:.0%}"
+    title = f"{report.dataset}, {result.setting}: {report.metric.title}, {over}"
+    axis.set_title(f"{title}\na bar joins runs that no test tells apart ({tests})", fontsize=8)
