@@ -141,7 +141,11 @@ def _label(dataset: str, file: str) -> Path:
 
 def _missing(case: _Case) -> str:
     lacking = [("prediction", case.prediction), ("label", case.label)]
-    return " and ".join(f"no {what} {path}" for what, path in lacking if not path.is_file())
+    return " and ".join(f"no {what} {_short(path)}" for what, path in lacking if not path.is_file())
+
+
+def _short(path: Path) -> str:
+    return f"{path.parent.name}/{path.name}"
 
 
 def _refuse(problems: Mapping[_Case, str]) -> None:
@@ -153,7 +157,7 @@ def _refuse(problems: Mapping[_Case, str]) -> None:
         dataset = dataset_id(of_fold[0].prediction.parents[3].name)
         command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -tr {trainer} --val"
         named = some((f"{case.name} ({problems[case]})" for case in of_fold), _MOST_NAMED)
-        told.append(f"{len(of_fold)} cases of {run} fold {fold}: {named}; this makes predictions again: {command}")
+        told.append(f"{run} fold {fold}, {len(of_fold)} of its cases: {named}; this makes predictions again: {command}")
     if told:
         raise UserError(f"metrics beside Dice need nnU-Net's predictions and labels. {'. '.join(told)}")
 
@@ -166,7 +170,7 @@ def _measured(case: _Case) -> Values | str:
             array, properties = reader.read_seg(str(path))
         # every reader has errors of its own
         except Exception as e:
-            return f"{what} {path} cannot be read: {printable(f'{type(e).__name__}: {e}', LONGEST_ERROR)}"
+            return f"{what} {_short(path)} cannot be read: {printable(f'{type(e).__name__}: {e}', LONGEST_ERROR)}"
         read.append((array[0], np.asarray(properties["spacing"], dtype=float)))
     (reference, spacing), (prediction, other_spacing) = read
     if reference.shape != prediction.shape or not np.allclose(spacing, other_spacing, rtol=_SAME_SPACING):

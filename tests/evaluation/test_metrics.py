@@ -246,7 +246,7 @@ def test_missing_predictions_are_told_at_once(tree, capsys):
     for run, cases in ((OURS, ["case_0", "case_2"]), (LOWRES, ["case_1"])):
         trainer, plans, configuration = run.split("__")
         command = f"nnUNetv2_train 7 {configuration} 0 -p {plans} -tr {trainer} --val"
-        assert f"{len(cases)} cases of {run} fold 0" in err and command in err
+        assert f"{run} fold 0, {len(cases)} of its cases: " in err and command in err
         assert all(f"{case} (no prediction" in err for case in cases)
 
 
@@ -258,9 +258,9 @@ def test_files_that_do_not_fit_are_told_at_once(tree, capsys):
     write_image(truth("case_0")[:, :-1], tree.results / DATASET / LOWRES / "fold_0" / "validation" / "case_0.nii.gz")
     code, out, err = run_command(capsys, "--metrics", "hd95", "-np", 1)
     last = err.strip().splitlines()[-1]
-    assert code == 2 and not out and f"3 cases of {OURS} fold 0" in last and f"1 cases of {LOWRES} fold 0" in last
+    assert code == 2 and not out and f"{OURS} fold 0, 3 of" in last and f"{LOWRES} fold 0, 1 of" in last
     for told in (
-        r"case_0 \(prediction \S+case_0.nii.gz cannot be read: ",
+        r"case_0 \(prediction validation/case_0.nii.gz cannot be read: ",
         r"case_1 \(the label has \(8, 20, 22\) voxels of \(3.0, 1.0, 0.7\) mm, .* \(3.0, 1.0, 0.8\) mm\)",
         r"case_2 \(Dice of class 1 is 1.0000 and summary.json says 0.\d+",
         r"case_0 \(the label has \(8, 20, 22\) .* \(8, 19, 22\)",
