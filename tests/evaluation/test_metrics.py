@@ -272,6 +272,15 @@ def test_files_that_do_not_fit_are_told_at_once(tree, capsys):
     )
 
 
+def test_patients_are_the_pairs_of_every_metric(tree):
+    (tree.preprocessed / DATASET / "patients.json").write_text(json.dumps({"one": CASES[:2], "other": CASES[2:]}))
+    report = compare(7, metrics=ALL, num_processes=1)
+    for of_metric in (report, *report.others.values()):
+        assert of_metric.settings[0].comparisons["pairs"].tolist() == [2]
+        # margins are Dice points
+        assert ("equivalent" in of_metric.settings[0].comparisons) is (of_metric is report)
+
+
 def test_a_run_without_a_finished_fold_needs_nothing(tree):
     (tree.results / DATASET / RESENC / "fold_0").mkdir(parents=True)
     assert compare(7, metrics=["nsd"], num_processes=1).others["nsd"].values.shape == (6, 3)
