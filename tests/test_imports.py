@@ -32,6 +32,8 @@ BASE = {
     "figures",
     "threads",
     "processes",
+    "host_memory",
+    "randomness",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -48,6 +50,8 @@ ALLOWED = {
     "optim": set(),
     "threads": set(),
     "processes": {"environment", "errors"},
+    "host_memory": set(),
+    "randomness": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},

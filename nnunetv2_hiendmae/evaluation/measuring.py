@@ -134,9 +134,11 @@ def _cases(folder: Path, run: Run, tolerances: Sequence[float]) -> Iterator[_Cas
 
 def _label(dataset: str, file: str) -> Path:
     """That with which nnU-Net compared: its copy, or where it was copied from."""
-    raw = nnunet_folder("nnUNet_raw") / dataset / "labelsTr" / file
     copy = nnunet_folder("nnUNet_preprocessed") / dataset / "gt_segmentations" / file
-    return raw if raw.is_file() and not copy.is_file() else copy
+    if copy.is_file():
+        return copy
+    raw = nnunet_folder("nnUNet_raw") / dataset / "labelsTr" / file
+    return raw if raw.is_file() else copy
 
 
 def _missing(case: _Case) -> str:

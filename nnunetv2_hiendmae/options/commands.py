@@ -94,8 +94,8 @@ class PreprocessOptions(CommandOptions):
     plans_name: str = _plans(help="name of the plans")
     like: str | Path | None = option(
         None,
-        "method or encoder file whose spacing and window to use",
-        metavar="METHOD|FILE",
+        "method or encoder file whose spacing and window to use; mri: 1 mm, z-scored, for MR of heads",
+        metavar="METHOD|mri|FILE",
         default_is="hiendmae",
     )
     spacing_mm: tuple[float, float, float] | None = option(
@@ -103,7 +103,7 @@ class PreprocessOptions(CommandOptions):
         "target spacing in mm",
         flag="--spacing",
         metavar=_DHW,
-        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median",
+        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median; mri: 1 1 1",
     )
     window_hu: tuple[float, float] | None = option(
         None,
@@ -111,7 +111,7 @@ class PreprocessOptions(CommandOptions):
         **_WINDOW,
         default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
     )
-    interpolation: str | None = _interpolation("that of --like; all methods: linear")
+    interpolation: str | None = _interpolation("that of --like; methods and mri: linear")
     part: str | None = option(
         None, "take every N-th case only, from the K-th on: one part per machine, at the same time", metavar="K/N"
     )
@@ -197,6 +197,7 @@ class PlanOptions(CommandOptions):
     iterations_per_epoch: int | None = _from("nnU-Net's 250", "training batches per epoch", metavar="N")
     val_iterations_per_epoch: int | None = _from("nnU-Net's 50", "validation batches per epoch", metavar="N")
     lr: float | None = _from(_RECIPE, "peak learning rate")
+    scratch_lr: float | None = _from("--lr with --from-scratch, else 3e-4", "peak rate from scratch", metavar="LR")
     weight_decay: float | None = _from(_RECIPE, "AdamW weight decay")
     batch_size: int | None = _from(_RECIPE, "crops per batch", metavar="B", at_least=1)
     patch_size: tuple[int, int, int] | None = _from(_FILE, "crop in voxels", metavar=_DHW)
@@ -211,17 +212,20 @@ class PlanOptions(CommandOptions):
     )
     freeze_encoder: bool = option(False, 'train the decoder alone ("linear" in the papers)')
     layer_decay: float | None = _from("1", "factor of the learning rate per encoder layer", metavar="F")
-    drop_path_rate: float | None = _from(
-        "recipe", "stochastic depth of the encoder", flag="--drop-path", metavar="RATE"
-    )
+    encoder_lr_scale: float | None = _from("1", "learning rate of the encoder over the decoder's", metavar="F")
+    decoder_warmup: int | None = _from("0", "epochs in which the encoder is frozen, at first", metavar="N")
+    drop_path_rate: float | None = _from("recipe", "the encoder's stochastic depth", flag="--drop-path", metavar="RATE")
     grad_clip: float | None = _from("recipe", "largest gradient norm, at most nnU-Net's 12", metavar="NORM")
     decoder_width: int | None = _from("recipe", "channels of the decoder at full resolution", metavar="W", at_least=1)
+    seed: int | None = _from("none, as in nnU-Net", "of first weights, batches and augmentation", metavar="N")
     num_processes: int = _count(4, "processes of the fingerprint extraction", flag="-np")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.from_scratch and self.freeze_encoder:
-            raise UserError("a frozen encoder needs weights, got --from-scratch and --freeze-encoder; leave one out")
+        freezing = ("--freeze-encoder",) * self.freeze_encoder + ("--decoder-warmup",) * bool(self.decoder_warmup)
+        if self.from_scratch and freezing:
+            told = f"got --from-scratch and {' and '.join(freezing)}; leave one out"
+            raise UserError(f"a frozen encoder needs weights, {told}")
 
 
 @dataclass(frozen=True)
