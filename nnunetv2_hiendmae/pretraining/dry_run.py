@@ -88,6 +88,7 @@ class DryRun:
         cases = _count(len(self.data.cases), "case", "s")
         part = settings.batch_size // settings.accumulate // self.processes
         split = " x ".join([_count(settings.accumulate, "micro-batch"), _count(self.processes, "process"), str(part)])
+        also = ", probes" if settings.probe else ""
         per_step, begins = self.seconds_per_step, f", from step {self.first_step}" if self.first_step else ""
         hours = left * per_step / 3600
         lines = {
@@ -97,7 +98,7 @@ class DryRun:
             "run": f"{settings.steps_per_epoch} steps per epoch, {settings.total_steps} in all{begins}",
             **self._probe(),
             "speed": self._speed(),
-            "time": f"about {hours:.3g} hours for {left} steps, without checkpoints and pictures",
+            "time": f"about {hours:.3g} hours for {left} steps, without checkpoints{also} and pictures",
             "memory": self._memory(),
             "disk": f"a checkpoint has {self.checkpoint / GB:.3g} GB (twice that while it is replaced), "
             f"{self.free / GB:,.0f} GB are free for {self.run_dir}",

@@ -23,10 +23,11 @@ from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.training.labelled import MOST_CROPS, UNKNOWN, LabelledCases, crop_corners
 from nnunetv2_hiendmae.training.volumes import Case, CaseVolume, crop_and_pad, telling_unreadable
 
-# of all training cases together, and of all test cases for the rank: drawn where there are more
+# of all training cases together, and of all test cases for the rank
 MOST_TOKENS = 8192
-# of the ridge regression, for features of unit variance and the mean squared error
-RIDGE = 1e-2
+# of the ridge regression, for features of unit variance and the mean squared error: with a tenth of it, random encoders
+# differed two to three times as much between seeds (5 seeds, two folds of brain tissues)
+RIDGE = 0.1
 # a patch of voxels as features: mean values of so many cells along an axis
 CELLS = 4
 # of a token's voxels: those of a patch that reaches out of the volume by half of each edge
@@ -78,19 +79,21 @@ class Probe:
             raise UserError(f"{told}; choose a smaller --patch-size, or others with --probe-fold")
 
     def measure(self, features: Features) -> tuple[dict[str, float], np.ndarray]:
-        """Dice per class of a ridge regression from features to the shares of the classes, and the features (T, F) of
-        the test cases' labelled tokens."""
+        """Dice per class of a ridge regression from features to the shares of the classes, and features (T, F) of the
+        test cases' tokens."""
         rng = np.random.default_rng(0)
-        most = -(-MOST_TOKENS // len(self.cases.train))
-        samples = [_drawn(rng, most, *self._tokens(case, features)) for case in self.cases.train]
+        samples = [self._draw(rng, *self._tokens(case, features)) for case in self.cases.train]
         inputs, shares = map(np.concatenate, zip(*samples, strict=True))
         model = make_pipeline(StandardScaler(), Ridge(alpha=RIDGE * len(inputs))).fit(inputs, shares)
-        tested = [self._tokens(case, features) for case in self.cases.test]
-        # one class alone makes a prediction of one axis
-        scores = [share_dice(model.predict(x).reshape(y.shape), y) for x, y in tested]
+        scores, kept = [], []
+        # one by one: all of them may have a gigabyte
+        for tokens, true in (self._tokens(case, features) for case in self.cases.test):
+            # of a single class the prediction has one axis
+            scores.append(share_dice(model.predict(tokens).reshape(true.shape), true))
+            kept.append(self._draw(rng, tokens)[0])
         named = zip(self.cases.classes, np.transpose(scores), strict=True)
-        dice = {name: float(np.nanmean(of_cases)) for name, of_cases in named if not np.isnan(of_cases).all()}
-        return dice, np.concatenate([x for x, _ in tested])
+        dice = {name: round(float(np.nanmean(d)), 6) for name, d in named if not np.isnan(d).all()}
+        return dice, np.concatenate(kept)
 
     def of_encoder(self, encoder: Encoder, autocast: Callable[[], AbstractContextManager] = nullcontext) -> ProbeResult:
         """The probe of all blocks' outputs that an encoder hands out: its taps and its final tokens."""
@@ -103,13 +106,16 @@ class Probe:
 
         with in_eval_mode(encoder), torch.no_grad():
             dice, tokens = self.measure(features)
-        final = tokens[:, -self.spec.embed_dim :]
-        (final,) = _drawn(np.random.default_rng(0), MOST_TOKENS, final)
-        return ProbeResult(_mean(dice), dice, round(effective_rank(final), 4))
+        return ProbeResult(_mean(dice), dice, round(effective_rank(tokens[:, -self.spec.embed_dim :]), 4))
 
     def of_voxels(self) -> float:
         """Mean Dice of the same probe without an encoder: mean values of each patch's cells are the features."""
         return _mean(self.measure(lambda crops: cell_means(crops, self.spec))[0])
+
+    def _draw(self, rng: np.random.Generator, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        """A case's part of `MOST_TOKENS`: the same rows of its arrays."""
+        rows = rng.permutation(len(arrays[0]))[: -(-MOST_TOKENS // len(self.cases.train))]
+        return tuple(array[rows] for array in arrays)
 
     def _label_crops(self, case: Case) -> list[_Crop]:
         labels = self.cases.read_labels(case)[None]
@@ -194,14 +200,6 @@ def effective_rank(tokens: np.ndarray) -> float:
     values = np.sqrt(squares)
     parts = values[values > 0] / values.sum()
     return float(np.exp(-(parts * np.log(parts)).sum()))
-
-
-def _drawn(rng: np.random.Generator, most: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-    """The same rows of arrays, not more than so many."""
-    if len(arrays[0]) <= most:
-        return arrays
-    rows = np.sort(rng.permutation(len(arrays[0]))[:most])
-    return tuple(array[rows] for array in arrays)
 
 
 def _mean(dice: dict[str, float]) -> float:

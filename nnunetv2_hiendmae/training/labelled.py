@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.schemas import SPLITS_FILE, Folds, read_dataset_json, read_json
 from nnunetv2_hiendmae.training.volumes import Case, find_cases, telling_unreadable
@@ -71,8 +71,12 @@ def find_labelled(
         UserError: everything that is wrong with the dataset for this, at once; only where it cannot be found or is not
             preprocessed with such plans, that alone.
     """
-    found = find_cases([dataset], plans_name, configuration)
-    (name,) = found.datasets
+    name = dataset_name(dataset)
+    with_labels = f"nnUNetv2_preprocess -d {dataset_id(name)} -plans_name {plans_name} -c {configuration}"
+    try:
+        found = find_cases([name], plans_name, configuration)
+    except UserError as e:
+        raise UserError(f"{e}, then, since that leaves labels out: {with_labels}") from e
     root = nnunet_folder("nnUNet_preprocessed") / name
     faults = _differences(found.format, like) if like else []
     classes, ignored = _classes(read_dataset_json(root, for_images=False).get("labels", {}))
@@ -84,8 +88,7 @@ def find_labelled(
     except UserError as e:
         faults.append(str(e))
     if wrong := _label_faults(drawn):
-        mend = f"run: nnUNetv2_preprocess -d {dataset_id(name)} -plans_name {plans_name} -c {configuration}"
-        faults.append(f"{wrong}; {mend}")
+        faults.append(f"{wrong}; run: {with_labels}")
     if faults:
         raise UserError("; ".join(faults))
     return LabelledCases(name, fold, found.format, classes, ignored, *drawn.values())

@@ -253,13 +253,15 @@ def test_blocks_that_are_compiled_are_not_compiled_again(tmp_path, monkeypatch):
     assert without_times(tmp_path / "plain") == [{k: v for k, v in line.items() if k not in TIMES} for line in log]
 
 
-def test_an_unknown_dataset_and_options_without_one(tmp_path, capsys):
+def test_an_unknown_dataset_and_options_without_one(nnunet, tmp_path, capsys):
     def told(*options: str) -> str:
         assert cli.main([*cli_arguments("mae3d", tmp_path / "run"), *options]) == 2
         assert not (tmp_path / "run").exists()
         return capsys.readouterr().err.splitlines()[-1]
 
     assert re.search(r"--probe 9: no dataset '9'.*Dataset002_Labelled", told("--probe", "9"))
+    (nnunet.preprocessed / "Dataset004_Raw").mkdir()
+    assert re.search(r"no plans.*hiendmae preprocess.*nnUNetv2_preprocess -d 4 ", told("--probe", "4"))
     assert "belong to --probe DATASET" in told("--probe-cases", "2")
     assert "--probe-cases is 0, needed at least 1" in told("--probe", "2", "--probe-cases", "0")
     said = told("--probe", "2", "--probe-cases", "3")
