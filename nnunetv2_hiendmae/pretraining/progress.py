@@ -24,7 +24,7 @@ PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
 # what a line of the log holds besides the method's losses and measures
 RUN_KEYS = ("step", "epoch", "lr", "samples_per_second")
-# what the line of a step with a probe holds too; that of step -1, before the first, holds nothing else
+# what the line of a step with a probe holds too, and that before the first step, which alone knows of voxels
 PROBE_KEYS = PROBE_DICE, PROBE_VOXELS, PROBE_RANK = ("probe_dice", "probe_dice_voxels", "probe_rank")
 PROBE_COSTS = PROBE_SECONDS, PROBE_SHARE = ("probe_seconds", "probe_share")
 # log lines without a terminal: at least this many seconds apart
@@ -45,6 +45,11 @@ class StepLog(RunLog):
         super().__init__(run_dir, "step", first_step, settings.total_steps, settings.to_dict())
         self._settings = settings
         self._started = self._last = self._told = self._drawn = time.monotonic()
+
+    def before_steps(self, values: dict[str, float]) -> None:
+        """Records what was measured before the first step, as that of number -1; no speed has its time."""
+        self.write({"step": -1, "epoch": 0, **values})
+        self._started = self._last = time.monotonic()
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Records a finished step (0-based)."""

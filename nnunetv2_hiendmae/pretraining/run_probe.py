@@ -5,13 +5,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.architectures import Encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.pretraining.probe import Probe
+from nnunetv2_hiendmae.pretraining.probe import Probe, ProbeResult
 from nnunetv2_hiendmae.pretraining.progress import (
     PROBE_DICE,
     PROBE_KEYS,
@@ -62,7 +61,7 @@ class RunProbe:
         if log.first == 0:
             self._probe_start(log)
         elif log.first_line and log.first_line["step"] < 0:
-            self._start = {key: log.first_line[key] for key in PROBE_KEYS}
+            self._start = {key: log.first_line[key] for key in PROBE_KEYS if key in log.first_line}
         self._first, self._begun = log.first, time.monotonic()
 
     def is_due(self, step: int) -> bool:
@@ -71,7 +70,7 @@ class RunProbe:
 
     def measure(self, step: int) -> dict[str, float]:
         """What is logged of the probe after so many steps; keeps the encoder if it is the best until now."""
-        found, seconds = self._timed(step)
+        found, seconds = self._timed()
         share = self._share(step)
         told = f"Dice {found.dice:.4f}, effective rank {found.effective_rank:.1f}, {seconds:.2g} s"
         logger.info(f"probe after step {step}: {told}, {share:.1%} of the run")
@@ -89,13 +88,13 @@ class RunProbe:
         return {PROBE_DICE: found.dice, PROBE_RANK: found.effective_rank, **costs}
 
     def _probe_start(self, log: StepLog) -> None:
-        found, seconds = self._timed(0)
+        found, seconds = self._timed()
         self._start = {PROBE_DICE: found.dice, PROBE_VOXELS: self._probe.of_voxels(), PROBE_RANK: found.effective_rank}
-        log.write({"step": -1, "epoch": 0, **self._start, PROBE_SECONDS: round(seconds, 3)})
+        log.before_steps({**self._start, PROBE_SECONDS: round(seconds, 3)})
         told = f"Dice {found.dice:.4f}, of voxels {self._start[PROBE_VOXELS]:.4f}"
         logger.info(f"probe before the first step: {told}, effective rank {found.effective_rank:.1f}")
 
-    def _timed(self, step: int) -> tuple[Any, float]:
+    def _timed(self) -> tuple[ProbeResult, float]:
         begun = time.monotonic()
         found = self._probe.of_encoder(self._encoder, self._fabric.autocast)
         self._spent.append(time.monotonic() - begun)

@@ -256,7 +256,7 @@ def _probe(options: PretrainOptions, data: CaseSet, spec: EncoderSpec, samples_p
     return {"probe": ProbeCases(found.dataset, found.fold, tuple(train), tuple(test)), "probe_epochs": epochs}
 
 
-def warn_if_seen(settings: "PretrainSettings", data: CaseSet) -> None:
+def warn_if_seen(settings: PretrainSettings, data: CaseSet) -> None:
     """Says so where test cases of the probe are among the images of pretraining."""
     probe, seen = settings.probe, {case.name for case in data.cases}
     if probe and (known := [name for name in probe.test if f"{probe.dataset}/{name}" in seen]):

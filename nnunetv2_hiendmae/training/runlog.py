@@ -56,7 +56,7 @@ class RunLog:
             logger.info(told)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Records what belongs to no finished step."""
+        """Records a line as it is, which no bar counts."""
         with files.telling_disk_errors(self.run_dir / files.LOG):
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
