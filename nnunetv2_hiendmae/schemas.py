@@ -134,6 +134,21 @@ SPLITS_FILE = "splits_final.json"
 NNUNET_FOLDS = 5
 
 
+def _each_case_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    of_case: dict[str, str] = {}
+    for patient, case in ((patient, case) for patient, cases in groups.items() for case in cases):
+        if case in of_case:
+            raise ValueError(f"the case {case!r} is there twice, under {of_case[case]!r} and {patient!r}")
+        of_case[case] = patient
+    return groups
+
+
+# patients.json: the cases of every patient
+Groups = Annotated[
+    dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=1), AfterValidator(_each_case_once)
+]
+
+
 class _Score(TypedDict):
     __pydantic_config__ = _OPEN
     # nnU-Net writes NaN for a class that a case does not have

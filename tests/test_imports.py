@@ -31,6 +31,7 @@ BASE = {
     "optim",
     "figures",
     "threads",
+    "host_memory",
 }
 # part of the package -> parts of ours that it may import
 ALLOWED = {
@@ -46,6 +47,7 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "threads": set(),
+    "host_memory": set(),
     "figures": {"errors", "files"},
     "architectures": {"errors", "schemas"},
     "weights": BASE | {"architectures"},

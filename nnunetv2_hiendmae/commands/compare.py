@@ -11,6 +11,8 @@ RUNS = "trainers, plans, whole names TRAINER__PLANS__CONFIG, or patterns of one 
 EXAMPLE = "'FewShot_*' takes all plans of that beginning"
 BASELINE = "compare all others with this run, told in the same way; it must fit one run (default: every pair)"
 
+EQUIVALENCE = "margin in Dice points of 0.01: runs are equivalent where they are shown to differ by less"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -19,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--baseline", metavar="NAME", help=BASELINE)
     add("--folds", type=int, nargs="+", metavar="FOLD", help="only these folds (default: all)")
     add("--seed", type=int, default=0, help="of the bootstrap")
+    add("--equivalence", type=float, default=1.0, metavar="POINTS", help=EQUIVALENCE)
     add("-o", dest="output", type=Path, metavar="DIR", help="also write comparison.md, .json, .png and three CSV files")
     add_json(parser)
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nnunetv2_hiendmae.evaluation.compare import MEAN, Report, SettingResult
-from nnunetv2_hiendmae.evaluation.statistics import RESAMPLES
+from nnunetv2_hiendmae.evaluation.compare import MEAN, PATIENT, Report, SettingResult
+from nnunetv2_hiendmae.evaluation.statistics import MIN_DIFFERENCES, RESAMPLES
 from nnunetv2_hiendmae.files import write_text, write_with
 
 CONVENTIONS = (
@@ -24,14 +24,21 @@ CONVENTIONS = (
     "the common cases, 1 is the highest Dice, ties share."
 )
 TESTS = (
-    "Mean difference over the pairs, one per case, with the 95% percentile interval of {resamples} bootstrap samples "
-    "of cases (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test, {holm}."
+    "Mean difference over the pairs, one per {unit}, with the 95% percentile interval of {resamples} bootstrap samples "
+    "of {unit}s (seed {seed}), which is too narrow where pairs are few; two-sided Wilcoxon signed-rank test, {holm}. "
+    "Equivalent: the 90% interval of the same samples lies within {margin} (two one-sided tests at 5%; a point is a "
+    "Dice of 0.01); n/a for fewer than {least} pairs."
+)
+REPEATS = (
+    "Every repeat trains on other cases. A case counts with its mean over repeats. **Over repeats**: mean of each "
+    "repeat over the cases that all repeats of the run have; in tests, of the differences in one repeat."
 )
 
 # columns of runs.csv
 RUN_MEASURES = (
     *("mean_over_cases", "std_over_cases", "cases_with_value", "mean_over_folds", "std_over_folds", "folds_with_value"),
-    *("nnunet_foreground_mean", "mean_over_common_cases", "mean_rank"),
+    *("nnunet_foreground_mean", "mean_over_common_cases", "mean_rank", "patients"),
+    *("repeats", "mean_over_repeats", "std_over_repeats", "repeats_with_value"),
 )
 
 # of the figure
@@ -121,46 +128,77 @@ def draw_comparison(report: Report, path: Path) -> None:
 
 def _setting(result: SettingResult, report: Report) -> list[str]:
     runs, tests, labels = result.runs.to_dict("records"), result.comparisons.to_dict("records"), report.labels
-    head = ["run", "folds", "missing", "cases", "nnU-Net's mean", "over cases", "over folds"]
-    head += [f"over the {result.common_cases} common", "rank"]
-    overview = [
-        [
-            labels[run["run"]],
-            _listed(run["folds"]),
-            _listed(run["missing_folds"]) or "none",
-            str(run["cases"]),
-            _number(run["nnunet_foreground_mean"]),
-            _mean_std(run, "cases", run["cases"]),
-            _mean_std(run, "folds", len(run["folds"])),
-            _number(run["mean_over_common_cases"]),
-            _number(run["mean_rank"], ".2f"),
-        ]
-        for run in runs
-    ]
+    overview = [_run_cells(run, result, report) for run in runs]
     per_class = [
         [name, *(_mean_std(run["per_class"][name], "cases", run["cases"]) for run in runs)] for name in result.classes
     ]
     told = any(meaning != result.setting for meaning in result.folds.values())
     blocks = [
         "; ".join(f"fold {fold}: {meaning}" for fold, meaning in result.folds.items()) if told else "",
-        table(head, overview),
+        _table_of(overview),
         "Per class, over cases:",
         table(["class", *(labels[run["run"]] for run in runs)], per_class),
+        REPEATS if _repeated(result) else "",
     ]
     if tests:
         count = result.comparisons["p_wilcoxon"].count()
         holm = f"Holm's correction over the {count} tests of this table" if count else "not possible here"
-        head = ["comparison", "folds", "pairs", "difference [95%]", "p", "p, Holm"]
-        rows = [[f"{labels[test['first']]} − {labels[test['second']]}", *_test_cells(test)] for test in tests]
-        blocks += [TESTS.format(resamples=RESAMPLES, seed=report.seed, holm=holm), table(head, rows)]
+        words = {"unit": report.unit, "margin": _margin(report), "least": MIN_DIFFERENCES, "resamples": RESAMPLES}
+        blocks += [
+            TESTS.format(seed=report.seed, holm=holm, **words),
+            _table_of([_test_cells(test, result, report) for test in tests]),
+        ]
     return [*blocks, _list(result.notes)]
 
 
-def _test_cells(test: Mapping[str, Any]) -> list[str]:
-    difference, low, high = (_number(value, "+.4f") for value in (test["mean_difference"], *test["interval_95"]))
-    p, p_holm = (_number(test[name], ".2g") for name in ("p_wilcoxon", "p_holm"))
+def _run_cells(run: Mapping[str, Any], result: SettingResult, report: Report) -> dict[str, str]:
+    by_patient, repeated = report.unit == PATIENT, _repeated(result)
+    return {
+        "run": report.labels[run["run"]],
+        "folds": _listed(run["folds"]),
+        "missing": _listed(run["missing_folds"]) or "none",
+        **({"patients": str(run["patients"])} if by_patient else {}),
+        "cases": str(run["cases"]),
+        **({"repeats": str(run["repeats"])} if repeated else {}),
+        "nnU-Net's mean": _number(run["nnunet_foreground_mean"]),
+        "over cases": _mean_std(run, "cases", run["cases"]),
+        "over folds": _mean_std(run, "folds", len(run["folds"])),
+        **({"over repeats": _mean_std(run, "repeats", run["repeats"])} if repeated else {}),
+        f"over the {result.common_cases} common": _number(run["mean_over_common_cases"]),
+        "rank": _number(run["mean_rank"], ".2f"),
+    }
+
+
+def _test_cells(test: Mapping[str, Any], result: SettingResult, report: Report) -> dict[str, str]:
+    units = {"patients": test["pairs"], "cases": test["cases"]} if report.unit == PATIENT else {"pairs": test["pairs"]}
+    units |= {"repeats": test["repeats"]} if _repeated(result) else {}
     reason = f" ({test['reason']})" if test["reason"] else ""
-    return [_listed(test["folds"]) or "none", str(test["pairs"]), f"{difference} [{low}, {high}]", p + reason, p_holm]
+    verdict = "n/a"
+    if test["equivalent"] is not None:
+        verdict = f"{'equivalent' if test['equivalent'] else 'not shown'} {_interval(test['interval_90'])}"
+    return {
+        "comparison": f"{report.labels[test['first']]} − {report.labels[test['second']]}",
+        "folds": _listed(test["folds"]) or "none",
+        **{name: str(count) for name, count in units.items()},
+        "difference [95%]": f"{_number(test['mean_difference'], '+.4f')} {_interval(test['interval_95'])}",
+        **({"over repeats": f"± {_number(test['std_over_repeats'])}"} if _repeated(result) else {}),
+        "p": _number(test["p_wilcoxon"], ".2g") + reason,
+        "p, Holm": _number(test["p_holm"], ".2g"),
+        f"within {_margin(report)} [90%]": verdict,
+    }
+
+
+def _repeated(result: SettingResult) -> bool:
+    return result.runs["repeats"].max() > 1
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    low, high = (_number(value, "+.4f") for value in bounds)
+    return f"[{low}, {high}]"
+
+
+def _margin(report: Report) -> str:
+    return f"±{report.equivalence:g} point{'' if report.equivalence == 1 else 's'}"
 
 
 def _run_rows(report: Report) -> Iterable[dict[str, Any]]:
@@ -176,8 +214,10 @@ def _run_rows(report: Report) -> Iterable[dict[str, Any]]:
 def _test_rows(report: Report) -> Iterable[dict[str, Any]]:
     for result in report.settings:
         for test in (*result.comparisons.to_dict("records"), *result.class_comparisons.to_dict("records")):
-            low, high = test.pop("interval_95")
-            yield {"setting": result.setting, **test, "folds": _listed(test["folds"]), "low_95": low, "high_95": high}
+            bounds = {}
+            for level in (95, 90):
+                bounds[f"low_{level}"], bounds[f"high_{level}"] = test.pop(f"interval_{level}")
+            yield {"setting": result.setting, **test, "folds": _listed(test["folds"]), **bounds}
 
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
@@ -189,6 +229,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Of Markdown, from texts; a | in one of them becomes a /."""
     lines = (" | ".join(cell.replace("|", "/") for cell in row) for row in (head, ["---"] * len(head), *rows))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def _table_of(rows: Sequence[Mapping[str, str]]) -> str:
+    return table([*rows[0]], [[*row.values()] for row in rows])
 
 
 def _list(items: Iterable[str]) -> str:

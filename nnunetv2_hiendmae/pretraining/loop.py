@@ -102,7 +102,9 @@ def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
     # forward, and twice as much backward: a multiplication and an addition per parameter and token
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     samples = settings.batch_size // (processes * accumulate)
-    return run.launch(settings.device, settings.precision, 6.0 * trained * settings.spec.num_tokens * samples), method
+    work = 6.0 * trained * settings.spec.num_tokens * samples
+    spare = settings.checkpoint_activations
+    return run.launch(settings.device, settings.precision, work, spare_memory=spare), method
 
 
 def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
+from nnunetv2_hiendmae.host_memory import set_freed_memory
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
@@ -151,6 +152,8 @@ class _ViTTrainer(nnUNetTrainer):
 
     def on_train_start(self):
         # first, before data loaders start their processes
+        if self.device.type == "cpu":
+            set_freed_memory(keep=True)
         if not self.was_initialized:
             self.initialize()
         if self.current_epoch == 0 and not self.continues:

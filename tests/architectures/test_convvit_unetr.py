@@ -184,9 +184,11 @@ def test_channels_last_changes_nothing():
 
 
 def autocast_agrees(device):
-    network = tiny().to(device).eval()
+    # no stage of two slices: PyTorch's gradients of these are wrong on some CPUs, see findings/
+    size = (96, 32, 32)
+    network = tiny(img_size=size).to(device).eval()
     torch.nn.init.normal_(network.encoder.rel_pos_bias)
-    x = torch.randn(1, 1, 32, 32, 64, device=device)
+    x = torch.randn(1, 1, *size, device=device)
     expected = network(x)
     with torch.autocast(device, dtype=torch.bfloat16):
         logits = network(x)

@@ -17,7 +17,8 @@ from scipy import stats
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
-from nnunetv2_hiendmae.evaluation.folds import SHOTS, Subset, append_folds
+from nnunetv2_hiendmae.evaluation.draws import SHOTS, Subset
+from nnunetv2_hiendmae.evaluation.folds import append_folds
 from nnunetv2_hiendmae.evaluation.report import draw_comparison
 from nnunetv2_hiendmae.evaluation.results import collect_runs, matching
 from nnunetv2_hiendmae.evaluation.statistics import foreground_mean
