@@ -179,9 +179,7 @@ class PretrainOptions(CommandOptions):
     probe: str | int | None = option(None, "labelled dataset, preprocessed alike, to test tokens on", metavar="DATASET")
     probe_fold: int | None = _count(None, "fold of that dataset", 0, "FOLD", default_is="0")
     probe_cases: int | None = _count(None, "its training cases to fit, and as many test cases", default_is="4, or all")
-    probe_epochs: int | None = _count(
-        None, "epochs between probes", flag="--probe-every", default_is="as many as cost 5% of the run at most"
-    )
+    probe_epochs: int | None = _count(None, "epochs between probes", flag="--probe-every", default_is="5% of the run")
     name: str | None = _from("METHOD_PRESET_DATASETS", "name of the run", metavar="RUN")
     output: Path | None = option(None, "run folder (default: $nnUNet_results/pretraining/RUN)", **_FOLDER)
     resume: bool = _resume()

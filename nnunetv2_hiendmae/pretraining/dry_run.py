@@ -150,7 +150,7 @@ def dry_run(datasets: Iterable[str | int], options: PretrainOptions | None = Non
     settings, data = build_settings(datasets, options)
     run_dir = run.choose_run_dir(settings, "pretraining", run_name(settings))
     settings = extended(settings, options, run_dir)
-    fabric, method = prepare(settings)
+    fabric, method = prepare(settings, run_dir)
 
     def check() -> None:
         warn_if_padded(data.cases, method.views().padded_below)

@@ -13,7 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import ENCODER, PROBE_ENCODER, STATE, STEP
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, PROBE_ENCODER, STATE, STEP
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, draw_reconstruction
@@ -65,7 +65,7 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
     """`pretrain` with settings that are decided, into `run_dir`."""
-    fabric, method = prepare(settings)
+    fabric, method = prepare(settings, run_dir)
     with ExitStack() as held:
 
         def claim() -> None:
@@ -82,8 +82,8 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
     return run_dir / ENCODER if fabric.is_global_zero else None
 
 
-def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
-    """This process as one of several, and the method as it starts.
+def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
+    """This process as one of several, and the method as it starts, unless a checkpoint of the run has its weights.
 
     Raises:
         UserError: a batch that processes and micro-batches do not divide, an encoder file that does not fit, or no such
@@ -96,7 +96,7 @@ def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
             f"micro-batches, needed a multiple of {processes * accumulate}"
         )
     method = settings.build_method()
-    if settings.start and not settings.resume:
+    if settings.start and not (settings.resume and (run_dir / CHECKPOINT).exists()):
         report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
         logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")
     # forward, and twice as much backward: a multiplication and an addition per parameter and token
