@@ -120,6 +120,13 @@ def _divides_by_positive(plans: _Plans) -> _Plans:
 Plans = Annotated[_Plans, AfterValidator(_divides_by_positive)]
 
 
+class PlansReader(TypedDict):
+    """Plans of a trained run, of which only the reader of images is needed."""
+
+    __pydantic_config__ = _OPEN
+    image_reader_writer: str
+
+
 class Fold(TypedDict):
     """One fold of splits_final.json."""
 
@@ -129,6 +136,7 @@ class Fold(TypedDict):
 
 
 Folds = Annotated[list[Fold], Field(min_length=1)]
+SPLITS_FILE = "splits_final.json"
 # nnUNetTrainer.do_split makes so many, and cannot of fewer cases
 NNUNET_FOLDS = 5
 

@@ -31,6 +31,7 @@ BASE = {
     "optim",
     "figures",
     "threads",
+    "processes",
     "host_memory",
     "randomness",
 }
@@ -48,6 +49,7 @@ ALLOWED = {
     "recipes": {"plans_section", "volume_format"},
     "optim": set(),
     "threads": set(),
+    "processes": {"environment", "errors"},
     "host_memory": set(),
     "randomness": set(),
     "figures": {"errors", "files"},
@@ -74,6 +76,7 @@ MAY_IMPORT_NNUNET = (
     "demo/",
     "inspection/volumes",
     "evaluation/folds",
+    "evaluation/measuring",
     "commands/doctor",
 )
 

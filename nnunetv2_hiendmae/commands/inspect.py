@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError, printable
-from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, PROBE_ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 if TYPE_CHECKING:
@@ -52,8 +52,9 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
     about = {"kind": "run folder", "settings": read_settings(path)}
     if (path / CHECKPOINT).exists():
         about["checkpoint"] = _describe(path / CHECKPOINT, options)
-    if (path / ENCODER).exists():
-        about["encoder"] = _describe(path / ENCODER, ConvertOptions())
+    for name, file in (("encoder", ENCODER), ("encoder_probe", PROBE_ENCODER)):
+        if (path / file).exists():
+            about[name] = _describe(path / file, ConvertOptions())
     return about
 
 

@@ -371,7 +371,8 @@ def test_classes_are_in_the_order_of_their_labels(nnunet):
 def test_files_and_output(tree, tmp_path, capsys):
     output = tmp_path / "out"
     _, text, _ = run_command(capsys, "--baseline", "Stock", "-o", output)
-    names = {"comparison.md", "comparison.json", "comparison.png", "runs.csv", "tests.csv", "cases.csv"}
+    names = {"comparison.md", "comparison.json", "comparison.tex", "comparison.png"}
+    names |= {"runs.csv", "tests.csv", "cases.csv"}
     assert {p.name for p in output.iterdir()} == names
     assert (output / "comparison.md").read_text(encoding="utf-8") in text
     assert "| Ours | TrA | Ours | 3d_fullres |" in text
