@@ -8,11 +8,15 @@ import pytest
 from foreign_files import VIT, random_state, write_checkpoint
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
+from run_data import PLANS, tiny_settings, write_labelled, write_preprocessed
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import sha256
+from nnunetv2_hiendmae.files import ENCODER, LOG, PROBE_ENCODER, sha256
+from nnunetv2_hiendmae.pretraining.loop import run_pretraining
+from nnunetv2_hiendmae.pretraining.settings import ProbeCases
+from nnunetv2_hiendmae.training.volumes import find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file, convert_checkpoint, save_encoder
 from nnunetv2_hiendmae.weights.hub_folder import published
@@ -57,6 +61,10 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, out, err
 
 
+def rows_of(card: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| (.+) \| (.+) \|$", card, re.MULTILINE))
+
+
 def export(run_dir, output, **options):
     return convert_checkpoint(run_dir / "encoder.safetensors", output, to="hub-folder", **options)
 
@@ -72,7 +80,7 @@ def test_the_folder_is_ready_to_upload(run_dir, tmp_path, capsys):
     assert card.data.license == "cc-by-4.0" and card.data.library_name == "nnunetv2_hiendmae"
     assert card.data.pipeline_tag == "image-feature-extraction" and {"mae3d", "vit"} <= set(card.data.tags)
     text = card.text
-    rows = dict(re.findall(r"^\| (.+) \| (.+) \|$", text, re.MULTILINE))
+    rows = rows_of(text)
     assert rows["spacing (D H W)"] == "1.5 × 1.25 × 1 mm" and rows["window"] == "-175 to 250 HU"
     assert rows["datasets"] == r"Dataset100\_CT" and rows["cases"] == "12" and rows["options"] == r"mask\_ratio 0.75"
     assert rows[r"embed\_dim"] == "12"
@@ -115,6 +123,26 @@ def test_a_probe_of_the_log_is_told(run_dir, tmp_path):
     save_encoder(run_dir / "encoder.safetensors", random_state(VIT), replace(METADATA, training={"step": 4}))
     export(run_dir, tmp_path / "out")
     assert r"| probe\_dice | 0.375 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_of_a_real_run_with_a_probe(nnunet, tmp_path):
+    """What pretraining writes is what is read here: both encoders, and no case of the probe is named."""
+    write_preprocessed(nnunet.preprocessed, {"miller": (20, 20, 20)})
+    chosen = ProbeCases("Dataset002_Labelled", 0, ("smith",), ("jones",))
+    shapes = dict.fromkeys((*chosen.train, *chosen.test), (20, 20, 20))
+    write_labelled(nnunet.preprocessed, shapes, [{"train": [*chosen.train], "val": [*chosen.test]}])
+    short = {"epochs": 1, "steps_per_epoch": 1, "batch_size": 1, "warmup_epochs": 0, "probe_epochs": 1}
+    settings = tiny_settings("mae3d", probe=chosen, **short)
+    run_pretraining(settings, find_cases(settings.datasets, PLANS, settings.configuration), tmp_path / "run")
+    log = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    for name, dice in ((ENCODER, "probe\\_dice"), (PROBE_ENCODER, "dice")):
+        out = tmp_path / f"hub_{name}"
+        convert_checkpoint(tmp_path / "run" / name, out, to="hub-folder")
+        rows = rows_of((out / "README.md").read_text())
+        assert float(rows[dice]) == pytest.approx(log[-1]["probe_dice"], abs=1e-6)
+        assert float(rows["loss"]) == pytest.approx(log[-1]["loss"], rel=1e-5)
+        content = b"".join(file.read_bytes() for file in out.iterdir())
+        assert not [case for case in (b"miller", b"smith", b"jones") if case in content]
 
 
 def test_a_foreign_checkpoint_without_a_run(tmp_path, capsys):
