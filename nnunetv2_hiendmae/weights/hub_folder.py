@@ -134,8 +134,8 @@ def model_card(metadata: EncoderMetadata, parameters: int, digest: str, run_dir:
     }
     source = {"source": metadata.source, "sha256 of the source": metadata.source_sha256}
     parts = {
-        "Use": "In nnU-Net v2, with ORG/REPO for the name of this repository:\n\n```bash\n"
-        "pip install nnunetv2_hiendmae\nhiendmae plan -d DATASET -w hf://ORG/REPO    # prints what to run next\n```",
+        "Use": "In nnU-Net v2 with its plugin nnunetv2_hiendmae, and ORG/REPO for the name of this repository:\n\n"
+        "```bash\nhiendmae plan -d DATASET -w hf://ORG/REPO    # prints what to run next\n```",
         "Encoder": _table({"method": metadata.method, "parameters": parameters, **about["spec"]}),
         "Images": _table(volume),
         "Training": _table({**training, **source}),
