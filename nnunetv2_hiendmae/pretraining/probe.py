@@ -144,7 +144,12 @@ class Probe:
             batch = crops[start : start + BATCH]
             with telling_unreadable(case):
                 images = torch.stack([torch.from_numpy(volume.read(c.corner, self.spec.img_size)) for c in batch])
-            found += [f[c.known] for c, f in zip(batch, features(images).cpu().numpy(), strict=True)]
+            tokens = features(images)
+            # of all of them: an encoder mixes them
+            for what, values in (("its voxels", images), ("an encoder's tokens of it", tokens)):
+                if not values.isfinite().all():
+                    raise UserError(f"case {case.name} of the probe cannot be used: {what} hold NaN or infinity")
+            found += [f[c.known] for c, f in zip(batch, tokens.cpu().numpy(), strict=True)]
         return np.concatenate(found), np.concatenate([crop.shares for crop in crops])
 
 

@@ -145,7 +145,9 @@ def _label_faults(drawn: Mapping[str, Sequence[Case]]) -> str:
     places = {case: _load(case)[1].get("class_locations") for cases in drawn.values() for case in cases}
     if without := [case.path.stem for case, found in places.items() if found is None]:
         return f"the arrays of {some(without)} hold no labels (hiendmae preprocess leaves them out)"
-    empty = [part for part, cases in drawn.items() if not any(len(v) for c in cases for v in places[c].values())]
+    # where voxels may be ignored, all that are not are recorded too, by a key of all values with -1
+    classes = {case: [v for key, v in found.items() if np.min(key) >= 0] for case, found in places.items()}
+    empty = [part for part, cases in drawn.items() if not any(map(len, (v for c in cases for v in classes[c])))]
     return f"the {' and '.join(empty)} cases hold no foreground" if empty else ""
 
 

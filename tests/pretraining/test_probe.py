@@ -1,6 +1,7 @@
 """The probe while pretraining: known answers, and that it changes nothing of the run."""
 
 import json
+import pickle
 import re
 import signal
 from dataclasses import replace
@@ -298,6 +299,12 @@ def test_cases_without_foreground_and_damaged_ones(preprocessed):
         write_case(preprocessed / case, np.zeros((1, *CASES[case]), np.float32), np.zeros(CASES[case], np.int16))
     with pytest.raises(UserError, match="the test cases hold no foreground"):
         find_labelled(2, PLANS, "3d_fullres")
+    # where a label may be ignored, nnU-Net records all other voxels too
+    properties = pickle.loads((preprocessed / "c.pkl").read_bytes())
+    properties["class_locations"][-1, 0, 1, 2] = np.zeros((9, 4), int)
+    (preprocessed / "c.pkl").write_bytes(pickle.dumps(properties))
+    with pytest.raises(UserError, match="the test cases hold no foreground"):
+        find_labelled(2, PLANS, "3d_fullres")
     write_case(preprocessed / "c", np.zeros((1, *CASES["c"]), np.float32), np.ones(CASES["c"], np.int16))
     cases = find_labelled(2, PLANS, "3d_fullres")
     with pytest.raises(UserError, match="no patch of 64 x 64 x 64 voxels has an eighth"):
@@ -308,6 +315,18 @@ def test_cases_without_foreground_and_damaged_ones(preprocessed):
     (preprocessed / "a_seg.b2nd").write_bytes(b"garbage")
     with pytest.raises(UserError, match="case Dataset002_Labelled/a"):
         Probe(cases, TINY_SPEC)
+
+
+def test_numbers_that_are_not_finite_are_told(preprocessed):
+    image = np.zeros((1, *CASES["a"]), np.float32)
+    image[0, 3, 4, 5] = np.nan
+    write_case(preprocessed / "a", image, np.ones(CASES["a"], np.int16))
+    probe = Probe(find_labelled(2, PLANS, "3d_fullres"), TINY_SPEC)
+    with pytest.raises(UserError, match="Dataset002_Labelled/a .* its voxels hold NaN"):
+        probe.of_voxels()
+    # weights may be finite, and what is computed of them in half precision is not
+    with pytest.raises(UserError, match=r"Dataset002_Labelled/b .* tokens of it hold NaN"):
+        probe._tokens(probe.cases.train[1], lambda crops: torch.full((len(crops), 8, 24), torch.inf))
 
 
 def test_cases_are_drawn_by_their_names_and_tested_ones_that_were_seen_are_told(tmp_path, caplog):
