@@ -23,9 +23,19 @@ def set_freed_memory(keep: bool) -> bool:
     Returns:
         Whether anything was set.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(CHOSEN_BY_USER) for name in os.environ):
+    if not _is_glibc() or any(name.startswith(CHOSEN_BY_USER) for name in os.environ):
         return False
     libc = ctypes.CDLL(None)
     # in this order: setting one of the thresholds ends glibc's own choice of both
     wanted = {_MMAP_THRESHOLD: LARGE_BYTES, _MMAP_MAX: 0 if keep else 1 << 16, _TRIM_THRESHOLD: -1 if keep else 1 << 17}
     return all(libc.mallopt(what, value) for what, value in wanted.items())
+
+
+def give_back_freed_memory() -> None:
+    """Gives the system what is free by now, once: other processes may need it more than what this one does next."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"

@@ -12,7 +12,7 @@ from nnunetv2_hiendmae.host_memory import CHOSEN_BY_USER
 CODE = """
 import resource, sys
 import numpy as np
-from nnunetv2_hiendmae.host_memory import set_freed_memory
+from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memory
 
 EDGE = 1 << 19  # float32: 2 MB, 512 pages
 def step():
@@ -29,10 +29,10 @@ for keep in map(int, sys.argv[1]):
 """
 
 
-def pages(keep: str, **environment: str) -> list[tuple[bool, int]]:
+def pages(keep: str, code: str = CODE, **environment: str) -> list[tuple[bool, int]]:
     """For every digit of `keep` whether it was set, and new pages of five equal steps of 10,240 each after a first."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(CHOSEN_BY_USER)}
-    command = [sys.executable, "-c", CODE, keep]
+    command = [sys.executable, "-c", code, keep]
     done = subprocess.run(command, env={**plain, **environment}, capture_output=True, encoding="utf-8", check=True)
     return [(told == "True", int(new)) for told, new in (line.split() for line in done.stdout.splitlines())]
 
@@ -43,6 +43,14 @@ def test_freed_memory_is_kept_or_given_back_and_both_can_be_changed():
         for digit, (done, new) in zip(keep, pages(keep), strict=True):
             # a page here and there is Python's own; given back, every array's pages are new (fewer where they are huge)
             assert done and (new < 100 if digit == "1" else new > 1000), (keep, digit, new)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
+def test_what_was_kept_is_given_back_once():
+    """40 MB that a step freed; what comes next is kept again."""
+    again = "give_back_freed_memory()\n    before = pages()\n    step()\n    print(done, pages() - before)\n"
+    [(_, kept), (_, new)] = pages("1", code=f"{CODE}    {again}")
+    assert kept < 100 and new > 1000
 
 
 @pytest.mark.parametrize("name", ["MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"])

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
-from nnunetv2_hiendmae.host_memory import set_freed_memory
+from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memory
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.randomness import seed_of
@@ -195,6 +195,11 @@ class _ViTTrainer(nnUNetTrainer):
             for citation in self.section.citations:
                 self.print_to_log_file(f"Please cite:\n{citation}", add_timestamp=False)
         super().on_train_start()
+
+    def on_train_end(self):
+        super().on_train_end()
+        # validation writes its predictions in processes of its own
+        give_back_freed_memory()
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()

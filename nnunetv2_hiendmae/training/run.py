@@ -208,13 +208,13 @@ def check_claimable(run_dir: Path, settings: RunSettings, data_digest: str) -> N
 
 def _of_a_run(run_dir: Path) -> list[str]:
     """What is there that a new run must not replace."""
-    return [name for name in (files.CHECKPOINT, files.ENCODER) if (run_dir / name).exists()]
+    return [name for name in (files.CHECKPOINT, files.ENCODER, files.PROBE_ENCODER) if (run_dir / name).exists()]
 
 
 def _record(run_dir: Path, settings: RunSettings, data_digest: str) -> None:
-    """Writes the settings; where they are recorded, only what decides the result and is new."""
+    """Writes the settings; of a run that goes on, only what decides the result and is new."""
     recorded = {**settings.to_dict(), files.DATA_KEY: data_digest}
-    if (run_dir / files.SETTINGS).exists():
+    if settings.resume:
         before = files.read_settings(run_dir)
         recorded = {**before, **settings.deciding()}
         if recorded == before:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _START = re.compile("hf:(/+|$)")
 _NAME = re.compile(r"([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?")
 _FORMS = "hf://ORG/REPO, hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE"
+_NO_NAME = f"names no file of a model on the Hugging Face Hub, needed {_FORMS}"
 # what the Hub calls repositories that hold no models
 _OTHER_KINDS = ("datasets", "spaces", "buckets", "kernels")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")
@@ -44,10 +45,10 @@ def local_file(name: str | Path) -> Path:
     start = _START.match(str(name))
     if not start:
         return Path(name)
-    rest = str(name)[start.end() :].rstrip("/")
+    rest = re.sub("/+", "/", str(name)[start.end() :]).rstrip("/")
     match = _NAME.fullmatch(rest)
-    if not match or match[1].split("/")[0] in _OTHER_KINDS:
-        raise UserError(f"hf://{printable(rest)} names no file of a model on the Hugging Face Hub, needed {_FORMS}")
+    if not match or match[1].split("/")[0] in _OTHER_KINDS or ".." in rest.split("/"):
+        raise UserError(f"hf://{printable(rest)} {_NO_NAME}")
     repo, revision, file = match.groups()
     with _telling(repo, f"hf://{rest}"):
         path = _fetch(repo, revision and unquote(revision), file)
@@ -138,6 +139,8 @@ def _telling(repo: str, name: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except errors.HFValidationError as e:
+        raise UserError(f"{printable(name)} {_NO_NAME} ({printable(e, LONGEST_ERROR)})") from e
     except errors.GatedRepoError as e:
         told = f"{name}: its authors give access to whom they choose; ask for it at {page}"
         raise UserError(f"{told}, then run: hf auth login") from e

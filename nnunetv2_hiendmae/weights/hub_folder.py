@@ -28,7 +28,7 @@ _LICENCES = ("apache-2.0", "mit", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by
 # of log.jsonl
 _Line = dict[str, FiniteFloat]
 _MEASURES = ("loss", "probe_dice", "probe_rank")
-_ABSOLUTE = r"(?:~|[A-Za-z]:)?[/\\]"
+_ABSOLUTE = r"(?:file:/*|~|[A-Za-z]:)?[/\\]"
 # in a sentence: no part of a URL, of a date or of "and/or"
 _PATH = re.compile(rf"(?<![\w:/\\.~-]){_ABSOLUTE}(?:[^/\\\s]+[/\\])+")
 
@@ -141,13 +141,13 @@ def model_card(metadata: EncoderMetadata, parameters: int, digest: str, run_dir:
         "Training": _table({**training, **source}),
         "Losses": _table(losses, "mean of the last epoch"),
         "Probe": _table(probe or {k: v for k, v in measured.items() if k not in losses}),
-        "Notes": "\n".join(f"- {printable(note, None)}" for note in metadata.notes),
-        "Licence": printable(metadata.licence, None),
+        "Notes": "\n".join(f"- {_cell(note, None)}" for note in metadata.notes),
+        "Licence": _cell(metadata.licence, None),
         "Citation": "\n\n".join(f"````bibtex\n{_lines(entry)}\n````" for entry in metadata.citations),
         "Checksum": f"sha256 of `{ENCODER}`: `{digest}`",
     }
     text = "\n\n".join(f"## {title}\n\n{part}" for title, part in parts.items() if part)
-    title = f"{printable(metadata.method)}: a {metadata.spec.kind} encoder for 3D medical images"
+    title = f"{_cell(metadata.method)}: a {metadata.spec.kind} encoder for 3D medical images"
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n"
 
 
@@ -178,12 +178,12 @@ def _table(rows: Mapping[str, Any], title: str = "") -> str:
     return "\n".join([f"| | {title} |", "|---|---|", *lines]) if lines else ""
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, most: int | None = 400) -> str:
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     elif isinstance(value, dict):
         value = ", ".join(f"{key} {inner}" for key, inner in value.items())
-    return re.sub(r"([|<>`\[\]*_\\])", r"\\\1", printable(value, 400))
+    return re.sub(r"([|<>`\[\]*_\\])", r"\\\1", printable(value, most))
 
 
 def _lines(text: str) -> str:

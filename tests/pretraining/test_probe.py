@@ -395,3 +395,17 @@ def test_voxels_outside_of_a_small_case_are_those_that_training_sees():
     probe._tokens(cases.test[1], lambda crops: (seen.append(crops), cell_means(crops, probe.spec))[1])
     expected = CaseVolume(cases.test[1], cases.format).read((-6, -6, -6), (32, 32, 32))
     assert np.array_equal(seen[0][0].numpy(), expected)
+
+
+def test_the_encoder_of_a_stopped_run_is_not_taken_for_one_of_another_run(tmp_path):
+    """Not even where it had no checkpoint yet; before its first probe a new run may take the folder."""
+    for step in (0, 3):
+        with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
+            each_step(patch, lambda now, last=step: _interrupt() if now == last else None)
+            run(tmp_path / str(step), probed(steps_per_epoch=1, epochs=4, checkpoint_epochs=4))
+    kept = (tmp_path / "3" / PROBE_ENCODER).read_bytes()
+    with pytest.raises(UserError, match="already holds a run; continue it with --c"):
+        run(tmp_path / "3", tiny_settings("hiendmae"))
+    assert (tmp_path / "3" / PROBE_ENCODER).read_bytes() == kept
+    run(tmp_path / "0", tiny_settings("hiendmae", epochs=1, steps_per_epoch=1, warmup_epochs=0))
+    assert json.loads((tmp_path / "0" / SETTINGS).read_text()).keys().isdisjoint(("probe", "probe_epochs"))

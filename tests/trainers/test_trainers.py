@@ -104,6 +104,14 @@ def test_settings_come_from_the_plans(make):
     trainer.set_deep_supervision_enabled(False)
 
 
+def test_memory_is_given_back_between_training_and_validation(make, monkeypatch):
+    done = []
+    monkeypatch.setattr(nnUNetTrainer, "on_train_end", lambda self: done.append("end"))
+    monkeypatch.setattr("nnunetv2_hiendmae.trainers.trainers.give_back_freed_memory", lambda: done.append("back"))
+    make().on_train_end()
+    assert done == ["end", "back"]
+
+
 def test_biases_norms_and_positions_do_not_decay(make):
     trainer = make(weight_decay=0.25)
     trainer.initialize()

@@ -66,6 +66,7 @@ def test_a_name_is_a_file_of_the_cache(hub, caplog):
     )
     later = hub.add(REPO, "encoder.safetensors", b"three", commit="f" * 40, ref="refs/pr/1")
     assert local_file(f"hf://{REPO}@refs%2Fpr%2F1") == later
+    assert local_file(f"hf://{REPO}//more//other.pth/") == nested
     assert local_file("some/where.pth") == Path("some/where.pth")
 
 
@@ -79,7 +80,18 @@ def test_without_file_the_only_weights_are_taken(hub):
 
 
 @pytest.mark.parametrize(
-    "name", ["hf://", "hf://a", "hf://a/", "hf://a/b@", "hf://a@b", "hf://datasets/a/b/c.pth", "https://hub/a/b"]
+    "name",
+    [
+        "hf://",
+        "hf://a",
+        "hf://a/",
+        "hf://a/b@",
+        "hf://a@b",
+        "hf://datasets/a/b/c.pth",
+        "hf://a/b c",
+        "hf://a/b/c/../d.pth",
+        "https://hub/a/b",
+    ],
 )
 def test_other_names_are_refused_with_the_form(capsys, name):
     code, out, err = run(capsys, "inspect", name)

@@ -38,7 +38,7 @@ METADATA = EncoderMetadata(
     licence="CC-BY-4.0",
     source="/data/Jane Doe/start.pth",
     training={**TRAINING, "start": {"file": "C:\\me\\e.safetensors", "source": "hf://lab/x@0/e", "sha256": "5" * 64}},
-    notes=("weights of /data/jane/run/x.pth and/or 1/4 of https://host/a/b",),
+    notes=("weights of /data/jane/run/x.pth, file:///data/jane/x.pth and/or 1/4 of https://host/a/b",),
 )
 
 
@@ -101,7 +101,7 @@ def test_no_names_of_cases_and_no_paths(run_dir, tmp_path):
     assert metadata.source == "start.pth"
     assert metadata.training["start"]["file"] == "e.safetensors"
     assert metadata.training["start"]["source"] == "hf://lab/x@0/e"
-    assert metadata.notes == ("weights of x.pth and/or 1/4 of https://host/a/b",)
+    assert metadata.notes == ("weights of x.pth, x.pth and/or 1/4 of https://host/a/b",)
     assert metadata.citations == METADATA.citations
     for file in out.iterdir():
         content = file.read_bytes()
@@ -165,8 +165,9 @@ def test_what_came_from_the_hub_names_its_model(run_dir, tmp_path):
 def test_hostile_texts_stay_texts(run_dir, tmp_path):
     hostile = replace(
         METADATA,
-        method="x\n---\nlicense: mit",
-        licence="free\n\n# Heading",
+        method="x\n---\nlicense: mit <script>",
+        licence="free\n\n# Heading <script>",
+        notes=("<script>", "![](https://host/seen.png)"),
         training={"<script>|": "a | b\n\n# Heading"},
         citations=("@a{b}\n````\n# Heading",),
     )
@@ -175,6 +176,7 @@ def test_hostile_texts_stay_texts(run_dir, tmp_path):
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "other" and hostile.method in card.data.tags
     assert "\n# Heading" not in card.text.split("## Citation")[0] and "<script>" not in card.text.replace(r"\<", "")
+    assert r"!\[\](https" in card.text
     assert card.text.split("## Citation")[1].count("````") == 2
 
 
