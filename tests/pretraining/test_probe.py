@@ -322,7 +322,7 @@ def test_numbers_that_are_not_finite_are_told(preprocessed):
     image[0, 3, 4, 5] = np.nan
     write_case(preprocessed / "a", image, np.ones(CASES["a"], np.int16))
     probe = Probe(find_labelled(2, PLANS, "3d_fullres"), TINY_SPEC)
-    with pytest.raises(UserError, match="Dataset002_Labelled/a .* its voxels hold NaN"):
+    with pytest.raises(UserError, match=r"Dataset002_Labelled/a .* its voxels hold NaN"):
         probe.of_voxels()
     # weights may be finite, and what is computed of them in half precision is not
     with pytest.raises(UserError, match=r"Dataset002_Labelled/b .* tokens of it hold NaN"):
