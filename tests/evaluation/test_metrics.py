@@ -206,6 +206,14 @@ def test_what_is_known_is_not_measured_again(tree, monkeypatch, caplog):
         assert report.values.equals(first.others[name].values)
     again(6, tolerance=["2"])
     again(6)
+    # also of files that are the same: summary.json was not made of them
+    summary = tree.results / DATASET / OURS / "fold_0" / "validation" / "summary.json"
+    text = summary.read_text()
+    summary.write_text(text.replace('"Dice": 0.', '"Dice": 0.1', 1))
+    with pytest.raises(UserError, match="1 of its cases"):
+        compare(7, metrics=ALL, num_processes=1)
+    summary.write_text(text)
+    again(1)
     cache = tree.results / DATASET / OURS / "fold_0" / "validation" / measuring.CACHE
     cache.write_text(cache.read_text()[:-20])
     again(3)
