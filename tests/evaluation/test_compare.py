@@ -468,7 +468,7 @@ def test_classes_called_like_levels_metrics_and_formulas(nnunet, tmp_path, drawn
     labels = {name: i for i, name in enumerate(["background", *names])}
     for run in (OURS, STOCK, "T__Third__3d_fullres"):
         for fold in (0, 1):
-            write_fold(nnunet, run, fold, dict.fromkeys(FOLDS[fold], [0.1 * i for i in range(6)]), labels)
+            write_fold(nnunet, run, fold, {case: [0.1 * i for i in range(6)] for case in FOLDS[fold]}, labels)
     report = compare(7)
     assert report.settings[0].classes == ["label 1", "label 2", "label 3", "class", "dice", names[-1]]
     write(report, tmp_path)
