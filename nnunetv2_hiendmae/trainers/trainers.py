@@ -135,7 +135,15 @@ class _ViTTrainer(nnUNetTrainer):
             self._fresh_kernel = self._input_kernel().detach().clone()
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except ValueError as e:
+            # of the optimizer
+            raise RuntimeError(
+                f"the checkpoint comes from plans with another schedule than {self.plans_manager.plans_name}: {e}; plan "
+                "with the --freeze-encoder, --layer-decay, --encoder-lr-scale and --decoder-warmup it was trained with, "
+                "or train under another --name"
+            ) from e
         self.continues = True
 
     def set_deep_supervision_enabled(self, enabled: bool):
