@@ -78,8 +78,22 @@ RECIPES: dict[str, MethodRecipe] = {
             "Ross}, booktitle={CVPR}, year={2022}}",
         ),
     ),
+    # ours for all baselines of the papers: as Hi-End-MAE
+    "simmim": MethodRecipe(
+        trainer="nnUNetTrainer_SimMIM",
+        citations=(
+            "@inproceedings{xie2022simmim, title={SimMIM: A Simple Framework for Masked Image Modeling}, "
+            "author={Xie, Zhenda and Zhang, Zheng and Cao, Yue and Lin, Yutong and Bao, Jianmin and Yao, Zhuliang "
+            "and Dai, Qi and Hu, Han}, booktitle={CVPR}, year={2022}}",
+            "@inproceedings{chen2023mim3d, title={Masked Image Modeling Advances 3D Medical Image Analysis}, "
+            "author={Chen, Zekai and Agarwal, Devansh and Aggarwal, Kshitij and Safta, Wiem and Balan, Mariann "
+            "Micsinai and Brown, Kevin}, booktitle={WACV}, year={2023}}",
+        ),
+    ),
 }
 DEFAULT_METHOD = "hiendmae"
+# the four methods; the others are baselines that their papers compare with
+MAIN_METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # ours, for weights that another program pretrained or trained, whatever its method: as the baseline, with nnU-Net's own
 # batch size
 FOREIGN = MethodRecipe("nnUNetTrainer_Pretrained", citations=(), volume=VolumeFormat(), batch_size=2)

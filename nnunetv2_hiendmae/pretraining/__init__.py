@@ -11,12 +11,13 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.pretraining.method import Method
     from nnunetv2_hiendmae.pretraining.methods import METHODS
     from nnunetv2_hiendmae.pretraining.mim import MiM
+    from nnunetv2_hiendmae.pretraining.simmim import SimMIM
 
-__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM", "SimMIM"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"GLMAE": "glmae", "MAE3D": "masked", "METHODS": "methods", "HiEndMAE": "hiendmae"}
-_LATER |= {"Method": "method", "MiM": "mim"}
+_LATER |= {"Method": "method", "MiM": "mim", "SimMIM": "simmim"}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,6 +12,7 @@ from nnunetv2_hiendmae.pretraining.declaration import Declaration, MethodOptions
 GLOBAL_TO_LOCAL = 160 / 96
 # not published; AdamW's usual rule, per 256 volumes
 LR_PER_256 = 1.5e-4
+_AS_HIENDMAE = "Training recipe: ours, that of Hi-End-MAE"
 _OF_EDGES = "share of the volume's edges"
 ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
@@ -194,7 +195,7 @@ class DeclaredMAE3D(Declaration):
 
     name = "mae3d"
     title = "MAE3D"
-    source = "He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. Training recipe: ours, that of Hi-End-MAE"
+    source = f"He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. {_AS_HIENDMAE}"
 
     @dataclass(frozen=True)
     class Options(MaskedOptions):
@@ -207,7 +208,24 @@ class DeclaredMAE3D(Declaration):
         decoder_heads: int = option(16)
 
 
-# in the order in which they are listed
+class DeclaredSimMIM(Declaration):
+    """A baseline of the papers: mask tokens in the encoder."""
+
+    name = "simmim"
+    title = "SimMIM"
+    source = f"Xie et al., CVPR 2022, in 3D. {_AS_HIENDMAE}"
+
+    @dataclass(frozen=True)
+    class Options(MaskedOptions):
+        """What is hidden."""
+
+        mask_ratio: float = option(0.6, "0.75 with mask_edge=1 in Chen et al. 2023, in 3D", **SHARE)
+        # hidden are cubes, as published: 32 pixels with patches of 16
+        mask_edge: int = option(2, "edge of what is hidden at once, in tokens", at_least=1)
+
+
+# in the order in which they are listed; after the four methods the baselines of the papers
 DECLARED: dict[str, type[Declaration]] = {
-    declared.name: declared for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D)
+    declared.name: declared
+    for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D, DeclaredSimMIM)
 }

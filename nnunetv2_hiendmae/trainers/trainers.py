@@ -255,6 +255,10 @@ class nnUNetTrainer_MAE3D(_ViTTrainer):
     method = "mae3d"
 
 
+class nnUNetTrainer_SimMIM(_ViTTrainer):
+    method = "simmim"
+
+
 class nnUNetTrainer_Pretrained(_ViTTrainer):
     """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
 
