@@ -90,6 +90,14 @@ RECIPES: dict[str, MethodRecipe] = {
             "Micsinai and Brown, Kevin}, booktitle={WACV}, year={2023}}",
         ),
     ),
+    "simclr": MethodRecipe(
+        trainer="nnUNetTrainer_SimCLR",
+        citations=(
+            "@inproceedings{chen2020simclr, title={A Simple Framework for Contrastive Learning of Visual "
+            "Representations}, author={Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey}, "
+            "booktitle={ICML}, year={2020}}",
+        ),
+    ),
 }
 DEFAULT_METHOD = "hiendmae"
 # the four methods; the others are baselines that their papers compare with

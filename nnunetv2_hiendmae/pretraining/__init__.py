@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.pretraining.method import Method
     from nnunetv2_hiendmae.pretraining.methods import METHODS
     from nnunetv2_hiendmae.pretraining.mim import MiM
+    from nnunetv2_hiendmae.pretraining.simclr import SimCLR
     from nnunetv2_hiendmae.pretraining.simmim import SimMIM
 
-__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM", "SimMIM"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"GLMAE": "glmae", "MAE3D": "masked", "METHODS": "methods", "HiEndMAE": "hiendmae"}
-_LATER |= {"Method": "method", "MiM": "mim", "SimMIM": "simmim"}
+_LATER |= {"Method": "method", "MiM": "mim", "SimCLR": "simclr", "SimMIM": "simmim"}
 
 
 def __getattr__(name: str) -> Any:

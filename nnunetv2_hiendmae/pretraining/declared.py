@@ -13,6 +13,9 @@ GLOBAL_TO_LOCAL = 160 / 96
 # not published; AdamW's usual rule, per 256 volumes
 LR_PER_256 = 1.5e-4
 _AS_HIENDMAE = "Training recipe: ours, that of Hi-End-MAE"
+# of methods that compare the samples of a micro-batch: all of them at once
+_CONTRASTED = PretrainRecipe(batch_size=64)
+_CONTRASTED_NOTES = {"batch_size": "volumes, ours", "accumulate": "each micro-batch is compared by itself"}
 _OF_EDGES = "share of the volume's edges"
 ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
@@ -224,8 +227,28 @@ class DeclaredSimMIM(Declaration):
         mask_edge: int = option(2, "edge of what is hidden at once, in tokens", at_least=1)
 
 
+class DeclaredSimCLR(Declaration):
+    """A baseline of the papers: contrast of crops."""
+
+    name = "simclr"
+    title = "SimCLR"
+    source = f"Chen et al., ICML 2020; the two views are crops of one volume. {_AS_HIENDMAE}, without micro-batches"
+    recipe = _CONTRASTED
+    recipe_notes: ClassVar[dict[str, str]] = _CONTRASTED_NOTES
+    compares_samples = True
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """Of the head, and of the loss."""
+
+        # width of the head's output; its hidden layer has the encoder's
+        projection_dim: int = option(128, at_least=2)
+        # that cosine similarities are divided by
+        temperature: float = option(0.1, above=0)
+
+
 # in the order in which they are listed; after the four methods the baselines of the papers
 DECLARED: dict[str, type[Declaration]] = {
     declared.name: declared
-    for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D, DeclaredSimMIM)
+    for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D, DeclaredSimMIM, DeclaredSimCLR)
 }

@@ -259,6 +259,10 @@ class nnUNetTrainer_SimMIM(_ViTTrainer):
     method = "simmim"
 
 
+class nnUNetTrainer_SimCLR(_ViTTrainer):
+    method = "simclr"
+
+
 class nnUNetTrainer_Pretrained(_ViTTrainer):
     """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
 

@@ -1,15 +1,27 @@
 """The baselines of the papers: their losses against plain formulas, what is drawn, and what is refused."""
 
+import math
+import os
+from pathlib import Path
+
+import forked
+import numpy as np
 import pytest
 import torch
 from primus_util import FULL_PRIMUS
-from run_data import TINY_SPEC
-from test_methods import make_batch
+from run_data import PLANS, TINY_SPEC, tiny_settings, write_preprocessed
+from test_loop import SHAPES, cli_arguments, free_port
+from test_methods import NoiseVolume, make_batch
 
+from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.architectures import tokens as tk
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS, Method
+from nnunetv2_hiendmae.pretraining.loop import prepare
+from nnunetv2_hiendmae.pretraining.simclr import nt_xent
+from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes
+from nnunetv2_hiendmae.training.volumes import find_cases
 
 WIDE = TINY_SPEC.with_(img_size=(32, 32, 32))
 
@@ -76,3 +88,102 @@ def test_simmim_sees_visible_voxels_alone(spec):
 def test_simmim_refuses(preset, options, message):
     with torch.device("meta"), pytest.raises(UserError, match=message):
         METHODS["simmim"](PRESETS[preset], **options)
+
+
+CONTRASTED = [name for name, method in METHODS.items() if method.compares_samples]
+
+
+@pytest.fixture
+def preprocessed(nnunet):
+    return write_preprocessed(nnunet.preprocessed, SHAPES)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.5])
+def test_contrast_pair_by_pair(temperature):
+    pairs = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).double()
+    vectors, found, nearest = pairs.reshape(6, 5).tolist(), [], []
+    for i, a in enumerate(vectors):
+        others = {}
+        for j, b in enumerate(vectors):
+            if j != i:
+                cosine = sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+                others[j] = cosine / temperature
+        partner = i + 1 if i % 2 == 0 else i - 1
+        found.append(math.log(sum(map(math.exp, others.values()))) - others[partner])
+        nearest.append(max(others, key=others.get) == partner)
+    loss, accuracy = nt_xent(pairs, temperature)
+    assert loss.item() == pytest.approx(np.mean(found), rel=1e-5) and accuracy.item() == pytest.approx(np.mean(nearest))
+    # length does not count
+    torch.testing.assert_close(nt_xent(3 * pairs, temperature)[0], loss, rtol=1e-5, atol=0)
+
+
+def test_contrast_of_pairs_that_are_alike_and_opposite():
+    """Two pairs, each alike, opposite to each other: ln(1 + 2·exp(−2/τ))."""
+    pairs = torch.tensor([[[1.0, 0.0]] * 2, [[-1.0, 0.0]] * 2])
+    assert nt_xent(pairs, 0.5)[0].item() == pytest.approx(math.log(1 + 2 * math.exp(-4)), rel=1e-5)
+
+
+def test_simclr_compares_crops_of_one_volume():
+    method = build("simclr")
+    drawn = method.views().draw(NoiseVolume(1, 0), np.random.default_rng(0))["images"]
+    assert drawn.shape == (2, 1, 16, 16, 16) and not torch.equal(*drawn)
+    batch = make_batch(method)
+    images = batch["images"].flatten(0, 1)
+    embedded = method.encoder(images)[0][:, 1:].mean(1)
+    expected = nt_xent(method.head(embedded).reshape(4, 2, 128), 0.1)
+    torch.testing.assert_close(method(batch), {"loss": expected[0], "accuracy": expected[1]})
+
+
+def first_step(name: str, variables: dict[str, str], file: Path) -> None:
+    """Losses and gradients of a run's first step, as this process finds them."""
+    os.environ.update(variables)
+    settings = tiny_settings(name)
+    fabric, method = prepare(settings)
+    learner = Learner.set_up(fabric, settings, method)
+    batches = learner.batches(find_cases(settings.datasets, PLANS, "3d_fullres"), range(1))
+    measured = learner._backward(batches, 0)
+    torch.save((measured, {k: p.grad for k, p in method.named_parameters() if p.requires_grad}), file)
+    part_processes(fabric)
+
+
+@pytest.mark.parametrize("name", CONTRASTED)
+def test_two_processes_contrast_the_whole_batch(preprocessed, nnunet, tmp_path, name):
+    """Losses and gradients are those of one process, but for the order of sums: to 1e-6 of the loss, to 1e-5 of each
+    tensor's largest gradient. Each process by itself would find two samples of four."""
+    first_step(name, {}, tmp_path / "one")
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {**nnunet.environment, "TORCHELASTIC_RUN_ID": "a", "GROUP_RANK": "0"}
+    running = [
+        forked.SERVER.Process(
+            target=first_step, args=(name, {**shared, "RANK": rank, "LOCAL_RANK": rank}, tmp_path / rank)
+        )
+        for rank in "01"
+    ]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(forked.TIMEOUT_S)
+    assert [process.exitcode for process in running] == [0, 0]
+    loss, gradients = torch.load(tmp_path / "one")
+    for rank in "01":
+        measured, found = torch.load(tmp_path / rank)
+        assert measured == pytest.approx(loss, abs=1e-6) and found.keys() == gradients.keys()
+        wrong = {k: (g - found[k]).abs().max() / g.abs().max() for k, g in gradients.items()}
+        # the loss does not depend on the biases of keys: theirs are rounding
+        assert max(wrong[k] for k in wrong if not k.endswith("attn.qkv.bias")) < 1e-5
+
+
+@pytest.mark.parametrize("name", CONTRASTED)
+def test_a_sample_alone_has_nothing_to_be_compared_with(preprocessed, tmp_path, capsys, name):
+    for batch, parts in ((1, 1), (4, 4)):
+        sizes = ["--batch-size", str(batch), "--accumulate", str(parts)]
+        assert cli.main([*cli_arguments(name, tmp_path / "run"), *sizes]) == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"--batch-size {batch} in {parts} micro-batches" in error and name in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_pictures_of_what_reconstructs_nothing(preprocessed, tmp_path, capsys):
+    assert cli.main([*cli_arguments("simclr", tmp_path / "run"), "--epochs", "1"]) == 0
+    assert cli.main(["reconstruct", str(tmp_path / "run"), "-o", str(tmp_path / "made"), "-device", "cpu"]) == 2
+    assert "simclr reconstructs nothing" in capsys.readouterr().err and not (tmp_path / "made").exists()

@@ -29,7 +29,7 @@ from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 # of methods that see more than one masked crop
-PICTURES = {"mim": ["level1", "level2", "level3"], "glmae": ["global", "local"]}
+PICTURES = {"mim": ["level1", "level2", "level3"], "glmae": ["global", "local"], "simclr": []}
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 methods = pytest.mark.parametrize("method", list(METHODS))
 
@@ -80,7 +80,7 @@ def test_leaves_everything_behind(preprocessed, tmp_path, method):
     lrs = [line["lr"] for line in log]
     assert lrs[0] == 0 and max(lrs) == lrs[3] == 1e-3 and lrs[3:] == sorted(lrs[3:], reverse=True)
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {CHECKPOINT, ENCODER, "run.json", "progress.png"}
-    pictures = {p.name for p in (tmp_path / "run" / "reconstructions").iterdir()}
+    pictures = {p.name for p in (tmp_path / "run").glob("reconstructions/*")}
     views = PICTURES.get(method, ["crop"])
     assert pictures == {f"epoch_{epoch}_{view}.png" for epoch in ("0002", "0003") for view in views}
     encoder, metadata = load_encoder(tmp_path / "run" / ENCODER)
