@@ -98,6 +98,14 @@ RECIPES: dict[str, MethodRecipe] = {
             "booktitle={ICML}, year={2020}}",
         ),
     ),
+    "genesis": MethodRecipe(
+        trainer="nnUNetTrainer_Genesis",
+        citations=(
+            "@article{zhou2021genesis, title={Models Genesis}, author={Zhou, Zongwei and Sodha, Vatsal and Pang, "
+            "Jiaxuan and Gotway, Michael B. and Liang, Jianming}, journal={Medical Image Analysis}, volume={67}, "
+            "pages={101840}, year={2021}}",
+        ),
+    ),
 }
 DEFAULT_METHOD = "hiendmae"
 # the four methods; the others are baselines that their papers compare with

@@ -40,6 +40,7 @@ TINY_OPTIONS = defaultdict(
     },
     mae3d={"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
     simmim={"mask_edge": 1},
+    genesis={"windows": 10},
     # the default multiplies rounding by ten
     simclr={"temperature": 0.5},
 )

@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nnunetv2_hiendmae.pretraining.genesis import Genesis
     from nnunetv2_hiendmae.pretraining.glmae import GLMAE
     from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
     from nnunetv2_hiendmae.pretraining.masked import MAE3D
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.pretraining.simclr import SimCLR
     from nnunetv2_hiendmae.pretraining.simmim import SimMIM
 
-__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "Genesis", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"GLMAE": "glmae", "MAE3D": "masked", "METHODS": "methods", "HiEndMAE": "hiendmae"}
-_LATER |= {"Method": "method", "MiM": "mim", "SimCLR": "simclr", "SimMIM": "simmim"}
+_LATER |= {"Method": "method", "MiM": "mim", "SimCLR": "simclr", "SimMIM": "simmim", "Genesis": "genesis"}
 
 
 def __getattr__(name: str) -> Any:

@@ -247,8 +247,32 @@ class DeclaredSimCLR(Declaration):
         temperature: float = option(0.1, above=0)
 
 
+class DeclaredGenesis(Declaration):
+    """A baseline of the papers: distorted crops are restored."""
+
+    name = "genesis"
+    title = "Models Genesis"
+    source = f"Zhou et al., MICCAI 2019; a linear layer restores in place of the U-Net's decoder. {_AS_HIENDMAE}"
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """How often a crop gets each distortion."""
+
+        # windows of local voxels are shuffled
+        shuffle: float = option(0.5, "share of crops", **SHARE)
+        windows: int = option(1000, "per shuffled crop", at_least=1)
+        # a random curve of intensities
+        nonlinear: float = option(0.9, "share of crops", **SHARE)
+        # boxes are filled with noise, or all that is outside of some boxes
+        paint: float = option(0.9, "share of crops", **SHARE)
+        paint_outside: float = option(0.8, "share of painted crops, the others are painted inside", **SHARE)
+
+
 # in the order in which they are listed; after the four methods the baselines of the papers
 DECLARED: dict[str, type[Declaration]] = {
     declared.name: declared
-    for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D, DeclaredSimMIM, DeclaredSimCLR)
+    for declared in (
+        *(DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D),
+        *(DeclaredSimMIM, DeclaredSimCLR, DeclaredGenesis),
+    )
 }

@@ -263,6 +263,10 @@ class nnUNetTrainer_SimCLR(_ViTTrainer):
     method = "simclr"
 
 
+class nnUNetTrainer_Genesis(_ViTTrainer):
+    method = "genesis"
+
+
 class nnUNetTrainer_Pretrained(_ViTTrainer):
     """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
 

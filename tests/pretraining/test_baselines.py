@@ -18,9 +18,12 @@ from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.architectures import tokens as tk
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining import METHODS, Method
+from nnunetv2_hiendmae.pretraining.genesis import intensity_curve, paint, shuffle_windows
 from nnunetv2_hiendmae.pretraining.loop import prepare
 from nnunetv2_hiendmae.pretraining.simclr import nt_xent
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes
+from nnunetv2_hiendmae.recipes import MAIN_METHODS
+from nnunetv2_hiendmae.training.views import unaugmented
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 WIDE = TINY_SPEC.with_(img_size=(32, 32, 32))
@@ -187,3 +190,96 @@ def test_no_pictures_of_what_reconstructs_nothing(preprocessed, tmp_path, capsys
     assert cli.main([*cli_arguments("simclr", tmp_path / "run"), "--epochs", "1"]) == 0
     assert cli.main(["reconstruct", str(tmp_path / "run"), "-o", str(tmp_path / "made"), "-device", "cpu"]) == 2
     assert "simclr reconstructs nothing" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_genesis_curves_are_monotone(seed):
+    x, y = intensity_curve(np.random.default_rng(seed))
+    assert x[0] == 0 and x[-1] == 1 and (np.diff(x) >= 0).all()
+    assert sorted((y[0], y[-1])) == [0, 1] and (np.diff(y) * (y[-1] - y[0]) >= 0).all()
+
+
+def test_genesis_curves_rise_and_fall():
+    falling = [intensity_curve(np.random.default_rng(seed))[1][0] for seed in range(200)]
+    # 3 standard deviations of a fair coin
+    assert abs(np.mean(falling) - 0.5) < 3 * 0.5 / math.sqrt(200)
+
+
+@pytest.mark.parametrize("count", [1, 50])
+def test_genesis_shuffles_inside_windows(count):
+    """The voxels are the same ones, channels move together, and none leaves a tenth of an axis per window."""
+    before = np.arange(40**3, dtype=np.float32).reshape(1, 40, 40, 40) + np.array([0, 1e6])[:, None, None, None]
+    after = before.copy()
+    shuffle_windows(after, count, np.random.default_rng(1))
+    assert np.array_equal(np.sort(after.ravel()), np.sort(before.ravel()))
+    assert np.array_equal(after[1] - after[0], before[1] - before[0])
+    moved = np.argwhere(after[0] != before[0])
+    assert 0 < len(moved) <= count * 4**3
+    if count == 1:
+        assert (np.ptp(moved, axis=0) < 4).all()
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_genesis_paints_boxes_or_all_around_them(outside):
+    """Of edges 42: one to five boxes of 7 to 14 voxels, or 18 to 24; what is left is as before."""
+    shares = []
+    for seed in range(10):
+        image = np.full((2, 42, 42, 42), 2.0, np.float32)
+        paint(image, outside, np.random.default_rng(seed))
+        painted = image[0] != 2
+        assert np.array_equal(painted, image[1] != 2) and ((image[:, painted] >= 0) & (image[:, painted] < 1)).all()
+        shares.append(painted.mean())
+    low, high = (7 / 42) ** 3, 5 * (14 / 42) ** 3
+    if outside:
+        low, high = 1 - 5 * (24 / 42) ** 3, 1 - (18 / 42) ** 3
+    assert low <= min(shares) < max(shares) <= high
+
+
+@pytest.mark.parametrize("distortion", ["shuffle", "nonlinear", "paint"])
+def test_genesis_distorts_as_often_as_it_should(distortion):
+    """Alone at .5: half of the crops, within three standard deviations; images are left as they were."""
+    chances = {name: 0.5 if name == distortion else 0.0 for name in ("shuffle", "nonlinear", "paint")}
+    method, volume, changed = build("genesis", windows=3, **chances), NoiseVolume(1, 0), []
+    for seed in range(100):
+        drawn = unaugmented(method.views()).draw(volume, np.random.default_rng(seed))
+        lower = drawn["lower"].tolist()
+        assert np.array_equal(drawn["image"], volume.read(lower, (16, 16, 16)))
+        changed.append(not torch.equal(drawn["image"], drawn["distorted"]))
+    assert abs(np.mean(changed) - 0.5) < 0.15
+
+
+def test_genesis_takes_intensities_to_the_unit_interval_and_back():
+    """Z-scored MR: distorted intensities stay between the crop's own; channels by themselves."""
+    volume = NoiseVolume(2, 0)
+    volume.values *= np.array([8.0, 300.0], np.float32)[:, None, None, None]
+    volume.values -= 3
+    method = build("genesis", TINY_SPEC.with_(in_channels=2), shuffle=0, paint=0.0, nonlinear=1.0)
+    drawn = unaugmented(method.views()).draw(volume, np.random.default_rng(0))
+    for image, distorted in zip(drawn["image"], drawn["distorted"], strict=True):
+        assert not torch.equal(image, distorted)
+        assert distorted.min().item() == pytest.approx(image.min().item(), abs=1e-3)
+        assert distorted.max().item() == pytest.approx(image.max().item(), rel=1e-4)
+
+
+def test_genesis_restores_every_voxel():
+    method = build("genesis").eval()
+    batch = make_batch(method, samples=2)
+    made = method.reconstruct(batch)["crop"]
+    assert torch.equal(made.input, batch["image"]) and torch.equal(made.masked, batch["distorted"])
+    tokens = method.encoder(batch["distorted"])[0][:, 1:]
+    torch.testing.assert_close(tk.patchify(made.reconstruction, (8, 8, 8)), method.head(tokens))
+    expected = sum(((r - i) ** 2).sum() for r, i in zip(made.reconstruction, made.input, strict=True)) / (2 * 16**3)
+    torch.testing.assert_close(method(batch)["loss"], expected)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in MAIN_METHODS])
+def test_what_is_drawn_follows_from_the_generator_alone(name):
+    views, volume = build(name).views(), NoiseVolume(1, 0)
+    drawn = []
+    for number in range(2):
+        np.random.seed(number)  # noqa: NPY002
+        torch.manual_seed(number)
+        drawn.append(views.draw(volume, np.random.default_rng(5)))
+    other = views.draw(volume, np.random.default_rng(6))
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in other)
+    assert any(not torch.equal(drawn[0][key], other[key]) for key in other)
