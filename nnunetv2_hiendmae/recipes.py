@@ -106,6 +106,14 @@ RECIPES: dict[str, MethodRecipe] = {
             "pages={101840}, year={2021}}",
         ),
     ),
+    "swinpretexts": MethodRecipe(
+        trainer="nnUNetTrainer_SwinPretexts",
+        citations=(
+            "@inproceedings{tang2022swinunetr, title={Self-Supervised Pre-Training of Swin Transformers for 3D "
+            "Medical Image Analysis}, author={Tang, Yucheng and Yang, Dong and Li, Wenqi and Roth, Holger R. and "
+            "Landman, Bennett and Xu, Daguang and Nath, Vishwesh and Hatamizadeh, Ali}, booktitle={CVPR}, year={2022}}",
+        ),
+    ),
 }
 DEFAULT_METHOD = "hiendmae"
 # the four methods; the others are baselines that their papers compare with

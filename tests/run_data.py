@@ -43,6 +43,7 @@ TINY_OPTIONS = defaultdict(
     genesis={"windows": 10},
     # the default multiplies rounding by ten
     simclr={"temperature": 0.5},
+    swinpretexts={"projection_dim": 8},
 )
 WINDOW = (-175.0, 250.0)
 

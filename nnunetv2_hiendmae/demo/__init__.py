@@ -39,6 +39,7 @@ SMALLER: dict[str, tuple[int, dict[str, Any]]] = {
     "glmae": (4, GLMAE_VIEWS | SMALL_DECODER),
     "mae3d": (1, SMALL_DECODER),
     "simclr": (2, {}),
+    "swinpretexts": (2, {}),
 }
 
 

@@ -14,12 +14,20 @@ if TYPE_CHECKING:
     from nnunetv2_hiendmae.pretraining.mim import MiM
     from nnunetv2_hiendmae.pretraining.simclr import SimCLR
     from nnunetv2_hiendmae.pretraining.simmim import SimMIM
+    from nnunetv2_hiendmae.pretraining.swinpretexts import SwinPretexts
 
-__all__ = ["GLMAE", "MAE3D", "METHODS", "Genesis", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM"]
+__all__ = ["GLMAE", "MAE3D", "METHODS", "Genesis", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM", "SwinPretexts"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"GLMAE": "glmae", "MAE3D": "masked", "METHODS": "methods", "HiEndMAE": "hiendmae"}
-_LATER |= {"Method": "method", "MiM": "mim", "SimCLR": "simclr", "SimMIM": "simmim", "Genesis": "genesis"}
+_LATER |= {
+    "Method": "method",
+    "MiM": "mim",
+    "SimCLR": "simclr",
+    "SimMIM": "simmim",
+    "Genesis": "genesis",
+    "SwinPretexts": "swinpretexts",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -268,11 +268,38 @@ class DeclaredGenesis(Declaration):
         paint_outside: float = option(0.8, "share of painted crops, the others are painted inside", **SHARE)
 
 
+class DeclaredSwinPretexts(Declaration):
+    """A baseline of the papers: the pretexts that Swin-UNETR's encoder was trained with."""
+
+    name = "swinpretexts"
+    title = "Swin-UNETR's pretexts"
+    source = (
+        "Tang et al., CVPR 2022, on a ViT: inpainting, rotation, contrast; a linear layer restores in place of a "
+        f"decoder. {_AS_HIENDMAE}, without micro-batches"
+    )
+    recipe = _CONTRASTED
+    recipe_notes: ClassVar[dict[str, str]] = _CONTRASTED_NOTES
+    compares_samples = True
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """Of the views, of the contrast, and the weights of the three losses."""
+
+        cutout: float = option(0.3, "share of voxels", above=0, below=1)
+        # width of what is compared
+        projection_dim: int = option(512, at_least=2)
+        # that cosine similarities are divided by
+        temperature: float = option(0.5, above=0)
+        weight_inpainting: float = option(1.0, above=0)
+        weight_rotation: float = option(1.0, above=0)
+        weight_contrast: float = option(1.0, above=0)
+
+
 # in the order in which they are listed; after the four methods the baselines of the papers
 DECLARED: dict[str, type[Declaration]] = {
     declared.name: declared
     for declared in (
         *(DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D),
-        *(DeclaredSimMIM, DeclaredSimCLR, DeclaredGenesis),
+        *(DeclaredSimMIM, DeclaredSimCLR, DeclaredGenesis, DeclaredSwinPretexts),
     )
 }

@@ -267,6 +267,10 @@ class nnUNetTrainer_Genesis(_ViTTrainer):
     method = "genesis"
 
 
+class nnUNetTrainer_SwinPretexts(_ViTTrainer):
+    method = "swinpretexts"
+
+
 class nnUNetTrainer_Pretrained(_ViTTrainer):
     """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
 

@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.pretraining.genesis import intensity_curve, paint, shuffl
 from nnunetv2_hiendmae.pretraining.loop import prepare
 from nnunetv2_hiendmae.pretraining.simclr import nt_xent
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes
+from nnunetv2_hiendmae.pretraining.swinpretexts import draw_cutout, turn
 from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.training.views import unaugmented
 from nnunetv2_hiendmae.training.volumes import find_cases
@@ -283,3 +284,79 @@ def test_what_is_drawn_follows_from_the_generator_alone(name):
     other = views.draw(volume, np.random.default_rng(6))
     assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in other)
     assert any(not torch.equal(drawn[0][key], other[key]) for key in other)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9])
+@pytest.mark.parametrize("shape", [(16, 16, 16), (20, 32, 32)])
+def test_pretexts_cut_out_the_share(shape, share):
+    cut = [draw_cutout(shape, share, np.random.default_rng(seed)) for seed in range(5)]
+    assert {c.sum() for c in cut} == {round(share * math.prod(shape))}
+    # everywhere, and not as noise: most neighbours of a hidden voxel are hidden
+    assert not np.logical_and.reduce(cut).all() and len({c.tobytes() for c in cut}) == 5
+    assert min(c[1:][c[:-1]].mean() for c in cut) > 0.6
+
+
+def test_pretexts_turn_about_the_first_axis_and_back():
+    """The patient's long axis is the first one of nnU-Net's arrays; one quarter turn takes rows to columns."""
+    images = torch.rand(4, 2, 3, 6, 6)
+    turns = torch.arange(4)
+    turned = turn(images, turns)
+    assert torch.equal(turn(turned, -turns), images) and torch.equal(turned[0], images[0])
+    assert torch.equal(turned[1], images[1].transpose(-1, -2).flip(-2))
+    assert torch.equal(turned[2], images[2].flip(-1, -2))
+    # slices stay slices
+    torch.testing.assert_close(turned.mean((3, 4)), images.mean((3, 4)))
+
+
+def test_pretexts_draw_every_turn():
+    views, volume = build("swinpretexts").views(), NoiseVolume(1, 0)
+    turns = [views.draw(volume, np.random.default_rng(seed))["turns"].tolist() for seed in range(50)]
+    # 100 draws of four: 3 standard deviations of each count
+    counts = np.bincount(np.ravel(turns), minlength=4)
+    assert len(counts) == 4 and (abs(counts - 25) < 13).all() and any(a != b for a, b in turns)
+
+
+def test_pretexts_are_the_sum_of_three_losses():
+    """View by view, from the encoder's tokens."""
+    method = build("swinpretexts", weight_inpainting=2.0, weight_rotation=3.0, weight_contrast=5.0).eval()
+    batch = make_batch(method, samples=3)
+    absolute, told, embedded = [], [], []
+    for sample in range(3):
+        for view in range(2):
+            k = batch["turns"][sample, view]
+            turned = torch.rot90(batch["image"][sample], int(k), (2, 3))
+            tokens = method.encoder((turned * ~batch["hidden"][sample, view])[None])[0][0, 1:]
+            voxels = tk.unpatchify(method.inpainting(tokens)[None], (2, 2, 2), (8, 8, 8))[0]
+            absolute.append((voxels - turned).abs().mean())
+            told.append(-method.rotation(tokens.mean(0)).log_softmax(0)[k])
+            embedded.append(method.contrast(tokens.mean(0)))
+    contrast, _ = nt_xent(torch.stack(embedded).reshape(3, 2, -1), 0.5)
+    parts = [torch.stack(absolute).mean(), torch.stack(told).mean(), contrast]
+    found = method(batch)
+    named = [found[f"loss_{name}"] for name in ("inpainting", "rotation", "contrast")]
+    torch.testing.assert_close(named, [p.detach() for p in parts])
+    torch.testing.assert_close(found["loss"], 2 * parts[0] + 3 * parts[1] + 5 * parts[2])
+
+
+def test_pretexts_show_the_crop_as_it_lies():
+    """A picture's letters and NIfTI files are those of the crop, so what was turned is turned back."""
+    method = build("swinpretexts").eval()
+    batch = make_batch(method)
+    assert batch["turns"][:, 0].any()
+    made = method.reconstruct(batch)["crop"]
+    assert torch.equal(made.input, batch["image"])
+    hidden = made.hidden[:, None]
+    assert torch.equal(made.masked[~hidden], made.input[~hidden]) and not made.masked[hidden].any()
+    assert hidden.float().mean().item() == pytest.approx(0.3, abs=1e-3)
+    # a head that predicts the place in the view shows how the prediction was turned
+    with torch.no_grad():
+        method.inpainting.weight.zero_()
+        method.inpainting.bias.copy_(tk.patchify(torch.arange(512.0).reshape(1, 1, 8, 8, 8), (8, 8, 8))[0, 0])
+    ramp = torch.arange(512.0).reshape(8, 8, 8).tile(2, 2, 2)
+    for made, k in zip(method.reconstruct(batch)["crop"].reconstruction[:, 0], batch["turns"][:, 0], strict=True):
+        assert torch.equal(made, torch.rot90(ramp, -int(k), (1, 2)))
+
+
+def test_pretexts_need_a_crop_that_is_square_in_plane():
+    with torch.device("meta"), pytest.raises(UserError, match=r"swinpretexts .*\(16, 16, 24\).*--crop-size"):
+        METHODS["swinpretexts"](TINY_SPEC.with_(img_size=(16, 16, 24)))
