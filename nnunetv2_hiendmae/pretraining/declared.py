@@ -15,7 +15,7 @@ LR_PER_256 = 1.5e-4
 _AS_HIENDMAE = "Training recipe: ours, that of Hi-End-MAE"
 # of methods that compare the samples of a micro-batch: all of them at once
 _CONTRASTED = PretrainRecipe(batch_size=64)
-_CONTRASTED_NOTES = {"batch_size": "volumes, ours", "accumulate": "each micro-batch is compared by itself"}
+_CONTRASTED_NOTES = {"batch_size": "each with two views, ours", "accumulate": "each micro-batch is compared by itself"}
 _OF_EDGES = "share of the volume's edges"
 ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from primus_util import FULL_PRIMUS
 from run_data import PLANS, TINY_SPEC, tiny_settings, write_preprocessed
+from test_blocks import HYBRID
 from test_loop import SHAPES, cli_arguments, free_port
 from test_methods import NoiseVolume, make_batch
 
@@ -187,6 +188,14 @@ def test_a_sample_alone_has_nothing_to_be_compared_with(preprocessed, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_compares_goes_on_with_the_same_micro_batches(preprocessed, tmp_path, capsys):
+    arguments = [*cli_arguments("simclr", tmp_path / "run"), "--epochs", "1", "--accumulate"]
+    assert cli.main([*arguments, "2"]) == 0
+    assert cli.main([*arguments, "1", "--c"]) == 2
+    assert "accumulate was 2, is 1" in capsys.readouterr().err
+    assert cli.main([*arguments, "2", "--c"]) == 0
+
+
 def test_no_pictures_of_what_reconstructs_nothing(preprocessed, tmp_path, capsys):
     assert cli.main([*cli_arguments("simclr", tmp_path / "run"), "--epochs", "1"]) == 0
     assert cli.main(["reconstruct", str(tmp_path / "run"), "-o", str(tmp_path / "made"), "-device", "cpu"]) == 2
@@ -275,7 +284,7 @@ def test_genesis_restores_every_voxel():
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in MAIN_METHODS])
 def test_what_is_drawn_follows_from_the_generator_alone(name):
-    views, volume = build(name).views(), NoiseVolume(1, 0)
+    views, volume = build(name, WIDE).views(), NoiseVolume(1, 0)
     drawn = []
     for number in range(2):
         np.random.seed(number)  # noqa: NPY002
@@ -360,3 +369,11 @@ def test_pretexts_show_the_crop_as_it_lies():
 def test_pretexts_need_a_crop_that_is_square_in_plane():
     with torch.device("meta"), pytest.raises(UserError, match=r"swinpretexts .*\(16, 16, 24\).*--crop-size"):
         METHODS["swinpretexts"](TINY_SPEC.with_(img_size=(16, 16, 24)))
+
+
+@pytest.mark.parametrize("name", ["simclr", "genesis", "swinpretexts"])
+def test_hybrids_learn_too(name):
+    """Every tensor gets a gradient, as several processes need it."""
+    method = build(name, HYBRID)
+    method(make_batch(method, samples=2))["loss"].backward()
+    assert not [n for n, p in method.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
