@@ -7,7 +7,6 @@ a command prints is kept under logs/, JSON under told/.
 import json
 import multiprocessing
 import sys
-from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -67,8 +66,9 @@ def _child(script: str, arguments: list[str], log: Path) -> None:
     torch.set_num_threads = lambda _: None
     context = multiprocessing.get_context
     multiprocessing.get_context = lambda _=None: context("fork")
-    if script == "seeded_train":
-        sys.exit(import_module("nnunetv2_hiendmae.demo.seeded_train").main())
+    # nnU-Net seeds nothing
+    np.random.seed(1)  # noqa: NPY002
+    torch.manual_seed(1)
     (entry,) = entry_points(group="console_scripts", name=script)
     sys.exit(entry.load()())
 
@@ -199,7 +199,7 @@ def plan_and_finetune() -> None:
     ):
         run("nnUNetv2_preprocess", "-d", 1, "-plans_name", plans, "-c", "3d_fullres", "-np", 1)
         model = ("-p", plans, "-tr", trainer, *HERE)
-        run("seeded_train", 1, 1, "3d_fullres", 0, *model)
+        run("nnUNetv2_train", 1, "3d_fullres", 0, *model)
         predict = ("-i", f"nnUNet_raw/{CT}/imagesTs", "-o", f"predictions/{plans}", "-npp", 0, "-nps", 0)
         more = ("--disable_tta", "--save_probabilities")
         run("nnUNetv2_predict", "-d", 1, "-c", "3d_fullres", "-f", 0, *predict, *model, *more)

@@ -50,7 +50,6 @@ NOT_COMPARED = {
     "nnUNet_raw/*": "made by the programme itself",
     "nnUNet_results/Dataset004_Results/*": "made by the programme itself",
     "logs/*_nnUNetv2_*": "nnU-Net's words, with time stamps",
-    "logs/*_seeded_train_*": "nnU-Net's words, with time stamps",
 }
 # what commands say to people
 WORDS = "logs/*"

@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -61,6 +61,12 @@ class Step:
             from nnunetv2_hiendmae.pretraining.blocks import carry_out
 
             carry_out(network, compiled=False, checkpointed=True)
+        if side != MONAI and args.device == "cpu":
+            with suppress(ImportError):
+                # other commits may not have it
+                from nnunetv2_hiendmae.host_memory import set_freed_memory
+
+                set_freed_memory(keep=side != TWICE)
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = self._optimizer(side) if optimize else None
         self.image = torch.rand(args.batch, 1, EDGE, EDGE, EDGE, device=self.device)

@@ -23,6 +23,7 @@ METHODS=${METHODS:-"hiendmae mim glmae mae3d"}
 ENCODER=${ENCODER:-vit_nano_p8}
 SPACING=${SPACING:-"2 2 2"}            # mm, D H W
 SHOTS=${SHOTS:-1}
+REPEATS=${REPEATS:-1}                  # few-shot folds of each fold, on other cases; more may be asked for later
 PRETRAIN_EPOCHS=${PRETRAIN_EPOCHS:-10}
 PRETRAIN_STEPS=${PRETRAIN_STEPS:-30}   # per epoch
 PRETRAIN_BATCH=${PRETRAIN_BATCH:-4}    # volumes per step
@@ -76,16 +77,18 @@ logged() {
   exit 1
 }
 
-# the dataset's own folds, made as nnU-Net makes them where there are none yet, and one few-shot fold of each; first,
+# the dataset's own folds, made as nnU-Net makes them where there are none yet, and few-shot folds of each; first,
 # because whatever is wrong with them shows before the long work
-hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold 0 --json >/dev/null
+hiendmae splits -d "$LABELLED" --shots "$SHOTS" --repeats "$REPEATS" --of-fold 0 --json >/dev/null
 listed=$(hiendmae splits -d "$LABELLED" --list --json)
 own=$(python3 -c 'import json, sys; print(*[f["fold"] for f in json.load(sys.stdin)["folds"] if "kind" not in f])' \
   <<<"$listed")
 folds=()
 for fold in $own; do
-  appended=$(hiendmae splits -d "$LABELLED" --shots "$SHOTS" --of-fold "$fold" --json)
-  folds+=("$fold" "$(python3 -c 'import json, sys; print(json.load(sys.stdin)["folds"][0]["fold"])' <<<"$appended")")
+  appended=$(hiendmae splits -d "$LABELLED" --shots "$SHOTS" --repeats "$REPEATS" --of-fold "$fold" --json)
+  # shellcheck disable=SC2207  # numbers
+  folds+=("$fold" $(python3 -c 'import json, sys; print(*[f["fold"] for f in json.load(sys.stdin)["folds"]])' \
+    <<<"$appended"))
 done
 
 # shellcheck disable=SC2086  # SPACING is three words

@@ -1,6 +1,7 @@
 """What pretraining and fine-tuning share of their optimisation."""
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
@@ -26,6 +27,25 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
     groups = param_groups_layer_decay(module, weight_decay, no_weight_decay_list=exempt, layer_decay=layer_decay)
     # the full rate first: nnU-Net logs that of the first group
     return sorted(groups, key=lambda group: -group["lr_scale"])
+
+
+def split_groups(
+    groups: Sequence[dict[str, Any]], inner: Iterable[nn.Parameter], lr_scale: float, start: int
+) -> list[dict[str, Any]]:
+    """The groups, none of which has both `inner` and other parameters.
+
+    Args:
+        lr_scale: factor of the learning rate of inner ones, in "lr_scale" of their groups, over what is there already.
+        start: "start" of their groups, the epoch from which they learn.
+    """
+    inside, split = set(inner), []
+    for group in groups:
+        others = [p for p in group["params"] if p not in inside]
+        own = {"lr_scale": group.get("lr_scale", 1.0) * lr_scale, "start": start}
+        split.append({**group, "params": others})
+        split.append({**group, **own, "params": [p for p in group["params"] if p in inside]})
+    # the full rate first: nnU-Net logs that of the first group
+    return sorted(filter(lambda g: g["params"], split), key=lambda g: (-g.get("lr_scale", 1.0), g.get("start", 0)))
 
 
 def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> AdamW:

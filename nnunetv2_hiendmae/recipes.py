@@ -118,6 +118,19 @@ RECIPES: dict[str, MethodRecipe] = {
 DEFAULT_METHOD = "hiendmae"
 # the four methods; the others are baselines that their papers compare with
 MAIN_METHODS = ("hiendmae", "mim", "glmae", "mae3d")
+# what `hiendmae preprocess --like` knows besides methods: MR of heads, ours. Turned to RAS, so that the crop that goes
+# with it lies along a head: 160 mm up, 192 mm from back to front, 160 mm across
+MRI = "mri"
+MRI_VOLUME = VolumeFormat(
+    (1.0, 1.0, 1.0),
+    None,
+    "NibabelIOWithReorient",
+    normalization_schemes=("ZScoreNormalization",),
+    interpolation="linear",
+)
+HEAD_CROP = (160, 192, 160)
+# peak learning rate without weights, whatever the method: that of nnU-Net's own vision transformers (Primus)
+SCRATCH_LR = 3e-4
 # ours, for weights that another program pretrained or trained, whatever its method: as the baseline, with nnU-Net's own
 # batch size
 FOREIGN = MethodRecipe("nnUNetTrainer_Pretrained", citations=(), volume=VolumeFormat(), batch_size=2)

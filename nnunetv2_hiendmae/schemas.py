@@ -120,6 +120,13 @@ def _divides_by_positive(plans: _Plans) -> _Plans:
 Plans = Annotated[_Plans, AfterValidator(_divides_by_positive)]
 
 
+class PlansReader(TypedDict):
+    """Plans of a trained run, of which only the reader of images is needed."""
+
+    __pydantic_config__ = _OPEN
+    image_reader_writer: str
+
+
 class Fold(TypedDict):
     """One fold of splits_final.json."""
 
@@ -129,8 +136,24 @@ class Fold(TypedDict):
 
 
 Folds = Annotated[list[Fold], Field(min_length=1)]
+SPLITS_FILE = "splits_final.json"
 # nnUNetTrainer.do_split makes so many, and cannot of fewer cases
 NNUNET_FOLDS = 5
+
+
+def _each_case_once(groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    of_case: dict[str, str] = {}
+    for patient, case in ((patient, case) for patient, cases in groups.items() for case in cases):
+        if case in of_case:
+            raise ValueError(f"the case {case!r} is there twice, under {of_case[case]!r} and {patient!r}")
+        of_case[case] = patient
+    return groups
+
+
+# patients.json: the cases of every patient
+Groups = Annotated[
+    dict[str, Annotated[list[str], Field(min_length=1)]], Field(min_length=1), AfterValidator(_each_case_once)
+]
 
 
 class _Score(TypedDict):

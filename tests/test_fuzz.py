@@ -18,7 +18,8 @@ from nnunet_data import make_dataset, make_folders, write_fingerprint
 from run_data import PLANS, write_preprocessed
 
 from nnunetv2_hiendmae import convert, pretrain
-from nnunetv2_hiendmae.evaluation.folds import RECORD_FILE, SPLITS_FILE, Subset, append_folds
+from nnunetv2_hiendmae.evaluation.draws import Subset
+from nnunetv2_hiendmae.evaluation.folds import RECORD_FILE, SPLITS_FILE, append_folds
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS
 from nnunetv2_hiendmae.training import run as run_module
 

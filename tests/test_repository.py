@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,19 @@ def test_commands_in_the_docs_exist(page):
         [sys.executable, "-m", "nnunetv2_hiendmae.cli", "--help"], capture_output=True, encoding="utf-8", check=True
     ).stdout
     assert not {command for command in used if not re.search(rf"\b{command}\b", shown)}
+
+
+def test_stock_trainers_and_planners_in_the_docs_exist():
+    """Names after -tr and -pl, and the lengths of stock trainings."""
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
+    named = set(re.findall(r"-(?:tr|pl) (nnUNet\w+)", text))
+    named |= {f"nnUNetTrainer_{length}" for length in re.findall(r"`(\d+epochs?)`", text)}
+    # read, not imported
+    stock = Path(find_spec("nnunetv2").origin).parent
+    sources = [*stock.rglob("*rainer*.py"), *stock.rglob("*lanner*.py"), *stock.rglob("*epochs*.py")]
+    sources.append(PACKAGE / "trainers" / "trainers.py")
+    classes = set(re.findall(r"^class (\w+)", "".join(p.read_text(encoding="utf-8") for p in sources), re.MULTILINE))
+    assert len(named) > 20 and named <= classes
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs"])

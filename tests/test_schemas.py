@@ -12,6 +12,7 @@ from run_data import PLANS, write_preprocessed
 from nnunetv2_hiendmae.classification.labels import SPLITS, Split
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.folds import RECORD_FILE, SPLITS_FILE, read_splits
+from nnunetv2_hiendmae.evaluation.patients import PATIENTS_FILE, read_patients
 from nnunetv2_hiendmae.evaluation.results import collect_runs
 from nnunetv2_hiendmae.planning.dataset import FINGERPRINT, read_fingerprint, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import read_plans
@@ -37,6 +38,7 @@ def good_files(folders: Folders) -> dict[Path, object]:
     files = {
         there / SPLITS_FILE: FOLDS,
         there / RECORD_FILE: RECORD,
+        there / PATIENTS_FILE: {"p": ["a"]},
         fold(folders) / "summary.json": SUMMARY,
         there / SPLITS: {"train": ["a"], "val": [], "test": []},
         folders.raw / NAME / "dataset.json": None,
@@ -86,6 +88,11 @@ READERS: dict[str, tuple[Callable[[Folders], Path], Callable[[Folders], object],
         lambda f: f.preprocessed / NAME / RECORD_FILE,
         lambda f: read_splits(f.preprocessed / NAME),
         {"appended": {"1": {"kind": "x"}}, "sha256": []},
+    ),
+    "patients": (
+        lambda f: f.preprocessed / NAME / PATIENTS_FILE,
+        lambda f: read_patients(NAME, ["a"]),
+        {"p": [1]},
     ),
     "summary": (
         lambda f: fold(f) / "summary.json",

@@ -7,6 +7,7 @@ import sys
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
 from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
+from nnunetv2_hiendmae.recipes import HEAD_CROP, MRI
 
 HELP = "fingerprint, plan and preprocess images; labels are not needed"
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"broken: {dataset}/{case}: {reason}", file=sys.stderr)
     if summary.broken:
         return 2
-    command = shlex.join(["hiendmae", "pretrain", "-d", *args.datasets, "-p", options.plans_name])
+    crop = ["--crop-size", *map(str, HEAD_CROP)] if options.like == MRI else []
+    command = shlex.join(["hiendmae", "pretrain", "-d", *args.datasets, "-p", options.plans_name, *crop])
     print(f"next: {command}{device_words()}")
     return 0

@@ -210,7 +210,7 @@ def claim(output: Path) -> None:
 def _environment(output: Path, num_processes: int) -> dict[str, str]:
     ours = {name: str(output / name) for name in NNUNET_VARIABLES}
     ours[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
-    # 0: nnU-Net's loaders run in the training process, where a seed reaches them
+    # 0: for a few small images, nnU-Net's loader processes take longer to start than to work
     ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
     # nnU-Net computes on all cores: its threads should at least not spin
     return {**PASSIVE, **os.environ, **ours}
@@ -239,7 +239,8 @@ def _plan(demo: _Demo, name: str, encoder: Path) -> None:
         "--epochs", epochs, "--warmup-epochs", epochs // 10, "--lr", budget.finetune_lr,
         "--spacing", *budget.spacing_mm, "--batch-size", budget.finetune_batch_size,
         "--iterations-per-epoch", budget.iterations_per_epoch, "--val-iterations-per-epoch", 1,
-        "--decoder-width", budget.decoder_width, "--drop-path", 0, "--grad-clip", 12, "-np", demo.num_processes,
+        "--decoder-width", budget.decoder_width, "--drop-path", 0, "--grad-clip", 12, "--seed", demo.seed,
+        "-np", demo.num_processes,
         *(("--from-scratch",) if name == report.SCRATCH else ()),
     )  # fmt: skip
 
@@ -256,7 +257,7 @@ def _finetune(demo: _Demo, name: str) -> tuple[Path, Path]:
             f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", plans, "-c", CONFIGURATION,
             "-np", demo.num_processes,
         )  # fmt: skip
-    demo.run(f"train_{name}", "nnUNetv2_train", dataset, CONFIGURATION, FOLD, *model, seed=demo.seed)
+    demo.run(f"train_{name}", "nnUNetv2_train", dataset, CONFIGURATION, FOLD, *model)
     results = demo.output / "nnUNet_results" / data.finetuning.name
     fold = results / f"{trainer}__{plans}__{CONFIGURATION}" / f"fold_{FOLD}"
     if not data.held_out:

@@ -58,12 +58,11 @@ class Runner:
     seconds: dict[str, float] = field(default_factory=dict)
     peak_gb: dict[str, float] = field(default_factory=dict)
 
-    def run(self, phase: str, program: str, *arguments: object, seed: int | None = None) -> None:
+    def run(self, phase: str, program: str, *arguments: object) -> None:
         """Runs `hiendmae`, or one of nnU-Net's console scripts.
 
         Args:
             phase: name of it and of its log.
-            seed: nnU-Net's own training entry point with seeded random generators, arguments as `nnUNetv2_train`.
 
         Raises:
             UserError: a command of ours says that the user must change something, or there is no such script.
@@ -73,11 +72,8 @@ class Runner:
         told = shlex.join(words)
         if program == "hiendmae":
             words[:1] = [sys.executable, "-m", "nnunetv2_hiendmae.cli"]
-        elif seed is None:
-            words[0] = console_script(program)
         else:
-            words[:1] = [sys.executable, "-m", "nnunetv2_hiendmae.demo.seeded_train", str(seed)]
-            told += f"  (seed {seed})"
+            words[0] = console_script(program)
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{len(self.commands) + 1:02d}_{phase}.log"
         self.say(f"{phase}: {told}")

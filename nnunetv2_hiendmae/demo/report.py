@@ -204,8 +204,7 @@ def _verdict(outcome: dict[str, Any]) -> str:
         f"{said} One seed, a few minutes of training and very few volumes show that the road works from end to end; "
         "they show nothing about how good a method is, nor which is better than another. Published pretraining runs "
         f"see thousands of volumes for days.\n{embedded if outcome['data']['embedded'] else ''}"
-        "nnU-Net itself seeds neither its network nor its loaders; the demo seeds the random generators and then calls "
-        "nnU-Net's own training entry point, with loading in the same process."
+        "nnU-Net itself seeds neither its network nor its loaders; the seed of `hiendmae plan` does, in our trainers."
     )
 
 

@@ -3,76 +3,27 @@
 import hashlib
 import json
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from fractions import Fraction
-from itertools import combinations
-from math import floor
+from dataclasses import dataclass, field, replace
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from typing_extensions import TypedDict
 
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
+from nnunetv2_hiendmae.evaluation.draws import SHOTS, Fold, Subset, draw
+from nnunetv2_hiendmae.evaluation.patients import PATIENTS_FILE, Patients, notes_on_patients, read_patients
 from nnunetv2_hiendmae.files import locked, telling_damage, write_text
-from nnunetv2_hiendmae.schemas import NNUNET_FOLDS, Folds, read_as, read_dataset_json, read_json
+from nnunetv2_hiendmae.schemas import NNUNET_FOLDS, SPLITS_FILE, Folds, read_as, read_dataset_json, read_json
 
-SPLITS_FILE, RECORD_FILE = "splits_final.json", "splits_hiendmae.json"
-SHOTS, FRACTION = "shots", "fraction"
+RECORD_FILE = "splits_hiendmae.json"
 NNUNET_SEED = 12345  # what nnUNetTrainer.do_split asks for
 
 logger = logging.getLogger(__name__)
-
-Fold = Mapping[str, Any]  # as in the file: "train" and "val", lists of case names
-
-
-@dataclass(frozen=True)
-class Subset:
-    """A part of the training cases of a fold; its validation cases stay those of that fold.
-
-    Args:
-        kind: "shots" or "fraction".
-        value: number of cases, or the part of the training cases in (0, 1].
-        of_fold: the fold it is taken from.
-        seed: decides the order in which cases are drawn.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    kind: str
-    value: int | float
-    of_fold: int = 0
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.kind not in (SHOTS, FRACTION):
-            raise ValueError(f"kind {self.kind!r} must be '{SHOTS}' or '{FRACTION}'")
-        if self.kind == SHOTS and not (isinstance(self.value, int) and self.value >= 1):
-            raise ValueError(f"--shots {self.value} must be a whole number of cases, at least 1")
-        if self.kind == FRACTION and not 0 < self.value <= 1:
-            raise ValueError(f"--fraction {self.value:g} must lie above 0 and not above 1 (0.1 is 10 percent)")
-        for option, value in (("--of-fold", self.of_fold), ("--seed", self.seed)):
-            if not (isinstance(value, int) and value >= 0):
-                raise ValueError(f"{option} {value} must be a whole number, 0 or above")
-
-    @property
-    def amount(self) -> str:
-        """'3-shot' or '10%'."""
-        return f"{self.value}-shot" if self.kind == SHOTS else f"{100 * self.value:.10g}%"
-
-    def num_cases(self, available: int) -> int:
-        """Cases drawn from `available` ones; a fraction is rounded to the nearest number, halves up, but never to 0."""
-        if self.kind == SHOTS:
-            return self.value
-        # str: 0.145 means 145/1000, not the nearest binary number below it
-        return max(1, floor(Fraction(str(self.value)) * available + Fraction(1, 2)))
-
-    def __str__(self) -> str:
-        return f"{self.amount} of fold {self.of_fold} (seed {self.seed})"
 
 
 class _Record(TypedDict):
@@ -105,6 +56,16 @@ class Splits:
     def original(self) -> list[int]:
         """Numbers of the folds that are not ours."""
         return [i for i in range(len(self.folds)) if i not in self.appended]
+
+    @property
+    def cases(self) -> set[str]:
+        """All that are in a fold."""
+        return {case for fold in self.folds for part in ("train", "val") for case in fold[part]}
+
+    def draw_of(self, fold: int) -> tuple[int, int]:
+        """The fold whose cases it validates on, itself unless it was drawn from another, and number of the repeat."""
+        subset = self.appended.get(fold)
+        return (subset.of_fold, subset.repeat) if subset else (fold, 0)
 
     def setting(self, fold: int) -> tuple[tuple[float, ...], str]:
         """Place in the order of settings, and name, of the folds that may be averaged: they validate on one split."""
@@ -143,6 +104,9 @@ def list_folds(dataset: str | int) -> Splits:
     splits = read_splits(folder)
     if not splits.folds:
         raise UserError(f"{folder} has no {SPLITS_FILE} yet; run: hiendmae splits -d {folder.name} --shots 1")
+    patients = read_patients(folder.name, splits.cases)
+    for note in notes_on_patients(patients, dict(enumerate(splits.folds)), splits.cases):
+        logger.warning(note)
     return splits
 
 
@@ -153,16 +117,18 @@ def append_folds(dataset: str | int, subsets: Sequence[Subset]) -> tuple[Splits,
     dataset, else nnU-Net's own 5 folds. Folds that are there are never touched.
 
     Raises:
-        UserError: an unknown fold, more shots than training cases, damaged files, or results that were trained
-            under the number of a new fold before it had a meaning.
+        UserError: an unknown fold, more shots than training cases, a repeat of the same cases, damaged files, or
+            results that were trained under the number of a new fold before it had a meaning.
     """
     with _changing(dataset) as splits:
         before = splits = _with_nnunet_folds(splits)
+        patients = read_patients(splits.folder.name, splits.cases)
         for subset in subsets:
             if subset not in splits.appended.values():
-                splits = _with(splits, subset)
+                splits = _with(splits, subset, patients)
         if splits is not before:
             _write(splits)
+            _tell(splits, subsets, patients)
     numbers = {subset: number for number, subset in splits.appended.items()}
     return splits, [numbers[subset] for subset in subsets]
 
@@ -225,31 +191,43 @@ def digest_of(fold: Fold) -> str:
     return hashlib.sha256(cases.encode()).hexdigest()
 
 
-def draw(fold: Fold, subset: Subset) -> dict[str, list[str]]:
-    """The new fold: the first cases of an order that depends on nothing but the case names, `of_fold` and `seed`.
-
-    Hence what is drawn for less is part of what is drawn for more, whether by shots or by fraction.
-
-    Raises:
-        UserError: fewer training cases than shots, or a fold that trains on validation cases.
-    """
-    cases, number = sorted(set(fold["train"])), subset.of_fold
-    if both := sorted(set(cases) & set(fold["val"])):
-        raise UserError(f"fold {number} trains on validation cases ({some(both)}); take another one")
-    if (wanted := subset.num_cases(len(cases))) > len(cases):
-        raise UserError(f"fold {number} has {len(cases)} training cases, fewer than --shots {wanted}; ask for fewer")
-    order = np.random.default_rng([subset.seed, number]).permutation(len(cases))
-    return {"train": sorted(cases[i] for i in order[:wanted]), "val": list(fold["val"])}
-
-
-def _with(splits: Splits, subset: Subset) -> Splits:
+def _with(splits: Splits, subset: Subset, patients: Patients) -> Splits:
     if subset.of_fold not in splits.original:
         there = f"the original folds of {SPLITS_FILE}, needed: {listed(splits.original)}"
         raise UserError(f"--of-fold {subset.of_fold} is not one of {there}")
-    number, fold = len(splits.folds), draw(splits.folds[subset.of_fold], subset)
+    number, fold = len(splits.folds), draw(splits.folds[subset.of_fold], subset, patients)
+    _check_relatives(splits, subset, set(fold["train"]))
     if splits.lost.get(number) != digest_of(fold):
         _refuse_results(splits, number, f"would make them results of '{subset}'")
     return replace(splits, folds=[*splits.folds, fold], appended={**splits.appended, number: subset})
+
+
+def _check_relatives(splits: Splits, subset: Subset, drawn: set[str]) -> None:
+    """Refuses a repeat that is no other, and a draw that is not nested with the same draw of another size."""
+    for number, other in splits.appended.items():
+        there = set(splits.folds[number]["train"])
+        if drawn == there and replace(other, repeat=subset.repeat) == subset:
+            raise UserError(
+                f"'{subset}' would train on the same cases as fold {number}; ask for --repeats {subset.repeat} at most"
+            )
+        if not (drawn <= there or there <= drawn) and replace(other, kind=subset.kind, value=subset.value) == subset:
+            raise UserError(
+                f"'{subset}' would not be nested with fold {number}, drawn with another {PATIENTS_FILE}; take another "
+                "--seed, or remove that fold"
+            )
+
+
+def _tell(splits: Splits, subsets: Sequence[Subset], patients: Patients) -> None:
+    """Warns of what new folds could not be, or what was taken for granted."""
+    for note in notes_on_patients(patients, {}, splits.cases):
+        logger.warning(note)
+    for single in dict.fromkeys(replace(subset, repeat=0) for subset in subsets):
+        repeats = [number for number, subset in splits.appended.items() if replace(subset, repeat=0) == single]
+        trained = [{patients.get(case, case) for case in splits.folds[number]["train"]} for number in repeats]
+        if shared := sorted(unit for unit, count in Counter(chain.from_iterable(trained)).items() if count > 1):
+            units = "the patients of" if patients else "the cases"
+            told = "%s: %s %s train in more than one of %d repeats, there are too few to keep them apart"
+            logger.warning(told, single, units, some(shared), len(repeats))
 
 
 def _with_nnunet_folds(splits: Splits) -> Splits:
@@ -291,13 +269,17 @@ def _nnunet_folds(raw: Path, preprocessed: Path) -> list[Fold]:
                 f"{folder} holds {len(found)} cases, {first} {len(cases)}, different first at {min(different)}; "
                 "preprocess again, so that the folds are those of all cases"
             )
-    if len(cases) < NNUNET_FOLDS:
+    patients, groups = read_patients(raw.name, cases), defaultdict(list)
+    for case in cases:
+        groups[patients.get(case, case)].append(case)
+    if len(groups) < NNUNET_FOLDS:
+        units = "patients" if patients else "training cases"
         raise UserError(
-            f"{raw.name} has {len(cases)} training cases, nnU-Net's own split needs {NNUNET_FOLDS}; "
+            f"{raw.name} has {len(groups)} {units}, nnU-Net's own split needs {NNUNET_FOLDS}; "
             f"write {raw / SPLITS_FILE} yourself"
         )
-    # numpy's strings become plain ones
-    return json.loads(json.dumps(generate_crossval_split(cases, seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)))
+    folds = generate_crossval_split(sorted(groups), seed=NNUNET_SEED, n_splits=NNUNET_FOLDS)
+    return [{part: sorted(chain.from_iterable(groups[u] for u in units)) for part, units in f.items()} for f in folds]
 
 
 def _refuse_results(splits: Splits, number: int, reason: str) -> None:
@@ -329,7 +311,7 @@ def _write(splits: Splits, *, shrinking: bool = False) -> None:
     record = {
         "about": f"Folds that `hiendmae splits` appended to {SPLITS_FILE}: do not edit either file by hand.",
         "appended": {
-            number: {**asdict(subset), "meaning": str(subset), "train_cases": len(splits.folds[number]["train"])}
+            number: {**subset.facts(), "meaning": str(subset), "train_cases": len(splits.folds[number]["train"])}
             for number, subset in splits.appended.items()
         },
         # of every fold, so that a change by another hand is noticed

@@ -13,9 +13,13 @@ from scipy import stats
 MIN_DIFFERENCES = 6
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
+# two one-sided tests at 5% reject where this interval lies within the margins (Schuirmann 1987)
+EQUIVALENCE_CONFIDENCE = 0.90
 
 
-def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[str, Any]:
+def paired_test(
+    first: np.ndarray, second: np.ndarray, clusters: Sequence[object] | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Compares two runs case by case; a case where either is NaN is left out.
 
     Equal pairs are dropped before ranking (Wilcoxon's own treatment). With fewer than 6 pairs that differ there is no
@@ -23,14 +27,20 @@ def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[st
 
     Args:
         first, second: Dice of the same cases in the same order, (cases,).
+        clusters: of which patient each case is, (cases,): a patient is one pair, with the mean difference of his cases,
+            and the bootstrap draws patients. None: every case is one pair.
         seed: of the bootstrap.
 
     Returns:
-        `pairs`, their number; `mean_difference` of first − second, NaN without pairs; `interval_95`, low and high of
-        the bootstrap percentile interval of it, NaN with fewer than 2 pairs; `p_wilcoxon`, two-sided signed-rank;
-        `p_holm`, NaN until it is corrected for its family of tests; `reason`, why there is no p (NaN), or "".
+        `pairs`, their number, and of `cases` in them; `mean_difference` of first − second over the pairs, NaN without
+        any; `interval_95` and `interval_90`, low and high of bootstrap percentile intervals of it, NaN with fewer than
+        2 pairs; `p_wilcoxon`, two-sided signed-rank; `p_holm`, NaN until it is corrected for its family of tests;
+        `reason`, why there is no p (NaN), or "".
     """
     difference = pd.Series(np.subtract(first, second), dtype=float).dropna()
+    cases = difference.size
+    if clusters is not None:
+        difference = difference.groupby(pd.factorize(np.asarray(clusters))[0][difference.index]).mean()
     changed = difference[difference != 0]
     p, reason = math.nan, ""
     if difference.empty:
@@ -41,9 +51,18 @@ def paired_test(first: np.ndarray, second: np.ndarray, seed: int = 0) -> dict[st
         reason = f"only {changed.size} pairs that differ, needed {MIN_DIFFERENCES}"
     else:
         p = float(stats.wilcoxon(changed).pvalue)
-    about = {"pairs": difference.size, "mean_difference": float(difference.mean())}
-    about["interval_95"] = _bootstrap(difference.to_numpy(), seed)
+    about = {"pairs": difference.size, "cases": cases, "mean_difference": float(difference.mean())}
+    about["interval_95"], about["interval_90"] = _bootstrap(difference.to_numpy(), seed)
     return {**about, "p_wilcoxon": p, "p_holm": math.nan, "reason": reason}
+
+
+def equivalent(pairs: int, interval_90: tuple[float, float], margin: float) -> bool | None:
+    """Whether a difference is shown to be smaller than `margin`, by two one-sided tests at 5% as their interval says
+    it; None with fewer than 6 pairs."""
+    if pairs < MIN_DIFFERENCES:
+        return None
+    low, high = interval_90
+    return -margin < low and high < margin
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -81,9 +100,12 @@ def mean_along(values: np.ndarray, axis: int) -> np.ndarray:
         return np.nanmean(values, axis=axis)
 
 
-def _bootstrap(difference: np.ndarray, seed: int) -> tuple[float, float]:
+def _bootstrap(difference: np.ndarray, seed: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Percentile intervals of the mean at both levels, of the same samples."""
     if difference.size < 2:
-        return math.nan, math.nan
+        return (math.nan, math.nan), (math.nan, math.nan)
     options = {"n_resamples": RESAMPLES, "confidence_level": CONFIDENCE, "method": "percentile", "batch": 1000}
     found = stats.bootstrap((difference,), np.mean, rng=np.random.default_rng(seed), **options)
-    return tuple(map(float, found.confidence_interval))
+    tail = 50 * (1 - EQUIVALENCE_CONFIDENCE)
+    narrower = np.percentile(found.bootstrap_distribution, [tail, 100 - tail])
+    return tuple(map(float, found.confidence_interval)), tuple(map(float, narrower))

@@ -94,8 +94,8 @@ class PreprocessOptions(CommandOptions):
     plans_name: str = _plans(help="name of the plans")
     like: str | Path | None = option(
         None,
-        "method or encoder file whose spacing and window to use",
-        metavar="METHOD|FILE",
+        "method or encoder file (or hf://ORG/REPO) whose spacing and window to use; mri: 1 mm, z-scored, for heads",
+        metavar="METHOD|mri|FILE",
         default_is="hiendmae",
     )
     spacing_mm: tuple[float, float, float] | None = option(
@@ -103,7 +103,7 @@ class PreprocessOptions(CommandOptions):
         "target spacing in mm",
         flag="--spacing",
         metavar=_DHW,
-        default_is="that of --like; mim, glmae: the dataset's median; other methods: 1.5 1.5 1.5",
+        default_is="that of --like; mim, glmae: the dataset's median; mri: 1 1 1; others: 1.5 1.5 1.5",
     )
     window_hu: tuple[float, float] | None = option(
         None,
@@ -111,7 +111,7 @@ class PreprocessOptions(CommandOptions):
         **_WINDOW,
         default_is="that of --like; mim, glmae: -1000 1000; other methods: -175 250",
     )
-    interpolation: str | None = _interpolation("that of --like; all methods: linear")
+    interpolation: str | None = _interpolation("that of --like; methods and mri: linear")
     part: str | None = option(
         None, "take every N-th case only, from the K-th on: one part per machine, at the same time", metavar="K/N"
     )
@@ -143,7 +143,7 @@ class PretrainOptions(CommandOptions):
     encoder: str | None = _from(
         f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=PRESETS
     )
-    encoder_file: Path | None = option(None, "encoder file to start from", flag="-w", metavar="FILE")
+    encoder_file: Path | None = option(None, "start from this file, or hf://ORG/REPO[/FILE]", flag="-w", metavar="FILE")
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)
     patch_size: tuple[int, int, int] | None = _from(_PRESET, "ViT patch in voxels", metavar=_DHW)
     epochs: int | None = _count(None, "epochs; more than before with --c extend a finished run", default_is=_METHOD)
@@ -151,14 +151,10 @@ class PretrainOptions(CommandOptions):
     steps_per_epoch: int | None = _count(None, "optimizer steps per epoch", default_is=_METHOD)
     warmup_epochs: int | None = _count(None, "epochs of linear warm-up", 0, default_is="the method's, 10% at most")
     batch_size: int | None = _count(
-        None,
-        "crops, or volumes (MiM, GL-MAE, SimCLR), per optimizer step over all processes",
-        1,
-        "B",
-        default_is=_METHOD,
+        None, "crops (or volumes: hiendmae methods) per optimizer step over all processes", 1, "B", default_is=_METHOD
     )
     accumulate: int | None = _count(
-        None, "micro-batches per optimizer step; less memory, same result (not SimCLR's)", default_is=_METHOD
+        None, "micro-batches per optimizer step; less memory, same result, but for contrast", default_is=_METHOD
     )
     lr: float | None = _from("the method's, whatever the batch size", "peak learning rate", metavar="LR", above=0)
     weight_decay: float | None = _from(_METHOD, "AdamW weight decay", metavar="WD", at_least=0)
@@ -180,6 +176,10 @@ class PretrainOptions(CommandOptions):
     )
     checkpoint_epochs: int = _count(10, "epochs between checkpoints", flag="--checkpoint-every")
     picture_epochs: int = _count(10, "epochs between reconstruction pictures", flag="--pictures-every")
+    probe: str | int | None = option(None, "labelled dataset, preprocessed alike, to test tokens on", metavar="DATASET")
+    probe_fold: int | None = _count(None, "fold of that dataset", 0, "FOLD", default_is="0")
+    probe_cases: int | None = _count(None, "its training cases to fit, and as many test cases", default_is="4, or all")
+    probe_epochs: int | None = _count(None, "epochs between probes", flag="--probe-every", default_is="5% of the run")
     name: str | None = _from("METHOD_PRESET_DATASETS", "name of the run", metavar="RUN")
     output: Path | None = option(None, "run folder (default: $nnUNet_results/pretraining/RUN)", **_FOLDER)
     resume: bool = _resume()
@@ -201,6 +201,7 @@ class PlanOptions(CommandOptions):
     iterations_per_epoch: int | None = _from("nnU-Net's 250", "training batches per epoch", metavar="N")
     val_iterations_per_epoch: int | None = _from("nnU-Net's 50", "validation batches per epoch", metavar="N")
     lr: float | None = _from(_RECIPE, "peak learning rate")
+    scratch_lr: float | None = _from("--lr with --from-scratch, else 3e-4", "peak rate from scratch", metavar="LR")
     weight_decay: float | None = _from(_RECIPE, "AdamW weight decay")
     batch_size: int | None = _from(_RECIPE, "crops per batch", metavar="B", at_least=1)
     patch_size: tuple[int, int, int] | None = _from(_FILE, "crop in voxels", metavar=_DHW)
@@ -215,17 +216,20 @@ class PlanOptions(CommandOptions):
     )
     freeze_encoder: bool = option(False, 'train the decoder alone ("linear" in the papers)')
     layer_decay: float | None = _from("1", "factor of the learning rate per encoder layer", metavar="F")
-    drop_path_rate: float | None = _from(
-        "recipe", "stochastic depth of the encoder", flag="--drop-path", metavar="RATE"
-    )
+    encoder_lr_scale: float | None = _from("1", "learning rate of the encoder over the decoder's", metavar="F")
+    decoder_warmup: int | None = _from("0", "epochs in which the encoder is frozen, at first", metavar="N")
+    drop_path_rate: float | None = _from("recipe", "the encoder's stochastic depth", flag="--drop-path", metavar="RATE")
     grad_clip: float | None = _from("recipe", "largest gradient norm, at most nnU-Net's 12", metavar="NORM")
     decoder_width: int | None = _from("recipe", "channels of the decoder at full resolution", metavar="W", at_least=1)
+    seed: int | None = _from("none, as in nnU-Net", "of first weights, batches and augmentation", metavar="N")
     num_processes: int = _count(4, "processes of the fingerprint extraction", flag="-np")
 
     def __post_init__(self):
         super().__post_init__()
-        if self.from_scratch and self.freeze_encoder:
-            raise UserError("a frozen encoder needs weights, got --from-scratch and --freeze-encoder; leave one out")
+        freezing = ("--freeze-encoder",) * self.freeze_encoder + ("--decoder-warmup",) * bool(self.decoder_warmup)
+        if self.from_scratch and freezing:
+            told = f"got --from-scratch and {' and '.join(freezing)}; leave one out"
+            raise UserError(f"a frozen encoder needs weights, {told}")
 
 
 @dataclass(frozen=True)

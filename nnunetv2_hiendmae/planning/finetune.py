@@ -32,10 +32,11 @@ from nnunetv2_hiendmae.planning.plans import (
 )
 from nnunetv2_hiendmae.planning.readers import REORIENTING, choose_reader, find_reader, told_directions
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
-from nnunetv2_hiendmae.recipes import RECIPES, recipe_of, trainer_of
+from nnunetv2_hiendmae.recipes import RECIPES, SCRATCH_LR, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
+from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 
 WARMUP_FRACTION = 0.1
 # where a value comes from, in the messages
@@ -48,11 +49,17 @@ _TOLD = {
     "drop_path_rate": "drop path {drop_path_rate:g}",
     "epochs": "{epochs} epochs of {iterations_per_epoch} iterations",
     "warmup_epochs": "{warmup_epochs} epochs of warm-up",
-    "lr": "lr {lr:g}",
+    "lr": "lr {lr:g} with weights",
+    "scratch_lr": "lr {scratch_lr:g} from scratch",
     "weight_decay": "weight decay {weight_decay:g}",
     "layer_decay": "layer decay {layer_decay:g}",
+    "encoder_lr_scale": "lr of the encoder x {encoder_lr_scale:g}",
+    "decoder_warmup": "{decoder_warmup} epochs of decoder warm-up",
+    "seed": "seed {seed}",
     "grad_clip": "gradients clipped to {grad_clip:g}",
 }
+# values that change nothing
+_UNTOLD = {"encoder_lr_scale": 1, "decoder_warmup": 0}
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +90,8 @@ def plan_finetuning(
     """Writes plans for fine-tuning an encoder, or for training its architecture from scratch.
 
     What the options leave open comes from the encoder file (architecture, spacing, window, reader) or from its
-    method's recipe; warm-up is a tenth of `epochs` when only those are given. A window is ignored, with a warning,
+    method's recipe; warm-up is a tenth of `epochs` when only those are given, and `lr` is that from scratch too where
+    this is what is planned. A window is ignored, with a warning,
     where no channel is CT. Plans with a frozen encoder, or with the encoder's own network, get names of their own. Runs
     nnU-Net's own fingerprint extraction where there is no fingerprint, or one made without labels.
 
@@ -98,8 +106,11 @@ def plan_finetuning(
     options = replace(options or PlanOptions(), **changes)
     if options.epochs is not None and options.warmup_epochs is None:
         options = replace(options, warmup_epochs=int(WARMUP_FRACTION * options.epochs))
+    if options.from_scratch and options.scratch_lr is None:
+        options = replace(options, scratch_lr=options.lr)
     raw = read_raw_dataset(dataset_name(dataset))
-    metadata = _known_metadata(Path(encoder_file))
+    encoder_file = local_file(encoder_file)
+    metadata = _known_metadata(encoder_file)
     method = None if options.from_scratch else metadata.method
     trainer, recipe = trainer_of(method), recipe_of(metadata.method)
     frozen = "_frozen" if options.freeze_encoder else ""
@@ -109,7 +120,7 @@ def plan_finetuning(
     check_labels(raw)
     given = {k: v for k, v in asdict(options).items() if v is not None and v is not False}
     frozen_lr = {"lr": recipe.frozen_lr} if options.freeze_encoder and recipe.frozen_lr is not None else {}
-    values = {**asdict(recipe), **asdict(recipe.finetune), **frozen_lr, **given}
+    values = {**asdict(recipe), **asdict(recipe.finetune), "scratch_lr": SCRATCH_LR, **frozen_lr, **given}
     try:
         spec = _finetuning_spec(metadata.spec, raw.channels, values)
         network = _network(spec, options)
@@ -120,8 +131,8 @@ def plan_finetuning(
         raise UserError(f"{e}; change it and run hiendmae plan again") from e
     section = PlansSection(recipe=finetune)
     if method is not None:
-        file = Path(encoder_file).resolve()
-        section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
+        file = str(lasting_path(encoder_file))
+        section = PlansSection(method, file, sha256(encoder_file), finetune, metadata.citations)
 
     reader = find_reader(volume.image_reader_writer)
     if read_fingerprint(raw.name, with_labels=True) is None:
@@ -163,7 +174,7 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
     except UserError as e:
         if encoder_file.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
             raise
-        again = f"hiendmae convert {shlex.quote(str(encoder_file))} -o encoder.safetensors"
+        again = f"hiendmae convert {shlex.quote(hub_name(encoder_file) or str(encoder_file))} -o encoder.safetensors"
         raise UserError(f"{encoder_file} is a checkpoint, needed an encoder file; run: {again}") from e
     return metadata
 
@@ -281,7 +292,7 @@ def _messages(
         ),
         ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader}"),
         ("channels", _DATASET, f"channels {', '.join(channels)}"),
-        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] is not None),
+        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] not in (None, _UNTOLD.get(o))),
     ]
     if section.recipe.freeze_encoder:
         facts.append(("freeze_encoder", _GIVEN, "encoder frozen"))

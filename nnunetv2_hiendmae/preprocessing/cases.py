@@ -3,18 +3,15 @@
 import gzip
 import logging
 import math
-import multiprocessing
 import os
 import shutil
-import sys
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import nibabel
 import numpy as np
@@ -23,13 +20,12 @@ from nibabel.spatialimages import HeaderDataError
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from tqdm import tqdm
 
-from nnunetv2_hiendmae.environment import end_with_parent
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.files import is_disk_full
 from nnunetv2_hiendmae.planning.plans import CASE_FILES, CONFIGURATION
 from nnunetv2_hiendmae.planning.readers import BrokenCaseError, naming_reason
+from nnunetv2_hiendmae.processes import in_processes
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, TORCH_FUNCTION
 
 # even a crop of one organ uses more of a window than CT that was scaled to [0, 1]
@@ -274,8 +270,8 @@ def map_cases(
     """
     results: dict[Key, Result] = {}
     broken: list[BrokenCase] = []
-    outcomes = _outcomes(jobs.values(), num_processes)
-    for key, outcome in zip(jobs, _with_progress(outcomes, len(jobs), title), strict=True):
+    outcomes = in_processes([partial(_outcome, job) for job in jobs.values()], num_processes, title)
+    for key, outcome in zip(jobs, outcomes, strict=True):
         if isinstance(outcome, BrokenCaseError):
             broken.append((*key, str(outcome)))
             logger.warning("%s %s is broken and left out: %s", *broken[-1])
@@ -295,32 +291,3 @@ def _outcome(job: Callable[[], Result]) -> Result | BrokenCaseError:
         return job()
     except BrokenCaseError as e:
         return e
-
-
-def _outcomes(jobs: Collection[Callable[[], Result]], num_processes: int) -> Iterator[Result | BrokenCaseError]:
-    processes = min(num_processes, len(jobs))
-    if processes <= 1:
-        yield from map(_outcome, jobs)
-        return
-    # spawn, as nnU-Net does: a forked child may inherit a lock that nobody releases
-    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
-    try:
-        yield from executor.map(_outcome, jobs)
-    except BrokenProcessPool as e:
-        raise UserError(
-            f"a background process was killed, most likely for want of memory; "
-            f"run the same command with fewer processes than -np {num_processes}"
-        ) from e
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _with_progress(outcomes: Iterable[Any], total: int, title: str) -> Iterator[Any]:
-    if sys.stderr.isatty():
-        yield from tqdm(outcomes, desc=title, total=total, unit="case")
-        return
-    step = max(1, total // 20)
-    for number, outcome in enumerate(outcomes, 1):
-        yield outcome
-        if number % step == 0 or number == total:
-            logger.info("%s: %d of %d cases", title, number, total)

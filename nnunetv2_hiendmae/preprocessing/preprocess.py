@@ -37,9 +37,10 @@ from nnunetv2_hiendmae.preprocessing.cases import (
     refuse_if_nothing_left,
 )
 from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
-from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, MethodRecipe
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, HEAD_CROP, MRI, MRI_VOLUME, RECIPES, MethodRecipe
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import read_metadata
+from nnunetv2_hiendmae.weights.hub import local_file
 
 # of the encoder that the plans name, where no file does
 DEFAULT_PRESET = "vit_base_p16"
@@ -223,15 +224,21 @@ def _common_channels(raws: list[RawDataset]) -> tuple[str, ...]:
 
 def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[EncoderSpec, MethodRecipe]:
     """The encoder that the plans name, and the recipe with the volumes of `like` and what was given over them."""
-    like = DEFAULT_METHOD if options.like is None else str(options.like)
+    like = DEFAULT_METHOD if options.like is None else str(local_file(options.like))
     if like in RECIPES:
         spec, recipe = PRESETS[DEFAULT_PRESET], RECIPES[like]
+    elif like == MRI:
+        if ct := [name for name in channels if is_ct(name)]:
+            raise UserError(f"--like {MRI} z-scores MR, got the channel {ct[0]}; for CT, needed --like METHOD")
+        spec = PRESETS[DEFAULT_PRESET].with_(img_size=HEAD_CROP)
+        recipe = replace(RECIPES[DEFAULT_METHOD], volume=MRI_VOLUME)
     elif Path(like).is_file():
         metadata = read_metadata(Path(like))
         spec = metadata.spec
         recipe = replace(RECIPES.get(metadata.method, RECIPES[DEFAULT_METHOD]), volume=metadata.volume)
     else:
-        raise UserError(f"--like '{like}' is neither a method ({', '.join(RECIPES)}) nor an existing encoder file")
+        known = f"neither a method ({', '.join(RECIPES)}) nor '{MRI}' nor an existing encoder file"
+        raise UserError(f"--like '{like}' is {known}")
     try:
         volume = recipe.volume.overridden(options.spacing_mm, options.window_hu, options.interpolation)
     except (ValueError, TypeError) as e:
@@ -247,13 +254,13 @@ def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[Enco
 def _told_settings(raw: RawDataset, volume: VolumeFormat, options: PreprocessOptions, wanted: str | None) -> str:
     """What is done to the images, and who says so, in a line. `wanted`: reader that the encoder file names."""
     like = options.like or DEFAULT_METHOD
-    whose = f"{like}'s recipe" if like in RECIPES else f"as {like} says"
+    whose = f"{like}'s recipe" if like in (*RECIPES, MRI) else f"as {like} says"
     spacing, window = volume.spacing_mm, volume.window_hu
     # what it is, whether it was given, whether it comes from `like`
     facts = [
         (f"spacing {_shown(spacing)} mm (D H W)" if spacing else "the median spacing", options.spacing_mm, spacing)
     ]
-    if any(map(is_ct, raw.channels)):
+    if volume.scheme_of_all or any(map(is_ct, raw.channels)):
         told = "window {:g} to {:g} HU".format(*window) if window else volume.scheme_of_all or "window of the dataset"
         facts.append((told, options.window_hu, window or volume.scheme_of_all))
     facts.append((f"{volume.interpolation} interpolation", options.interpolation, volume.interpolation))
@@ -271,7 +278,7 @@ def _warn_if_far(raw: RawDataset, fingerprint: dict[str, Any], volume: VolumeFor
     if given or not volume.spacing_mm:
         return
     factors = np.asarray(volume.spacing_mm) / median
-    others = not all(map(is_ct, raw.channels))
+    others = volume.window_hu is not None and not all(map(is_ct, raw.channels))
     if others or factors.max() > FAR or factors.min() < 1 / FAR:
         told = f"{raw.name} has a median spacing of {_shown(median)} mm, and becomes {_shown(volume.spacing_mm)} mm"
         why = ", which was chosen for CT" if others else f", {factors.max():.3g} times as much along one axis"

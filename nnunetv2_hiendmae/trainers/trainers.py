@@ -17,35 +17,45 @@ from torch.optim.lr_scheduler import LRScheduler
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
-from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
+from nnunetv2_hiendmae.host_memory import set_freed_memory
+from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
-from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
+from nnunetv2_hiendmae.randomness import seed_of
+from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
+from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
+from nnunetv2_hiendmae.weights.hub import hub_name
 
-__all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
+# beside 0 and 1, the loaders of training and validation
+_EPOCH = 2
+
+__all__ = sorted({*(TRAINERS[method] for method in (*MAIN_METHODS, None)), FOREIGN.trainer})
 
 
-def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int) -> float:
-    """Linear warm-up to `peak` at `warmup_epochs`, then cosine to 0 at `epochs`."""
+def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int, start: int = 0) -> float:
+    """Linear warm-up to `peak` at `start + warmup_epochs`, then cosine to 0 at `epochs`; 0 before `start`."""
+    if epoch < start:
+        return 0.0
     # one epoch late: nnU-Net's epochs are long, the first must not be spent at 0
-    return peak * warmup_cosine(epoch + 1, warmup_epochs + 1, epochs + 1)
+    return peak * warmup_cosine(epoch - start + 1, warmup_epochs + 1, epochs - start + 1)
 
 
 class WarmupCosine(LRScheduler):
-    """`learning_rate` for every parameter group, times the group's "lr_scale" if it has one: a pure function of the
-    epoch, so that continuing needs no state. nnU-Net calls `step(epoch)` before each epoch."""
+    """`learning_rate` for every parameter group, times the group's "lr_scale" and from its "start" on, if it has them:
+    a pure function of the epoch, so that continuing needs no state. nnU-Net calls `step(epoch)` before each epoch."""
 
     def __init__(self, optimizer: Optimizer, peak: float, epochs: int, warmup_epochs: int):
         self.peak, self.epochs, self.warmup_epochs = peak, epochs, warmup_epochs
+        # now: a checkpoint brings those of its own plans
+        self.shares = [(group.get("lr_scale", 1.0), group.get("start", 0)) for group in optimizer.param_groups]
         super().__init__(optimizer)
 
     def step(self, epoch: int | None = None) -> None:
         """Sets the learning rate of `epoch`; None: of the next one."""
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        lr = learning_rate(self.last_epoch, self.peak, self.epochs, self.warmup_epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
+        for group, (scale, start) in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = scale * learning_rate(self.last_epoch, self.peak, self.epochs, self.warmup_epochs, start)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
 
@@ -82,7 +92,7 @@ class _ViTTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         recipe = self.section.recipe
         self.enable_deep_supervision = False
-        self.initial_lr = recipe.lr
+        self.initial_lr = self.section.lr
         self.weight_decay = recipe.weight_decay
         self.num_epochs = recipe.epochs
         self.num_iterations_per_epoch = recipe.iterations_per_epoch
@@ -119,6 +129,8 @@ class _ViTTrainer(nnUNetTrainer):
         return _described(cls.method)
 
     def initialize(self):
+        if self.section.recipe.seed is not None:
+            torch.manual_seed(self.section.recipe.seed)
         super().initialize()
         if self.section.encoder_file is not None:
             self._fresh_kernel = self._input_kernel().detach().clone()
@@ -131,12 +143,18 @@ class _ViTTrainer(nnUNetTrainer):
         """Nothing to switch: the network has one output."""
 
     def configure_optimizers(self):
-        """AdamW without weight decay on biases, norms, positions and CLS; nothing of a frozen encoder."""
+        """AdamW without weight decay on biases, norms, positions and CLS; nothing of a frozen encoder. One that is
+        frozen for some epochs has no gradients until then, and so neither steps, decay nor moments."""
         recipe, network = self.section.recipe, self._plain_network()
         if recipe.freeze_encoder:
             network.encoder.requires_grad_(False)
         groups = parameter_groups(network, recipe.weight_decay, recipe.layer_decay)
-        optimizer = adamw(groups, recipe.lr, recipe.betas)
+        if self._encoder_apart:
+            inner = network.encoder.parameters()
+            groups = split_groups(groups, inner, recipe.encoder_lr_scale, recipe.decoder_warmup)
+        optimizer = adamw(groups, self.initial_lr, recipe.betas)
+        if recipe.decoder_warmup:
+            network.encoder.requires_grad_(False)
         parameters = [p for group in groups for p in group["params"]]
         # nnU-Net has clipped to its own by now, and has unscaled the gradients
         largest = recipe.grad_clip if recipe.grad_clip < NNUNET_GRAD_CLIP else math.inf
@@ -147,10 +165,29 @@ class _ViTTrainer(nnUNetTrainer):
                 optimizer.zero_grad()
 
         optimizer.register_step_pre_hook(clip)
-        return optimizer, WarmupCosine(optimizer, recipe.lr, recipe.epochs, recipe.warmup_epochs)
+        return optimizer, WarmupCosine(optimizer, self.initial_lr, recipe.epochs, recipe.warmup_epochs)
+
+    @property
+    def _encoder_apart(self) -> bool:
+        """Whether the encoder has a schedule of its own."""
+        return self.section.recipe.encoder_lr_scale != 1 or self.section.recipe.decoder_warmup > 0
+
+    def get_dataloaders(self):
+        """nnU-Net's, with a seed where the plans have one: batches then depend on it and on their number, with any
+        number of workers, and continuing goes on with the batch that would have come."""
+        loaders = super().get_dataloaders()
+        if (seed := self.section.recipe.seed) is None:
+            return loaders
+        iterations = self.num_iterations_per_epoch, self.num_val_iterations_per_epoch
+        return tuple(
+            seeded(loader, (seed, self.local_rank, which), self.current_epoch * count)
+            for which, (loader, count) in enumerate(zip(loaders, iterations, strict=True))
+        )
 
     def on_train_start(self):
         # first, before data loaders start their processes
+        if self.device.type == "cpu":
+            set_freed_memory(keep=True)
         if not self.was_initialized:
             self.initialize()
         if self.current_epoch == 0 and not self.continues:
@@ -161,9 +198,30 @@ class _ViTTrainer(nnUNetTrainer):
 
     def on_train_epoch_start(self):
         super().on_train_epoch_start()
-        if self.section.recipe.freeze_encoder:
+        recipe = self.section.recipe
+        if recipe.seed is not None:
+            # for stochastic depth
+            torch.manual_seed(seed_of(recipe.seed, self.local_rank, _EPOCH, self.current_epoch))
+        frozen = recipe.freeze_encoder or self.current_epoch < recipe.decoder_warmup
+        if frozen:
             # no stochastic depth in what does not learn
             self._plain_network().encoder.eval()
+        else:
+            self._release_encoder()
+        if self._encoder_apart:
+            lr = max(group["lr"] for group in self.optimizer.param_groups if "start" in group)
+            self.print_to_log_file("Encoder: frozen" if frozen else f"Learning rate of the encoder: {lr:.5g}")
+
+    def _release_encoder(self) -> None:
+        """Lets everything learn that the optimizer has."""
+        held = [p for group in self.optimizer.param_groups for p in group["params"] if not p.requires_grad]
+        if not held:
+            return
+        for parameter in held:
+            parameter.requires_grad_()
+        if isinstance(self.network, DistributedDataParallel):
+            # it averages the gradients of what could learn when it was made
+            self.network = DistributedDataParallel(self.network.module, device_ids=self.network.device_ids)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]):
         """Ends the training where no loss of an epoch was finite in any process: it has not learned, and would not.
@@ -217,7 +275,9 @@ class _ViTTrainer(nnUNetTrainer):
             )
         del self._fresh_kernel
         if not path.is_file():
-            raise RuntimeError(f"the plans' encoder file {path} does not exist; put it back, or run: {PLAN_COMMAND}")
+            named = hub_name(path)
+            back = f"download it to there again with: hiendmae inspect {named}" if named else "put it back"
+            raise RuntimeError(f"the plans' encoder file {path} does not exist; {back}, or run: {PLAN_COMMAND}")
         if sha256(path) != self.section.encoder_sha256:
             raise RuntimeError(f"the encoder file {path} changed since the plans were made; run: {PLAN_COMMAND}")
         try:
@@ -253,22 +313,6 @@ class nnUNetTrainer_GLMAE(_ViTTrainer):
 
 class nnUNetTrainer_MAE3D(_ViTTrainer):
     method = "mae3d"
-
-
-class nnUNetTrainer_SimMIM(_ViTTrainer):
-    method = "simmim"
-
-
-class nnUNetTrainer_SimCLR(_ViTTrainer):
-    method = "simclr"
-
-
-class nnUNetTrainer_Genesis(_ViTTrainer):
-    method = "genesis"
-
-
-class nnUNetTrainer_SwinPretexts(_ViTTrainer):
-    method = "swinpretexts"
 
 
 class nnUNetTrainer_Pretrained(_ViTTrainer):

@@ -22,6 +22,7 @@ from torch import nn
 from nnunetv2_hiendmae import files
 from nnunetv2_hiendmae.environment import check_device, nnunet_folder
 from nnunetv2_hiendmae.errors import DiskFull, UserError, printable
+from nnunetv2_hiendmae.host_memory import set_freed_memory
 from nnunetv2_hiendmae.options.commands import PRECISIONS
 from nnunetv2_hiendmae.threads import use_threads
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
@@ -36,12 +37,13 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
-def launch(device: str, precision: str, work: float, alone: str = "") -> Fabric:
+def launch(device: str, precision: str, work: float, alone: str = "", spare_memory: bool = False) -> Fabric:
     """Fabric for this process, alone or as one of torchrun's or srun's.
 
     Args:
         work: floating-point operations of a step of one process, roughly; decides the threads of a CPU.
         alone: name of a command that needs no distributed training and uses one device.
+        spare_memory: on a CPU, rather than time.
 
     Raises:
         UserError: no such device, one that the precision does not go with, or several processes of such a command.
@@ -57,6 +59,7 @@ def launch(device: str, precision: str, work: float, alone: str = "") -> Fabric:
         fabric, local = _launch_all(device, precision)
     if device == "cpu":
         use_threads(work, local, tell=fabric.is_global_zero)
+        set_freed_memory(keep=not spare_memory)
     return fabric
 
 

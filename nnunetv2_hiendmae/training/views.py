@@ -3,7 +3,6 @@ s is a function of (seed, s, i)."""
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -20,6 +19,8 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from torch import Tensor
 from torch.nn import functional as F
+
+from nnunetv2_hiendmae.randomness import seeded_globals
 
 # voxels tried before a crop is taken anywhere: a volume in which fewer than one in a hundred is foreground
 # is then still centred on it in two cases of three
@@ -261,17 +262,3 @@ def _slabs(box: Sequence[int]) -> Iterator[tuple[int, int]]:
     count = -(-box[0] // thickest)
     cuts = [box[0] * i // count for i in range(count + 1)]
     yield from pairwise(cuts)
-
-
-@contextmanager
-def seeded_globals(seed: int) -> Iterator[None]:
-    """Seeds the global generators that batchgeneratorsv2 draws from, and puts their states back afterwards."""
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
-    # not torch.manual_seed, which would also seed every GPU
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002

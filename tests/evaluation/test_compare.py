@@ -17,7 +17,8 @@ from scipy import stats
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
-from nnunetv2_hiendmae.evaluation.folds import SHOTS, Subset, append_folds
+from nnunetv2_hiendmae.evaluation.draws import SHOTS, Subset
+from nnunetv2_hiendmae.evaluation.folds import append_folds
 from nnunetv2_hiendmae.evaluation.report import draw_comparison
 from nnunetv2_hiendmae.evaluation.results import collect_runs, matching
 from nnunetv2_hiendmae.evaluation.statistics import foreground_mean
@@ -370,7 +371,8 @@ def test_classes_are_in_the_order_of_their_labels(nnunet):
 def test_files_and_output(tree, tmp_path, capsys):
     output = tmp_path / "out"
     _, text, _ = run_command(capsys, "--baseline", "Stock", "-o", output)
-    names = {"comparison.md", "comparison.json", "comparison.png", "runs.csv", "tests.csv", "cases.csv"}
+    names = {"comparison.md", "comparison.json", "comparison.tex", "comparison.png"}
+    names |= {"runs.csv", "tests.csv", "cases.csv"}
     assert {p.name for p in output.iterdir()} == names
     assert (output / "comparison.md").read_text(encoding="utf-8") in text
     assert "| Ours | TrA | Ours | 3d_fullres |" in text

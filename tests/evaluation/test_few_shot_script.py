@@ -19,7 +19,9 @@ case $all in
   *" --list "*) grep -q -- --shots "$CALLS" || exit 2
     echo '{"folds": [{"fold": 0}, {"fold": 1}, {"fold": 2, "kind": "shots"}]}' ;;
   *" --shots 99 "*) echo "fewer than --shots 99" >&2; exit 2 ;;
-  *" --shots "*) of=${all##*--of-fold }; echo "{\\"folds\\": [{\\"fold\\": $((${of%% *} + 2))}]}" ;;
+  *" --shots "*) of=${all##*--of-fold }; first=$((${of%% *} + 2)) second=
+    [[ $all == *" --repeats 2 "* ]] && second=", {\\"fold\\": 1$first}"
+    echo "{\\"folds\\": [{\\"fold\\": $first}$second]}" ;;
 esac
 """
 TRAIN = """#!/usr/bin/env bash
@@ -84,6 +86,13 @@ def test_results_of_other_numbers_are_not_taken_for_its_own(script, tmp_path):
     assert calls == ["hiendmae env"]
     done, calls = script(7, tmp_path / "other", EPOCHS="11", PLANS="Longer")
     assert done.returncode == 0 and len(trained(calls)) == 12 and "--runs Longer_*" in calls[-1]
+
+
+def test_repeats_are_trained_beside_what_is_finished(script, tmp_path):
+    assert script(7, tmp_path / "out", METHODS="mim")[0].returncode == 0
+    done, calls = script(7, tmp_path / "out", METHODS="mim", REPEATS="2")
+    assert done.returncode == 0, done.stderr
+    assert [fold for _, fold, _ in trained(calls)] == [12, 12, 13, 13]
 
 
 def test_folds_that_cannot_be_made_are_told_before_the_long_work(script, tmp_path):

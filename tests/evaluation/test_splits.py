@@ -14,13 +14,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.evaluation.draws import FRACTION, SHOTS, Subset, draw
 from nnunetv2_hiendmae.evaluation.folds import (
-    FRACTION,
-    SHOTS,
-    Subset,
     append_folds,
     digest_of,
-    draw,
     list_folds,
     read_splits,
     remove_folds,
@@ -149,7 +146,7 @@ def test_folds_that_are_there_stay_and_nnunet_trains_the_new_one(folder):
     assert len(train) == 3 and val == json.loads(before)[2]["val"] and not set(train) & set(val)
     record = json.loads((folder / "splits_hiendmae.json").read_text())["appended"]["6"]
     assert record["meaning"] == "3-shot of fold 2 (seed 0)" and record["train_cases"] == 3
-    assert {k: record[k] for k in ("kind", "value", "of_fold", "seed")} == vars(shots(3, of_fold=2))
+    assert {k: record[k] for k in ("kind", "value", "of_fold", "seed")} == shots(3, of_fold=2).facts()
     assert read_splits(folder).appended == found.appended
 
 

@@ -228,6 +228,10 @@ def test_the_command_line_gives_the_same_options():
         num_processes=2,
     )
     assert from_arguments(PlanOptions, parser.parse_args(["-d", "1", "-w", "e"])) == PlanOptions()
+    fair = ["--scratch-lr", "0.2", "--encoder-lr-scale", "0.1", "--decoder-warmup", "4", "--seed", "0"]
+    assert from_arguments(PlanOptions, parser.parse_args(["-d", "1", "-w", "e", *fair])) == PlanOptions(
+        scratch_lr=0.2, encoder_lr_scale=0.1, decoder_warmup=4, seed=0
+    )
 
 
 def test_from_scratch_has_the_same_network_and_no_weights(toy, encoder_file):
@@ -238,6 +242,38 @@ def test_from_scratch_has_the_same_network_and_no_weights(toy, encoder_file):
     assert scratch[1]["architecture"] == pretrained[1]["architecture"]
     assert (scratch[2].method, scratch[2].encoder_file) == (None, None)
     assert scratch[2].recipe == pretrained[2].recipe
+
+
+@pytest.mark.parametrize(
+    "given, rates",
+    [
+        ({}, (1e-4, 3e-4)),
+        ({"scratch_lr": 5e-4}, (1e-4, 5e-4)),
+        ({"lr": 2e-5, "scratch_lr": 5e-4}, (2e-5, 5e-4)),
+        # alone, it is that of the plans at hand
+        ({"lr": 2e-5}, (2e-5, 3e-4)),
+    ],
+)
+def test_each_arm_has_a_learning_rate_and_plan_tells_both(toy, encoder_file, given, rates):
+    for from_scratch in (False, True):
+        if from_scratch and given == {"lr": 2e-5}:
+            rates = (2e-5, 2e-5)
+        planned = plan_finetuning(toy, encoder_file, from_scratch=from_scratch, **given)
+        section = read(planned)[2]
+        assert (section.recipe.lr, section.recipe.scratch_lr) == rates and section.lr == rates[from_scratch]
+        told = " ".join(planned.messages)
+        assert f"lr {rates[0]:g} with weights" in told and f"lr {rates[1]:g} from scratch" in told
+        assert all(f"lr {value:g} " in planned.messages[0] for value in given.values())
+
+
+def test_schedules_and_the_seed_are_kept_and_told(toy, encoder_file):
+    fair = {"encoder_lr_scale": 0.1, "decoder_warmup": 20, "seed": 0}
+    planned = plan_finetuning(toy, encoder_file, epochs=100, **fair)
+    recipe = read(planned)[2].recipe
+    assert {name: getattr(recipe, name) for name in fair} == fair
+    assert all(told in planned.messages[0] for told in ("encoder x 0.1", "20 epochs of decoder warm-up", "seed 0"))
+    with pytest.raises(UserError, match=r"--from-scratch and --freeze-encoder and --decoder-warmup"):
+        plan_finetuning(toy, encoder_file, from_scratch=True, freeze_encoder=True, decoder_warmup=20)
 
 
 def test_other_modalities_ignore_the_window_with_a_warning(nnunet, encoder_file, caplog):
@@ -349,6 +385,15 @@ def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
         *(({"weight_decay": w}, rf"decay is {re.escape(str(w))}\b") for w in (-1.0, 1e39, math.nan, math.inf)),
         ({"layer_decay": 0.0}, r"layer_decay 0\.0 .*\(0, 1\]"),
         ({"layer_decay": 0.9, "freeze_encoder": True}, r"layer_decay 0\.9 .* 1\b"),
+        (
+            {"layer_decay": 0.9, "encoder_lr_scale": 0.5, "decoder_warmup": 3, "freeze_encoder": True, "lr": 2.0},
+            r"lr is 2\.0.*layer_decay 0\.9 .* 1; encoder_lr_scale 0\.5 .* 1; decoder_warmup 3 .* 0\b",
+        ),
+        *(({"encoder_lr_scale": f}, rf"encoder_lr_scale {f} .*\(0, 1\]") for f in (0.0, 1.5)),
+        ({"epochs": 5, "decoder_warmup": 4, "warmup_epochs": 1}, r"warmup_epochs 1 after decoder_warmup 4 .*\(0\)"),
+        *(({"decoder_warmup": w}, rf"decoder_warmup {w} .*\(299\); change") for w in (-1, 300)),
+        ({"scratch_lr": 2.0}, r"scratch_lr is 2\.0.* 1\b"),
+        *(({"seed": seed}, rf"seed {seed} .*0\.\.2\^63-1") for seed in (-1, 2**63)),
         ({"batch_size": 0}, r"--batch-size is 0, .* 1\b"),
         ({"decoder_width": 0}, r"--decoder-width is 0, .* 1\b"),
         ({"num_processes": 0}, r"-np is 0, .* 1\b"),

@@ -278,6 +278,30 @@ def test_explicit_settings_win_over_an_encoder_file(nnunet, tmp_path):
     assert plans["foreground_intensity_properties_per_channel"]["0"]["percentile_99_5"] == 50
 
 
+def test_mr_is_z_scored_at_1_mm_in_one_orientation(nnunet, caplog, capsys):
+    name = make(nnunet, cases=1, channels=("T1",), shape=(16, 18, 20))
+    caplog.set_level(logging.INFO)
+    assert cli.main(["preprocess", "-d", "1", "--like", "mri", "-p", "P", "-np", "1"]) == 0
+    assert "--crop-size 160 192 160" in capsys.readouterr().out.splitlines()[-1]
+    told = "spacing 1 1 1 mm (D H W) (mri's recipe); ZScoreNormalization (mri's recipe); linear interpolation"
+    assert any(told in message for message in caplog.messages)
+    # its target is not one for CT
+    assert not [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    plans = json.loads((nnunet.preprocessed / name / "P.json").read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    assert (configuration["spacing"], configuration["patch_size"]) == ([1, 1, 1], [160, 192, 160])
+    assert plans["image_reader_writer"] == "NibabelIOWithReorient"
+    (array,) = arrays(nnunet, name, "P").values()
+    # of voxels before they were resampled
+    assert array.shape == (1, 24, 27, 30) and abs(array.mean()) < 0.05 and 0.8 < array.std() < 1.05
+
+
+def test_ct_is_not_mr(nnunet):
+    make(nnunet, channels=("T1", "CT"))
+    with pytest.raises(UserError, match=r"--like mri .* channel CT"):
+        run(1, like="mri")
+
+
 def test_the_command_line_gives_the_same_options():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

@@ -143,7 +143,7 @@ def first_step(name: str, variables: dict[str, str], file: Path) -> None:
     """Losses and gradients of a run's first step, as this process finds them."""
     os.environ.update(variables)
     settings = tiny_settings(name)
-    fabric, method = prepare(settings)
+    fabric, method = prepare(settings, file.parent)
     learner = Learner.set_up(fabric, settings, method)
     batches = learner.batches(find_cases(settings.datasets, PLANS, "3d_fullres"), range(1))
     measured = learner._backward(batches, 0)

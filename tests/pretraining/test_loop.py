@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_preprocessed
+from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_labelled, write_preprocessed
 from stopped import run_and_kill
 
 from nnunetv2_hiendmae import cli, load_encoder
@@ -150,9 +150,11 @@ def free_port() -> str:
     ],
 )
 def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, shapes):
-    """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1)."""
-    one = tmp_path / "one"
-    forked.run(["hiendmae", *cli_arguments(method, one)], environment(nnunet))
+    """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1). The first
+    process probes while the others wait."""
+    write_labelled(nnunet.preprocessed, SHAPES, [{"train": ["a"], "val": ["b"]}])
+    one, probe = tmp_path / "one", ("--probe", "2", "--probe-every", "1")
+    forked.run(["hiendmae", *cli_arguments(method, one, *probe)], environment(nnunet))
     two = tmp_path / "two"
     launcher = [
         sys.executable,
@@ -163,12 +165,14 @@ def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, sh
         "--master-port",
         free_port(),
     ]
-    module = ["-m", "nnunetv2_hiendmae.cli", *cli_arguments(method, two)]
+    module = ["-m", "nnunetv2_hiendmae.cli", *cli_arguments(method, two, *probe)]
     launches = [[*launcher, *shape, *module] for shape in shapes]
     running = [subprocess.Popen(launch, env=environment(nnunet)) for launch in launches]
     assert [process.wait(timeout=300) for process in running] == [0] * len(shapes)
-    assert losses(read_log(two)) == pytest.approx(losses(read_log(one)), abs=1e-6)
-    assert len(read_log(two)) == 9
+    starts, steps = zip(*((start, steps) for start, *steps in map(read_log, (one, two))), strict=True)
+    assert losses(steps[1]) == pytest.approx(losses(steps[0]), abs=1e-6)
+    assert starts[0]["probe_dice"] == starts[1]["probe_dice"] and len(steps[1]) == 9
+    assert [line["step"] for line in steps[1] if "probe_dice" in line] == [2, 5, 8]
 
 
 @pytest.mark.slow

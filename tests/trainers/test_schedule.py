@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nnunetv2_hiendmae.optim import split_groups
 from nnunetv2_hiendmae.trainers.trainers import WarmupCosine, learning_rate
 
 
@@ -19,6 +20,28 @@ def test_rises_to_the_peak_and_falls_to_zero(epochs, warmup):
 
 def test_half_way_down_is_half_the_peak():
     assert learning_rate(6, 2.0, 10, 2) == pytest.approx(1.0)
+
+
+def test_what_starts_later_has_the_same_shape_from_there_on():
+    late = [learning_rate(e, 2.0, 10, 2, start=3) for e in range(11)]
+    assert late[:3] == [0, 0, 0]
+    assert late[3:] == [learning_rate(e, 2.0, 7, 2) for e in range(8)] and late[5] == 2.0
+
+
+def test_groups_are_split_by_whom_they_belong_to():
+    a, b, c = (torch.nn.Parameter(torch.zeros(1)) for _ in range(3))
+    groups = [{"params": [a, b], "weight_decay": 0.5, "lr_scale": 0.5}, {"params": [c], "weight_decay": 0.0}]
+    split = split_groups(groups, [a], lr_scale=0.1, start=4)
+    assert split == [
+        {"params": [c], "weight_decay": 0.0},
+        {"params": [b], "weight_decay": 0.5, "lr_scale": 0.5},
+        {"params": [a], "weight_decay": 0.5, "lr_scale": 0.05, "start": 4},
+    ]
+    schedule = WarmupCosine(torch.optim.AdamW(split, lr=1.0), 1.0, 10, 3)
+    for epoch in (0, 3, 4, 7):
+        schedule.step(epoch)
+        late = 0.05 * learning_rate(epoch - 4, 1.0, 6, 3) if epoch >= 4 else 0
+        assert schedule.get_last_lr() == [factor * learning_rate(epoch, 1.0, 10, 3) for factor in (1, 0.5)] + [late]
 
 
 def test_resuming_gives_the_same_rate():

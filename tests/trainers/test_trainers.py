@@ -8,27 +8,32 @@ from datetime import timedelta
 from functools import reduce
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
+from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.nnUNetTrainer.primus.primus_trainers import nnUNet_Primus_S_Trainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from primus_util import TINY_PRIMUS
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_hiendmae import cli, trainers
+from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, with_discovery
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning import plan_finetuning
+from nnunetv2_hiendmae.recipes import trainer_of
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
 from nnunetv2_hiendmae.trainers.trainers import learning_rate
 from nnunetv2_hiendmae.weights import convert_checkpoint, load_encoder, load_into
 
 EPOCHS, WARMUP = 10, 2
+HYBRID = EncoderSpec((32, 32, 64), (16,) * 3, 12, 2, 2, kind="convvit", stem_dims=(2, 4, 6), stem_depths=(1, 1, 1))
 
 
 @pytest.fixture
@@ -48,11 +53,7 @@ def make(nnunet, encoder_file, monkeypatch):
             name,
             encoder_file,
             from_scratch=trainer is nnUNetTrainer_ViTUNETR,
-            epochs=EPOCHS,
-            warmup_epochs=WARMUP,
-            decoder_width=4,
-            batch_size=2,
-            **(planned_with or {}),
+            **{"epochs": EPOCHS, "warmup_epochs": WARMUP, "decoder_width": 4, "batch_size": 2, **(planned_with or {})},
         )
         plans = json.loads(planned.path.read_text())
         plans["hiendmae"]["recipe"].update(recipe)
@@ -72,10 +73,10 @@ def make(nnunet, encoder_file, monkeypatch):
     return build
 
 
-def batch():
-    torch.manual_seed(0)
-    target = torch.randint(0, 3, (2, 1, 24, 24, 24)).float()
-    return {"data": torch.randn(2, 1, 24, 24, 24), "target": target}
+def batch(size=(24, 24, 24), seed=0):
+    torch.manual_seed(seed)
+    target = torch.randint(0, 3, (2, 1, *size)).float()
+    return {"data": torch.randn(2, 1, *size), "target": target}
 
 
 def test_signature_is_nnunets():
@@ -262,6 +263,122 @@ def test_layer_decay_scales_the_rate_of_every_layer(make):
     decays = {p: g["weight_decay"] for g in trainer.optimizer.param_groups for p in g["params"]}
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(peak)
     assert decays[trainer.network.encoder.pos_embed] == 0 and len(decays) == len(list(trainer.network.parameters()))
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in trainer.network.state_dict().items()}
+
+
+def run_epoch(trainer, epoch: int) -> float:
+    """One step of an epoch, and the last loss."""
+    trainer.current_epoch = epoch
+    trainer.on_train_epoch_start()
+    torch.manual_seed(epoch)
+    return trainer.train_step(batch(trainer.configuration_manager.patch_size))["loss"]
+
+
+@pytest.mark.parametrize(
+    "method, spec, network",
+    [("hiendmae", TINY, None), ("mim", HYBRID, None), ("openmind", TINY_PRIMUS, "primus")],
+)
+def test_the_encoder_is_frozen_until_the_decoder_is_warm(make, encoder_file, tmp_path, capsys, method, spec, network):
+    """To the bit, at a rate and a decay that would show; then it starts with its own warm-up and fresh moments.
+    Continued before and after, in the same way."""
+    save_tiny_encoder(encoder_file, method=method, spec=spec, seed=7)
+    options = {"decoder_warmup": 2, "encoder_lr_scale": 0.5, "drop_path_rate": 0.5}
+    options |= {"network": network, "decoder_width": None} if network else {}
+    trainer_class = getattr(trainers, trainer_of(method))
+
+    def build():
+        return make(trainer_class, planned_with=options, weight_decay=0.5, lr=0.1)
+
+    trainer = build()
+    trainer.on_train_start()
+    before = weights_of(trainer)
+    for epoch in range(4):
+        if epoch in (1, 3):
+            path = tmp_path / f"{epoch}.pth"
+            trainer.current_epoch = epoch - 1
+            trainer.save_checkpoint(str(path))
+            again = build()
+            again.load_checkpoint(str(path))
+            again.on_train_start()
+            trainer = again
+        decoder = {k: v for k, v in weights_of(trainer).items() if not k.startswith("encoder.")}
+        loss = run_epoch(trainer, epoch)
+        assert math.isfinite(loss)
+        after = weights_of(trainer)
+        assert any(not torch.equal(v, after[k]) for k, v in decoder.items())
+        rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+        assert trainer.optimizer.param_groups[0]["lr"] == learning_rate(epoch, 0.1, EPOCHS, WARMUP)
+        trained = [p for p in trainer.network.encoder.parameters() if id(p) in rates]
+        told = capsys.readouterr().out
+        if epoch < 2:
+            assert "Encoder: frozen" in told and not any(m.training for m in trainer.network.encoder.modules())
+            assert {rates[id(p)] for p in trained} == {0}
+            assert all(p.grad is None and p not in trainer.optimizer.state for p in trained)
+            assert all(torch.equal(v, before[k]) for k, v in after.items() if k.startswith("encoder."))
+        else:
+            rate = 0.5 * learning_rate(epoch - 2, 0.1, EPOCHS - 2, WARMUP)
+            assert {rates[id(p)] for p in trained} == {rate} and f"{rate:.5g}" in told
+            assert all(m.training for m in trainer.network.encoder.modules())
+            steps = {int(trainer.optimizer.state[p]["step"]) for p in trained if p in trainer.optimizer.state}
+            assert steps == {epoch - 1}
+            moved = [k for k, v in after.items() if k.startswith("encoder.") and not torch.equal(v, before[k])]
+            assert len(moved) > len(trained) / 2
+
+
+def test_continuing_inside_and_after_the_warm_up_changes_nothing(make, tmp_path):
+    """The same bits as a run that nobody stopped."""
+
+    def build():
+        return make(planned_with={"decoder_warmup": 2, "layer_decay": 0.5}, lr=0.01)
+
+    straight = build()
+    straight.on_train_start()
+    stopped = build()
+    stopped.on_train_start()
+    stopped.network.load_state_dict(straight.network.state_dict())
+    for epoch in range(4):
+        assert run_epoch(stopped, epoch) == run_epoch(straight, epoch)
+        path = str(tmp_path / "checkpoint.pth")
+        stopped.save_checkpoint(path)
+        stopped = build()
+        stopped.load_checkpoint(path)
+        stopped.on_train_start()
+    assert all(torch.equal(v, stopped.network.state_dict()[k]) for k, v in straight.network.state_dict().items())
+
+
+def train_as_one_of_two(plans: dict, dataset_json: dict, store: str, rank: int, output: str) -> None:
+    """In a process: an epoch with a frozen encoder, and two after it; each process has batches of its own."""
+    trainer = nnUNetTrainer_HiEndMAE(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
+    trainer.initialize()
+    # after which nnU-Net would look for a GPU
+    dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+    trainer.network = DistributedDataParallel(trainer.network)
+    for epoch in range(3):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        trainer.train_step(batch(seed=rank))
+    torch.save([trainer._plain_network().state_dict(), trainer.optimizer.state_dict()["state"]], output)
+
+
+def test_processes_release_the_encoder_together(make, tmp_path):
+    """Two gloo processes end with the same weights, of encoder and decoder: all gradients are averaged, only those."""
+    trainer = make(planned_with={"decoder_warmup": 1}, lr=0.01)
+    trainer.initialize()
+    plans = {**trainer.plans_manager.plans, "continue_training": False}
+    files = [str(tmp_path / str(rank)) for rank in range(2)]
+    arguments = [(plans, trainer.dataset_json, str(tmp_path / "store"), rank, file) for rank, file in enumerate(files)]
+    children = [forked.SERVER.Process(target=train_as_one_of_two, args=a) for a in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(forked.TIMEOUT_S)
+        assert child.exitcode == 0
+    (first, moments), (second, _) = (torch.load(file) for file in files)
+    assert all(torch.equal(v, second[k]) for k, v in first.items())
+    assert sorted({int(s["step"]) for s in moments.values()}) == [2, 3]
 
 
 @pytest.mark.parametrize("clip", [0.01, 12.0])
