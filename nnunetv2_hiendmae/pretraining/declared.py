@@ -224,7 +224,7 @@ class DeclaredSimMIM(Declaration):
 
         mask_ratio: float = option(0.6, "0.75 with mask_edge=1 in Chen et al. 2023, in 3D", **SHARE)
         # hidden are cubes, as published: 32 pixels with patches of 16
-        mask_edge: int = option(2, "edge of what is hidden at once, in tokens", at_least=1)
+        mask_edge: int = option(2, "tokens per edge of a hidden cube; the paper's squares, cubes are ours", at_least=1)
 
 
 class DeclaredSimCLR(Declaration):
