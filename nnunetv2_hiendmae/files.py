@@ -20,6 +20,8 @@ from nnunetv2_hiendmae.errors import DiskFull, UserError
 # files of a run's folder
 SETTINGS, CHECKPOINT, LOG, LOCK = "run.json", "checkpoint_latest.pth", "log.jsonl", ".lock"
 ENCODER = "encoder.safetensors"
+# the encoder that a probe found best
+PROBE_ENCODER = "encoder_probe.safetensors"
 # of a pretraining checkpoint: the next step, and the state of the method
 STEP, STATE = "step", "method"
 # of the settings: digest of the cases that the run was started with

@@ -136,6 +136,7 @@ class Fold(TypedDict):
 
 
 Folds = Annotated[list[Fold], Field(min_length=1)]
+SPLITS_FILE = "splits_final.json"
 # nnUNetTrainer.do_split makes so many, and cannot of fewer cases
 NNUNET_FOLDS = 5
 

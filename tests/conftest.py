@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 # nnU-Net reads this when it is imported: one process for each of its pools that is not told otherwise
 os.environ.update(nnUNet_def_n_proc="1")
+# huggingface_hub reads this when it is imported: no test asks the network
+os.environ.update(HF_HUB_OFFLINE="1")
 
 import pytest
 

@@ -39,6 +39,11 @@ TINY_OPTIONS = defaultdict(
         "consistency_weight": 0.25,
     },
     mae3d={"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+    simmim={"mask_edge": 1},
+    genesis={"windows": 10},
+    # the default multiplies rounding by ten
+    simclr={"temperature": 0.5},
+    swinpretexts={"projection_dim": 8},
 )
 WINDOW = (-175.0, 250.0)
 
@@ -83,15 +88,37 @@ def write_preprocessed(
     return folder
 
 
-def write_case(target: Path, image: np.ndarray) -> None:
-    """One case (C, D, H, W) in nnU-Net's storage format."""
+def write_labelled(
+    preprocessed: Path,
+    shapes: dict[str, tuple[int, int, int]],
+    splits: list[dict[str, list[str]]],
+    dataset: str = "Dataset002_Labelled",
+    labels: dict | None = None,
+    **more,
+) -> Path:
+    """The same cases with labels, as nnU-Net preprocesses them: the ball is 1, where it is bright 2."""
+    folder = write_preprocessed(preprocessed, shapes, dataset, **more)
+    for number, (name, shape) in enumerate(shapes.items()):
+        image = _ball(number, shape)
+        seg = (image > 0).astype(np.int16) + (image > 0.6)
+        write_case(folder / name, np.repeat(image[None], more.get("channels", 1), axis=0).astype(np.float32), seg)
+    about = json.loads((folder.parent / "dataset.json").read_text())
+    about["labels"] = labels or {"background": 0, "ball": 1, "bright": 2}
+    (folder.parent / "dataset.json").write_text(json.dumps(about))
+    (folder.parent / "splits_final.json").write_text(json.dumps(splits))
+    return folder
+
+
+def write_case(target: Path, image: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """One case (C, D, H, W) in nnU-Net's storage format, with labels (D, H, W) if there are some."""
     # blosc2 does not write over an existing file
     target.with_name(f"{target.name}.b2nd").unlink(missing_ok=True)
     target.with_name(f"{target.name}_seg.b2nd").unlink(missing_ok=True)
     blocks, chunks = comp_blosc2_params(image.shape, (16, 16, 16), 4)
-    seg = np.zeros((1, *image.shape[1:]), np.int16)
+    seg = np.zeros((1, *image.shape[1:]), np.int16) if labels is None else labels[None]
+    places = {} if labels is None else {"class_locations": {v: np.argwhere(seg == v)[:9] for v in (1, 2)}}
     nnUNetDatasetBlosc2.save_case(
-        image, seg, {}, str(target), chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks
+        image, seg, places, str(target), chunks=chunks, blocks=blocks, chunks_seg=chunks, blocks_seg=blocks
     )
 
 

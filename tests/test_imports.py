@@ -120,7 +120,7 @@ def test_only_the_border_knows_nnunet(module):
 
 
 LIGHT = [NAME, f"{NAME}.cli", f"{NAME}.architectures", f"{NAME}.weights", f"{NAME}.pretraining.declared"]
-HEAVY = {"torch", "torchvision", "nnunetv2", "timm", "matplotlib"}
+HEAVY = {"torch", "torchvision", "nnunetv2", "timm", "matplotlib", "huggingface_hub"}
 
 
 def heavy_after(code: str, *arguments: str, libraries: set[str] = HEAVY) -> tuple[set[str], str]:

@@ -32,6 +32,7 @@ from nnunetv2_hiendmae.training.runlog import RunLog
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
+from nnunetv2_hiendmae.weights.hub import lasting_path, local_file
 
 METRICS, PREDICTIONS, PREDICTIONS_TEST = "metrics.json", "predictions.csv", "predictions_test.csv"
 # ours, nobody published them: that of end-to-end fine-tuning for segmentation, ten times that for a linear layer alone
@@ -99,12 +100,15 @@ class Task:
         return torch.tensor([self.labels.targets[name] for name in names])
 
 
-def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: Path, options: ClassifyOptions) -> Task:
+def build_task(
+    datasets: Iterable[str | int], labels_file: Path, encoder_file: str | Path, options: ClassifyOptions
+) -> Task:
     """Task of a run; writes nothing.
 
     Raises:
         UserError: anything about the labels, the data, the encoder file or an option is wrong.
     """
+    encoder_file = local_file(encoder_file)
     metadata = read_metadata(encoder_file)
     data = find_cases(datasets, options.plans_name, options.configuration)
     labels = read_labels(labels_file, [case.name for case in data.cases])
@@ -116,7 +120,7 @@ def build_task(datasets: Iterable[str | int], labels_file: Path, encoder_file: P
         **{name: value for name, value in vars(options).items() if value is not None},
         "datasets": data.datasets,
         "spec": spec,
-        "encoder_file": str(Path(encoder_file).resolve()),
+        "encoder_file": str(lasting_path(encoder_file)),
         "encoder_sha256": sha256(encoder_file),
         "labels_sha256": labels.digest(),
         "fold": None if labels.column == SPLIT else options.fold or "0",
@@ -154,7 +158,7 @@ def _spec(metadata: EncoderMetadata, channels: int, crop_size: Sequence[int] | N
 def train(
     datasets: Iterable[str | int],
     labels_file: Path,
-    encoder_file: Path,
+    encoder_file: str | Path,
     options: ClassifyOptions | None = None,
     **changes: Any,
 ) -> Path:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from nnunetv2_hiendmae.options import Option, declared, flag, kinds_of
 
 Settings = TypeVar("Settings")
+# what `-w` takes
+ENCODER_FILE = "encoder file, or hf://ORG/REPO[/FILE]"
 
 
 def add_options(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import keywords
+from nnunetv2_hiendmae.commands.arguments import ENCODER_FILE, keywords
 from nnunetv2_hiendmae.errors import UserError
 
 HELP = "where in an image the token of one voxel looks: attention of an encoder's or decoder's layers"
@@ -12,7 +12,7 @@ HELP = "where in an image the token of one voxel looks: attention of an encoder'
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("run_dir", type=Path, nargs="?", metavar="RUN", help="folder of a run of hiendmae pretrain, instead of -w")
-    add("-w", dest="encoder_file", type=Path, metavar="FILE", help="encoder file (encoder.safetensors)")
+    add("-w", dest="encoder_file", type=Path, metavar="FILE", help=ENCODER_FILE)
     images = "raw image, one file per channel, in order"
     add("--image", type=Path, nargs="+", required=True, metavar="FILE", help=images)
     where = parser.add_mutually_exclusive_group(required=True).add_argument

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from shlex import quote
 
-from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
+from nnunetv2_hiendmae.commands.arguments import ENCODER_FILE, add_datasets, add_options, from_arguments
 from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.options.commands import ClassifyOptions, PredictOptions
 
@@ -17,7 +17,7 @@ ACTIONS = {
 NEEDED = {
     "train": [
         ("--labels", "labels_file", "CSV", "columns case,label and, if wanted, fold or split"),
-        ("-w", "encoder_file", "FILE", "encoder file (encoder.safetensors)"),
+        ("-w", "encoder_file", "FILE", ENCODER_FILE),
     ],
     "predict": [("-m", "run_dir", "RUN_DIR", "run folder of classify train")],
 }

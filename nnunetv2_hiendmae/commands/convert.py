@@ -7,17 +7,17 @@ from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arg
 from nnunetv2_hiendmae.errors import printable
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
-HELP = "turn a checkpoint of other programs into an encoder file, or an encoder file into one for timm, MONAI or nnssl"
+HELP = "turn a checkpoint of other programs into an encoder file, or one into a file for others or a folder for the Hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="checkpoint; see what it is with: hiendmae inspect FILE")
+    add("file", type=Path, metavar="FILE", help="checkpoint, or hf://ORG/REPO[/FILE]; see: hiendmae inspect FILE")
     add("-o", dest="output", type=Path, required=True, metavar="OUT", help="file to write, e.g. encoder.safetensors")
     add_options(parser, ConvertOptions)
-    told = "write a .safetensors with these names, nnssl: a .pth with its plan (default: an encoder file)"
-    add("--to", choices=["timm", "monai", "nnssl"], help=told)
+    told = "write a .safetensors with these names, nnssl: a .pth with its plan, hub-folder: a folder for the Hub"
+    add("--to", choices=["timm", "monai", "nnssl", "hub-folder"], help=f"{told} (default: an encoder file)")
     add("--force", action="store_true", help="replace OUT if it exists")
 
 
@@ -40,4 +40,6 @@ def run(args: argparse.Namespace) -> None:
     lines += [f"tensors: {done.report.text()}", f"written: {done.path}"]
     if args.to is None:
         lines.append(f"next: hiendmae plan -d LABELLED_DATASET -w {quote(str(done.path))}")
+    elif args.to == "hub-folder":
+        lines.append(f"next: hf upload ORG/REPO {quote(str(done.path))}")
     print("\n".join(lines))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError, printable
-from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, PROBE_ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 if TYPE_CHECKING:
@@ -19,14 +19,16 @@ HELP = "say what a file is and whether it would load: encoder file, checkpoint o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file or run folder, or hf://ORG/REPO[/FILE]")
     parser.add_argument("--check", action="store_true", help="exit with 2 if the file would not load")
     add_options(parser, ConvertOptions)
 
 
 def run(args: argparse.Namespace) -> None:
-    describe = _describe_folder if args.file.is_dir() else _describe
-    about = describe(args.file, from_arguments(ConvertOptions, args))
+    from nnunetv2_hiendmae.weights.hub import local_file
+
+    options, file = from_arguments(ConvertOptions, args), local_file(args.file)
+    about = (_describe_folder if file.is_dir() else _describe)(file, options)
     if args.json:
         print(json.dumps(about, default=lambda report: report.to_dict(), indent=2))
     else:
@@ -50,8 +52,9 @@ def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
     about = {"kind": "run folder", "settings": read_settings(path)}
     if (path / CHECKPOINT).exists():
         about["checkpoint"] = _describe(path / CHECKPOINT, options)
-    if (path / ENCODER).exists():
-        about["encoder"] = _describe(path / ENCODER, ConvertOptions())
+    for name, file in (("encoder", ENCODER), ("encoder_probe", PROBE_ENCODER)):
+        if (path / file).exists():
+            about[name] = _describe(path / file, ConvertOptions())
     return about
 
 
@@ -76,7 +79,7 @@ def _describe(path: Path, options: ConvertOptions) -> dict[str, Any]:
         about, next_step = _own(path, content)
     elif is_nnunet_checkpoint(content) and PLAN not in content:
         about = {"kind": "nnU-Net checkpoint", "trainer": str(content[TRAINER])}
-        next_step = shlex.join(["hiendmae", "convert", str(path), "-o", ENCODER])
+        next_step = _convert(path)
     else:
         about, next_step = _foreign(path, content, options)
     try:
@@ -121,4 +124,11 @@ def _foreign(path: Path, content: dict[str, Any], options: ConvertOptions) -> tu
         "tensors": len(found.state),
         "axes": options.axes or found.format.axes,
     }
-    return about, shlex.join(["hiendmae", "convert", str(path), *options.arguments(), "-o", ENCODER])
+    return about, _convert(path, *options.arguments())
+
+
+def _convert(path: Path, *said: str) -> str:
+    """The command that makes an encoder file of it."""
+    from nnunetv2_hiendmae.weights.hub import hub_name
+
+    return shlex.join(["hiendmae", "convert", hub_name(path) or str(path), *said, "-o", ENCODER])

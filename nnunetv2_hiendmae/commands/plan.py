@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from nnunetv2_hiendmae.commands.arguments import add_options, from_arguments
+from nnunetv2_hiendmae.commands.arguments import ENCODER_FILE, add_options, from_arguments
 from nnunetv2_hiendmae.options.commands import PlanOptions
 
 HELP = "write nnU-Net plans that fine-tune an encoder"
@@ -12,7 +12,7 @@ HELP = "write nnU-Net plans that fine-tune an encoder"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", dest="dataset", required=True, metavar="ID", help="labelled dataset to fine-tune on")
-    add("-w", dest="encoder_file", type=Path, required=True, metavar="FILE", help="encoder file (encoder.safetensors)")
+    add("-w", dest="encoder_file", type=Path, required=True, metavar="FILE", help=ENCODER_FILE)
     add_options(parser, PlanOptions)
 
 

@@ -4,6 +4,7 @@ import argparse
 import shlex
 
 from nnunetv2_hiendmae.commands.arguments import add_datasets, add_options, from_arguments
+from nnunetv2_hiendmae.files import PROBE_ENCODER
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 
 HELP = "pretrain an encoder on preprocessed images"
@@ -28,4 +29,7 @@ def run(args: argparse.Namespace) -> None:
 
     encoder = pretrain(args.datasets, options)
     if encoder:
+        best = encoder.with_name(PROBE_ENCODER)
+        if options.probe is not None and best.exists():
+            print(f"best by the probe: {best}")
         print(f"encoder: {encoder}\nnext: hiendmae plan -d LABELLED_DATASET -w {shlex.quote(str(encoder))}")

@@ -18,9 +18,9 @@ from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.evaluation.draws import SHOTS, Fold, Subset, draw
 from nnunetv2_hiendmae.evaluation.patients import PATIENTS_FILE, Patients, notes_on_patients, read_patients
 from nnunetv2_hiendmae.files import locked, telling_damage, write_text
-from nnunetv2_hiendmae.schemas import NNUNET_FOLDS, Folds, read_as, read_dataset_json, read_json
+from nnunetv2_hiendmae.schemas import NNUNET_FOLDS, SPLITS_FILE, Folds, read_as, read_dataset_json, read_json
 
-SPLITS_FILE, RECORD_FILE = "splits_final.json", "splits_hiendmae.json"
+RECORD_FILE = "splits_hiendmae.json"
 NNUNET_SEED = 12345  # what nnUNetTrainer.do_split asks for
 
 logger = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from nnunetv2_hiendmae.inspection.reconstruct import load_run
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
 from nnunetv2_hiendmae.training.volumes import crop_and_pad
 from nnunetv2_hiendmae.weights import load_encoder, read_metadata
+from nnunetv2_hiendmae.weights.hub import local_file
 
 MEAN = "mean"
 RECORD = "attention.json"
@@ -34,7 +35,7 @@ CROSS = {"marker": "+", "color": "cyan", "markersize": 12, "markeredgewidth": 1.
 
 def attention_pictures(
     image: Sequence[Path],
-    source: Path,
+    source: str | Path,
     output: Path,
     *,
     voxel: Sequence[int] | None = None,
@@ -68,6 +69,7 @@ def attention_pictures(
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}, needed 0 or more")
+    source = local_file(source)
     encoder_file = source / ENCODER if source.is_dir() else source
     metadata = read_metadata(encoder_file)
     spec, volumes = metadata.spec, vol.known_format(metadata)

@@ -94,7 +94,7 @@ class PreprocessOptions(CommandOptions):
     plans_name: str = _plans(help="name of the plans")
     like: str | Path | None = option(
         None,
-        "method or encoder file whose spacing and window to use; mri: 1 mm, z-scored, for MR of heads",
+        "method or encoder file (or hf://ORG/REPO) whose spacing and window to use; mri: 1 mm, z-scored, for heads",
         metavar="METHOD|mri|FILE",
         default_is="hiendmae",
     )
@@ -103,13 +103,13 @@ class PreprocessOptions(CommandOptions):
         "target spacing in mm",
         flag="--spacing",
         metavar=_DHW,
-        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median; mri: 1 1 1",
+        default_is="that of --like; mim, glmae: the dataset's median; mri: 1 1 1; others: 1.5 1.5 1.5",
     )
     window_hu: tuple[float, float] | None = option(
         None,
         "CT window in HU that becomes [0, 1]",
         **_WINDOW,
-        default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
+        default_is="that of --like; mim, glmae: -1000 1000; other methods: -175 250",
     )
     interpolation: str | None = _interpolation("that of --like; methods and mri: linear")
     part: str | None = option(
@@ -143,7 +143,7 @@ class PretrainOptions(CommandOptions):
     encoder: str | None = _from(
         f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=PRESETS
     )
-    encoder_file: Path | None = option(None, "encoder file to start from", flag="-w", metavar="FILE")
+    encoder_file: Path | None = option(None, "start from this file, or hf://ORG/REPO[/FILE]", flag="-w", metavar="FILE")
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)
     patch_size: tuple[int, int, int] | None = _from(_PRESET, "ViT patch in voxels", metavar=_DHW)
     epochs: int | None = _count(None, "epochs; more than before with --c extend a finished run", default_is=_METHOD)
@@ -151,10 +151,10 @@ class PretrainOptions(CommandOptions):
     steps_per_epoch: int | None = _count(None, "optimizer steps per epoch", default_is=_METHOD)
     warmup_epochs: int | None = _count(None, "epochs of linear warm-up", 0, default_is="the method's, 10% at most")
     batch_size: int | None = _count(
-        None, "crops (MiM, GL-MAE: volumes) per optimizer step over all processes", 1, "B", default_is=_METHOD
+        None, "crops (or volumes: hiendmae methods) per optimizer step over all processes", 1, "B", default_is=_METHOD
     )
     accumulate: int | None = _count(
-        None, "micro-batches per optimizer step; less memory, same result", default_is=_METHOD
+        None, "micro-batches per optimizer step; less memory, same result, but for contrast", default_is=_METHOD
     )
     lr: float | None = _from("the method's, whatever the batch size", "peak learning rate", metavar="LR", above=0)
     weight_decay: float | None = _from(_METHOD, "AdamW weight decay", metavar="WD", at_least=0)
@@ -176,6 +176,10 @@ class PretrainOptions(CommandOptions):
     )
     checkpoint_epochs: int = _count(10, "epochs between checkpoints", flag="--checkpoint-every")
     picture_epochs: int = _count(10, "epochs between reconstruction pictures", flag="--pictures-every")
+    probe: str | int | None = option(None, "labelled dataset, preprocessed alike, to test tokens on", metavar="DATASET")
+    probe_fold: int | None = _count(None, "fold of that dataset", 0, "FOLD", default_is="0")
+    probe_cases: int | None = _count(None, "its training cases to fit, and as many test cases", default_is="4, or all")
+    probe_epochs: int | None = _count(None, "epochs between probes", flag="--probe-every", default_is="5% of the run")
     name: str | None = _from("METHOD_PRESET_DATASETS", "name of the run", metavar="RUN")
     output: Path | None = option(None, "run folder (default: $nnUNet_results/pretraining/RUN)", **_FOLDER)
     resume: bool = _resume()

@@ -36,6 +36,7 @@ from nnunetv2_hiendmae.recipes import RECIPES, SCRATCH_LR, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
+from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 
 WARMUP_FRACTION = 0.1
 # where a value comes from, in the messages
@@ -108,7 +109,8 @@ def plan_finetuning(
     if options.from_scratch and options.scratch_lr is None:
         options = replace(options, scratch_lr=options.lr)
     raw = read_raw_dataset(dataset_name(dataset))
-    metadata = _known_metadata(Path(encoder_file))
+    encoder_file = local_file(encoder_file)
+    metadata = _known_metadata(encoder_file)
     method = None if options.from_scratch else metadata.method
     trainer, recipe = trainer_of(method), recipe_of(metadata.method)
     frozen = "_frozen" if options.freeze_encoder else ""
@@ -129,8 +131,8 @@ def plan_finetuning(
         raise UserError(f"{e}; change it and run hiendmae plan again") from e
     section = PlansSection(recipe=finetune)
     if method is not None:
-        file = Path(encoder_file).resolve()
-        section = PlansSection(method, str(file), sha256(file), finetune, metadata.citations)
+        file = str(lasting_path(encoder_file))
+        section = PlansSection(method, file, sha256(encoder_file), finetune, metadata.citations)
 
     reader = find_reader(volume.image_reader_writer)
     if read_fingerprint(raw.name, with_labels=True) is None:
@@ -172,7 +174,7 @@ def _known_metadata(encoder_file: Path) -> EncoderMetadata:
     except UserError as e:
         if encoder_file.suffix not in (".pth", ".pt", ".ckpt", ".bin"):
             raise
-        again = f"hiendmae convert {shlex.quote(str(encoder_file))} -o encoder.safetensors"
+        again = f"hiendmae convert {shlex.quote(hub_name(encoder_file) or str(encoder_file))} -o encoder.safetensors"
         raise UserError(f"{encoder_file} is a checkpoint, needed an encoder file; run: {again}") from e
     return metadata
 

@@ -22,11 +22,11 @@ from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_t
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
+from nnunetv2_hiendmae.schemas import SPLITS_FILE as SPLITS
 from nnunetv2_hiendmae.schemas import Folds, Plans, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat, interpolation_of, resampling
 
 CONFIGURATION = "3d_fullres"
-SPLITS = "splits_final.json"
 # nnU-Net's name of the statistics, per channel, that its CT normalisation takes the window from
 _INTENSITIES = "foreground_intensity_properties_per_channel"
 # mm per voxel, finer than any scanner of bodies

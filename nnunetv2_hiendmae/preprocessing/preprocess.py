@@ -40,6 +40,7 @@ from nnunetv2_hiendmae.preprocessing.fingerprint import ensure_fingerprint
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, HEAD_CROP, MRI, MRI_VOLUME, RECIPES, MethodRecipe
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
 from nnunetv2_hiendmae.weights import read_metadata
+from nnunetv2_hiendmae.weights.hub import local_file
 
 # of the encoder that the plans name, where no file does
 DEFAULT_PRESET = "vit_base_p16"
@@ -223,7 +224,7 @@ def _common_channels(raws: list[RawDataset]) -> tuple[str, ...]:
 
 def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[EncoderSpec, MethodRecipe]:
     """The encoder that the plans name, and the recipe with the volumes of `like` and what was given over them."""
-    like = DEFAULT_METHOD if options.like is None else str(options.like)
+    like = DEFAULT_METHOD if options.like is None else str(local_file(options.like))
     if like in RECIPES:
         spec, recipe = PRESETS[DEFAULT_PRESET], RECIPES[like]
     elif like == MRI:

@@ -17,7 +17,7 @@ from nnunetv2_hiendmae.files import STEP
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.loop import prepare
 from nnunetv2_hiendmae.pretraining.method import Batch
-from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, extended, run_name
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, extended, run_name, warn_if_seen
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.grids import warn_if_turned
@@ -88,6 +88,7 @@ class DryRun:
         cases = _count(len(self.data.cases), "case", "s")
         part = settings.batch_size // settings.accumulate // self.processes
         split = " x ".join([_count(settings.accumulate, "micro-batch"), _count(self.processes, "process"), str(part)])
+        also = ", probes" if settings.probe else ""
         per_step, begins = self.seconds_per_step, f", from step {self.first_step}" if self.first_step else ""
         hours = left * per_step / 3600
         lines = {
@@ -95,13 +96,21 @@ class DryRun:
             "data": f"{cases}, {voxels / 1e6:,.1f} million voxels, {', '.join(settings.datasets)}",
             "step": f"{settings.batch_size} samples = {split}, {settings.precision} on {settings.device}",
             "run": f"{settings.steps_per_epoch} steps per epoch, {settings.total_steps} in all{begins}",
+            **self._probe(),
             "speed": self._speed(),
-            "time": f"about {hours:.3g} hours for {left} steps, without checkpoints and pictures",
+            "time": f"about {hours:.3g} hours for {left} steps, without checkpoints{also} and pictures",
             "memory": self._memory(),
             "disk": f"a checkpoint has {self.checkpoint / GB:.3g} GB (twice that while it is replaced), "
             f"{self.free / GB:,.0f} GB are free for {self.run_dir}",
         }
         return "\n".join(f"{name}: {told}" for name, told in lines.items())
+
+    def _probe(self) -> dict[str, str]:
+        if not (probe := self.settings.probe):
+            return {}
+        cases = f"{', '.join(probe.train)} to fit, {', '.join(probe.test)} to test"
+        period = _count(self.settings.probe_epochs, "epoch", "s")
+        return {"probe": f"{probe.dataset} fold {probe.fold}, {cases}, every {period}"}
 
     def _speed(self) -> str:
         rest, per_step = self.seconds[1:], statistics.median(self.seconds[1:] or self.seconds)
@@ -141,11 +150,12 @@ def dry_run(datasets: Iterable[str | int], options: PretrainOptions | None = Non
     settings, data = build_settings(datasets, options)
     run_dir = run.choose_run_dir(settings, "pretraining", run_name(settings))
     settings = extended(settings, options, run_dir)
-    fabric, method = prepare(settings)
+    fabric, method = prepare(settings, run_dir)
 
     def check() -> None:
         warn_if_padded(data.cases, method.views().padded_below)
         warn_if_turned(data.cases)
+        warn_if_seen(settings, data)
         run.check_free_disk(run_dir, method)
         run.check_claimable(run_dir, settings, data.digest())
         check_wandb()

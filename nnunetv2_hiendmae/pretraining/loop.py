@@ -13,11 +13,19 @@ import torch
 from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.files import ENCODER, STATE, STEP
+from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, PROBE_ENCODER, STATE, STEP
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.progress import RECONSTRUCTIONS, StepLog, draw_reconstruction
-from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, Start, build_settings, extended, run_name
+from nnunetv2_hiendmae.pretraining.run_probe import RunProbe
+from nnunetv2_hiendmae.pretraining.settings import (
+    PretrainSettings,
+    Start,
+    build_settings,
+    extended,
+    run_name,
+    warn_if_seen,
+)
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
@@ -57,12 +65,13 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
     """`pretrain` with settings that are decided, into `run_dir`."""
-    fabric, method = prepare(settings)
+    fabric, method = prepare(settings, run_dir)
     with ExitStack() as held:
 
         def claim() -> None:
             warn_if_padded(data.cases, method.views().padded_below)
             warn_if_turned(data.cases)
+            warn_if_seen(settings, data)
             run.check_free_disk(run_dir, method)
             held.enter_context(run.claimed(run_dir, settings, data.digest()))
 
@@ -73,8 +82,8 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
     return run_dir / ENCODER if fabric.is_global_zero else None
 
 
-def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
-    """This process as one of several, and the method as it starts.
+def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
+    """This process as one of several, and the method as it starts, unless a checkpoint of the run has its weights.
 
     Raises:
         UserError: a batch that processes and micro-batches do not divide, an encoder file that does not fit, or no such
@@ -87,7 +96,12 @@ def prepare(settings: PretrainSettings) -> tuple[Fabric, Method]:
             f"micro-batches, needed a multiple of {processes * accumulate}"
         )
     method = settings.build_method()
-    if settings.start and not settings.resume:
+    if method.compares_samples and settings.batch_size < 2 * accumulate:
+        raise UserError(
+            f"--batch-size {settings.batch_size} in {accumulate} micro-batches leaves 1 sample in each, {method.name} "
+            "needs at least 2 to compare; raise --batch-size, or lower --accumulate"
+        )
+    if settings.start and not (settings.resume and (run_dir / CHECKPOINT).exists()):
         report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
         logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")
     # forward, and twice as much backward: a multiplication and an addition per parameter and token
@@ -115,12 +129,20 @@ def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Meth
         closing(StepLog(run_dir, first_step, settings)) if fabric.is_global_zero else nullcontext() as log,
         noting_stop_signals(fabric.is_global_zero) as noted,
     ):
+        probe = None
+        if log and settings.probe:
+            export = partial(export_encoder, run_dir, method, settings, data)
+            probe = RunProbe(fabric, settings, data, method.encoder, run_dir / PROBE_ENCODER, export)
+            probe.begin(log)
         for step in steps:
             measured = learner.step(step, batches)
             where = f"after step {step + 1} of {settings.total_steps}"
             save = partial(_save, settings, run_dir, parts, data, step + 1)
             if log:
                 check_still_there(run_dir, where, save)
+                if probe and probe.is_due(step + 1):
+                    check_finite_weights(method, step + 1)
+                    measured |= probe.measure(step + 1)
                 log.step(step, measured)
             if log and (step + 1) % settings.steps_per_epoch == 0:
                 _end_epoch(fabric, settings, run_dir, parts, data, step + 1)
@@ -171,20 +193,34 @@ def _picture_samples(data: CaseSet, method: Method, settings: PretrainSettings) 
 def _save(settings: PretrainSettings, run_dir: Path, parts: dict[str, Any], data: CaseSet, step: int) -> None:
     """Encoder file and checkpoint, after so many steps."""
     method = parts[STATE]
+    check_finite_weights(method, step)
+    # the encoder first: a run counts as finished by its checkpoint, and then has its encoder
+    export_encoder(run_dir, method, settings, data, step)
+    run.save_state(run_dir, parts, **{STEP: step})
+
+
+def check_finite_weights(method: Method, step: int) -> None:
+    """Raises UserError: a weight is infinite or NaN after so many steps."""
     wrong = [name for name, p in method.named_parameters() if not torch.isfinite(p).all()]
     if wrong:
         raise UserError(
             f"weights became infinite or NaN before step {step} ({some(wrong, 1)}), the last checkpoint is kept; "
             "lower --lr or use --precision fp32, under another --name"
         )
-    # the encoder first: a run counts as finished by its checkpoint, and then has its encoder
-    export_encoder(run_dir, method, settings, data, step)
-    run.save_state(run_dir, parts, **{STEP: step})
 
 
-def export_encoder(run_dir: Path, method: Method, settings: PretrainSettings, data: CaseSet, step: int) -> None:
-    """Writes `encoder.safetensors` of a run. Its bytes depend on settings, data and weights only."""
-    decided = {k: v for k, v in settings.deciding().items() if k != "spec"}
+def export_encoder(
+    run_dir: Path,
+    method: Method,
+    settings: PretrainSettings,
+    data: CaseSet,
+    step: int,
+    file: str = ENCODER,
+    **chosen_by: Any,
+) -> None:
+    """Writes `encoder.safetensors` of a run, or another file of an encoder that was chosen. Its bytes depend on
+    settings, data and weights only, and on what it was chosen by."""
+    decided = {k: v for k, v in settings.deciding().items() if k not in ("spec", "probe")}
     start = settings.start or Start()
     licence = "that of the images it was trained on; the software is Apache-2.0"
     metadata = EncoderMetadata(
@@ -195,6 +231,6 @@ def export_encoder(run_dir: Path, method: Method, settings: PretrainSettings, da
         licence=f"{licence}; of the weights that it started from: {start.licence}" if settings.start else licence,
         source=start.source,
         source_sha256=start.source_sha256,
-        training={"step": step, "cases": len(data.cases), **decided},
+        training={"step": step, "cases": len(data.cases), **decided, **chosen_by},
     )
-    save_encoder(run_dir / ENCODER, method.encoder.state_dict(), metadata)
+    save_encoder(run_dir / file, method.encoder.state_dict(), metadata)

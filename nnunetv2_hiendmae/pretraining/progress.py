@@ -15,12 +15,18 @@ from nnunetv2_hiendmae.training.runlog import RunLog, read_log
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from pandas import DataFrame
+
     from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 
 PROGRESS = "progress.png"
 RECONSTRUCTIONS = "reconstructions"
 # what a line of the log holds besides the method's losses and measures
 RUN_KEYS = ("step", "epoch", "lr", "samples_per_second")
+# what the line of a step with a probe holds too, and that before the first step, which alone knows of voxels
+PROBE_KEYS = PROBE_DICE, PROBE_VOXELS, PROBE_RANK = ("probe_dice", "probe_dice_voxels", "probe_rank")
+PROBE_COSTS = PROBE_SECONDS, PROBE_SHARE = ("probe_seconds", "probe_share")
 # log lines without a terminal: at least this many seconds apart
 PLAIN_LINE_SECONDS = 30
 DRAW_SECONDS = 20
@@ -40,10 +46,16 @@ class StepLog(RunLog):
         self._settings = settings
         self._started = self._last = self._told = self._drawn = time.monotonic()
 
+    def before_steps(self, values: dict[str, float]) -> None:
+        """Records what was measured before the first step, as that of number -1; no speed has its time."""
+        self.write({"step": -1, "epoch": 0, **values})
+        self._started = self._last = time.monotonic()
+
     def step(self, step: int, values: dict[str, float]) -> None:
         """Records a finished step (0-based)."""
         now, samples, told = time.monotonic(), self._settings.batch_size, ""
-        speed, self._last = samples / max(now - self._last, 1e-9), now
+        spent = now - self._last - values.get(PROBE_SECONDS, 0)
+        speed, self._last = samples / max(spent, 1e-9), now
         loss, lr = f"{values['loss']:.4f}", f"{values['lr']:.2e}"
         line = {"step": step, "epoch": step // self._settings.steps_per_epoch, **values}
         if step + 1 == self.total or now - self._told > PLAIN_LINE_SECONDS:
@@ -74,14 +86,15 @@ def draw_progress(run_dir: Path) -> None:
     if not lines:
         return
     # what a line lacks is a gap
-    values = pd.DataFrame(lines, columns=list(dict.fromkeys([*RUN_KEYS, *lines[-1]]))).apply(
-        pd.to_numeric, errors="coerce"
-    )
-    panels = _panels([k for k in values if k not in RUN_KEYS])
+    probed = [line for line in lines if PROBE_DICE in line]
+    columns = [*RUN_KEYS, *(PROBE_KEYS if probed else ()), *lines[-1]]
+    values = pd.DataFrame(lines, columns=list(dict.fromkeys(columns))).apply(pd.to_numeric, errors="coerce")
+    panels = _panels([k for k in values if k not in {*RUN_KEYS, *PROBE_KEYS, *PROBE_COSTS}])
     shown = slice(None, None, -(-len(lines) // CURVE_POINTS))
     steps = values["step"][shown].to_numpy()
-    figure = Figure(figsize=(8, 3 * len(panels) + 6), layout="constrained")
-    axes = figure.subplots(len(panels) + 2, 1, sharex=True)
+    rows = len(panels) + (2 if probed else 0) + 2
+    figure = Figure(figsize=(8, 3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 1, sharex=True)
     for axis, (title, keys) in zip(axes, panels.items(), strict=False):
         for number, key in enumerate(keys):
             axis.plot(steps, values[key][shown], alpha=0.3, linewidth=0.8, color=f"C{number}")
@@ -89,6 +102,8 @@ def draw_progress(run_dir: Path) -> None:
         axis.set(ylabel=title)
         axis.legend()
     axes[0].set(title=f"{run_dir.name}: step {steps[-1] + 1}")
+    if probed:
+        _draw_probe(axes[-4:-2], values[values[PROBE_DICE].notna()])
     axes[-2].plot(steps, values["lr"][shown])
     axes[-2].set(ylabel="learning rate")
     axes[-1].plot(steps, running_mean(values["samples_per_second"])[shown])
@@ -97,6 +112,20 @@ def draw_progress(run_dir: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
     write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
+
+
+def _draw_probe(axes: Sequence["Axes"], probed: "DataFrame") -> None:
+    """Dice and rank at every probe; what was there before the first step as lines."""
+    start = probed.iloc[0]
+    for axis, key, title in zip(axes, (PROBE_DICE, PROBE_RANK), ("probe Dice", "effective rank"), strict=True):
+        axis.plot(probed["step"], probed[key], marker="o", label=key)
+        if start["step"] < 0:
+            axis.axhline(start[key], linestyle="--", color="C1", label="at the start")
+        axis.set(ylabel=title)
+    if start["step"] < 0:
+        axes[0].axhline(start[PROBE_VOXELS], linestyle=":", color="C2", label="of voxels")
+    for axis in axes:
+        axis.legend()
 
 
 def _panels(measured: Sequence[str]) -> dict[str, list[str]]:

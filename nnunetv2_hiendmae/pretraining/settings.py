@@ -21,11 +21,16 @@ from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.labelled import find_labelled, num_crops
 from nnunetv2_hiendmae.training.volumes import CaseSet, check_crop_size, find_cases
 from nnunetv2_hiendmae.weights import check_encoder_file
 from nnunetv2_hiendmae.weights.adapt import check_compatible
+from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 
 logger = logging.getLogger(__name__)
+
+# of a run's time that its probes take at most, where nobody says how often
+MOST_PROBE_SHARE = 0.05
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,17 @@ class Start:
     source_sha256: str | None = None
 
 
+@dataclass(frozen=True)
+class ProbeCases:
+    """Names of the labelled cases that a run's probe is fitted to and tested on."""
+
+    __pydantic_config__: ClassVar = CLOSED
+    dataset: str
+    fold: int
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(run.RunSettings, PretrainOptions):
     """What a run computes, and how: its options, all decided.
@@ -56,6 +72,7 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
         betas: of AdamW.
         start: the encoder file that the encoder's weights come from.
         extensions: epoch at which the run was finished and went on, and its schedule from there.
+        probe: what its encoders are tested on, every `probe_epochs`; it decides nothing of the encoder.
 
     Raises:
         UserError: a value is out of range.
@@ -68,6 +85,7 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
     encoder: str = option("", "preset, or the method whose weights it starts from")
     start: Start | None = None
     extensions: tuple[tuple[int, str], ...] = ()
+    probe: ProbeCases | None = None
 
     keys: ClassVar = (
         *("datasets", "plans_name", "configuration", "method", "options", "spec", "epochs", "steps_per_epoch"),
@@ -75,8 +93,8 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
         *("checkpoint_epochs", "picture_epochs"),
     )
     # recorded where there are such
-    optional: ClassVar = ("start", "extensions")
-    not_deciding: ClassVar = ("accumulate", "checkpoint_epochs", "picture_epochs")
+    optional: ClassVar = ("start", "extensions", "probe", "probe_epochs")
+    not_deciding: ClassVar = ("accumulate", "checkpoint_epochs", "picture_epochs", "probe_epochs")
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,7 +133,14 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
             recorded["start"] = vars(self.start) | {"file": Path(self.start.file).name}
         if self.extensions:
             recorded["extensions"] = self.extensions
+        if self.probe:
+            recorded |= {"probe": vars(self.probe), "probe_epochs": self.probe_epochs}
         return json.loads(json.dumps(recorded))
+
+    def deciding(self) -> dict[str, Any]:
+        """The number of micro-batches too, where a method compares the samples of one."""
+        compared = {"accumulate": self.accumulate} if METHODS[self.method].compares_samples else {}
+        return {**super().deciding(), **compared}
 
     def as_before(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the result of the run that is recorded, if this one extends it."""
@@ -167,11 +192,12 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
         "options": method_options,
         "spec": spec,
         "start": start,
+        "probe": None,
         "precision": run.choose_precision(options.precision, options.device),
     }
     if start and not options.encoder:
         values["encoder"] = f"from_{start.method}"
-    settings = PretrainSettings(**values)
+    settings = PretrainSettings(**{**values, **_probe(options, data, spec, values["steps_per_epoch"] * batch_size)})
     if options.accumulate is None and settings.accumulate != recipe.accumulate:
         whole = f"batch {batch_size} on {run.num_processes()} processes"
         logger.info(
@@ -212,16 +238,52 @@ def _sized(spec: EncoderSpec, options: PretrainOptions, channels: int) -> Encode
         raise UserError(f"{e}; choose --crop-size as a multiple of the patch, or another --patch-size") from e
 
 
+def _probe(options: PretrainOptions, data: CaseSet, spec: EncoderSpec, samples_per_epoch: int) -> dict[str, Any]:
+    """Cases of the probe, and how many epochs lie between two: whatever the method, a step's sample takes no less time
+    than a crop that is only encoded."""
+    if options.probe is None:
+        if (options.probe_fold, options.probe_cases, options.probe_epochs) != (None, None, None):
+            raise UserError("--probe-fold, --probe-cases and --probe-every belong to --probe DATASET; name that too")
+        return {}
+    try:
+        found = find_labelled(
+            options.probe,
+            options.plans_name,
+            options.configuration,
+            options.probe_fold or 0,
+            options.probe_cases,
+            data.format,
+        )
+    except UserError as e:
+        raise UserError(f"--probe {options.probe}: {e}") from e
+    train, test = ([case.path.stem for case in cases] for cases in (found.train, found.test))
+    crops = sum(num_crops(case.shape, spec.img_size) for case in (*found.train, *found.test))
+    epochs = options.probe_epochs or math.ceil(crops / (MOST_PROBE_SHARE * samples_per_epoch))
+    return {"probe": ProbeCases(found.dataset, found.fold, tuple(train), tuple(test)), "probe_epochs": epochs}
+
+
+def warn_if_seen(settings: PretrainSettings, data: CaseSet) -> None:
+    """Says so where test cases of the probe are among the images of pretraining."""
+    probe, seen = settings.probe, {case.name for case in data.cases}
+    if probe and (known := [name for name in probe.test if f"{probe.dataset}/{name}" in seen]):
+        told = f"the probe's test cases {', '.join(known)} of {probe.dataset} are among the images of pretraining"
+        logger.warning(f"{told}: its Dice is not that of unseen images; choose another --probe-fold or -d")
+
+
 def _start(options: PretrainOptions, channels: int, preset: str) -> tuple[Start | None, EncoderSpec]:
     """Where the encoder's weights come from, and the encoder: that of the file, where no preset is given."""
     if options.encoder_file is None:
         return None, _sized(PRESETS[preset], options, channels)
-    metadata, file = check_encoder_file(options.encoder_file), Path(options.encoder_file).resolve()
+    file = local_file(options.encoder_file)
+    metadata, digest, named = check_encoder_file(file), sha256(file), hub_name(file)
     own = metadata.spec.with_(drop_path_rate=0.0)
     spec = _sized(PRESETS[preset] if options.encoder else own, options, channels)
     check_compatible(metadata.spec, spec, "leave out --encoder and --patch-size, which the file decides")
     known = {name: getattr(metadata, name) for name in ("method", "citations", "licence", "source", "source_sha256")}
-    return Start(**{**known, "file": str(file), "sha256": sha256(file), "source": metadata.source or file.name}), spec
+    known["source"] = named or metadata.source or file.resolve().name
+    if named:
+        known["source_sha256"] = digest
+    return Start(file=str(lasting_path(file)), sha256=digest, **known), spec
 
 
 def extended(settings: PretrainSettings, options: PretrainOptions, run_dir: Path) -> PretrainSettings:

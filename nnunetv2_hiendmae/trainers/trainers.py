@@ -21,15 +21,16 @@ from nnunetv2_hiendmae.host_memory import set_freed_memory
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.randomness import seed_of
-from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
+from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
+from nnunetv2_hiendmae.weights.hub import hub_name
 
 # beside 0 and 1, the loaders of training and validation
 _EPOCH = 2
 
-__all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
+__all__ = sorted({*(TRAINERS[method] for method in (*MAIN_METHODS, None)), FOREIGN.trainer})
 
 
 def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int, start: int = 0) -> float:
@@ -282,7 +283,9 @@ class _ViTTrainer(nnUNetTrainer):
             )
         del self._fresh_kernel
         if not path.is_file():
-            raise RuntimeError(f"the plans' encoder file {path} does not exist; put it back, or run: {PLAN_COMMAND}")
+            named = hub_name(path)
+            back = f"download it to there again with: hiendmae inspect {named}" if named else "put it back"
+            raise RuntimeError(f"the plans' encoder file {path} does not exist; {back}, or run: {PLAN_COMMAND}")
         if sha256(path) != self.section.encoder_sha256:
             raise RuntimeError(f"the encoder file {path} changed since the plans were made; run: {PLAN_COMMAND}")
         try:

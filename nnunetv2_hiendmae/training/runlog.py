@@ -34,8 +34,9 @@ class RunLog:
 
     def __init__(self, run_dir: Path, unit: str, first: int, total: int, wandb_config: dict[str, Any] | None = None):
         self.run_dir, self.first, self.total = run_dir, first, total
-        kept = [line for line in read_log(run_dir, unit) if line[unit] < first]
-        self.last = kept[-1] if kept else None
+        # of a run that begins nothing is kept, not even what was measured before its first step
+        kept = [line for line in read_log(run_dir, unit) if line[unit] < first] if first else []
+        self.first_line, self.last = (kept[0], kept[-1]) if kept else (None, None)
         files.write_text(run_dir / files.LOG, "".join(json.dumps(line) + "\n" for line in kept))
         with files.telling_disk_errors(run_dir / files.LOG):
             self._file = (run_dir / files.LOG).open("a", encoding="utf-8")
@@ -48,13 +49,17 @@ class RunLog:
         """Records a finished step or epoch; `told` is logged where there is no terminal, `shown` stands beside the
         bar."""
         self.last = line
-        with files.telling_disk_errors(self.run_dir / files.LOG):
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
+        self.write(line)
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         if told and not self._terminal:
             logger.info(told)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Records a line as it is, which no bar counts."""
+        with files.telling_disk_errors(self.run_dir / files.LOG):
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Ends the bar and the file."""

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -174,6 +175,15 @@ def _open(path: str) -> blosc2.NDArray:
     return blosc2.open(path, mode="r", dparams={"nthreads": 1}, **mapped)
 
 
+@contextmanager
+def telling_unreadable(case: Case) -> Iterator[None]:
+    """Raises UserError: a case's file is damaged, which is noticed when it is read inside."""
+    try:
+        yield
+    except (RuntimeError, OSError) as e:  # what blosc2 raises
+        raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
+
+
 class SampleDataset(Dataset):
     """Samples by key: a tuple of numbers that, with the seed, decides everything random in a sample.
 
@@ -193,10 +203,8 @@ class SampleDataset(Dataset):
         """
         rng = np.random.default_rng([self.seed, *key])
         case = self.data.cases[key[-1] if self.case_in_key else rng.integers(len(self.data.cases))]
-        try:
+        with telling_unreadable(case):
             return {**self.draw(CaseVolume(case, self.data.format), rng), "case": case.name}
-        except (RuntimeError, OSError) as e:  # what blosc2 raises for a damaged file
-            raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metad
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.export_nnssl import NNSSL_TARGET, export_nnssl
 from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder
+from nnunetv2_hiendmae.weights.hub import local_file, source_name
+from nnunetv2_hiendmae.weights.hub_folder import HUB_TARGET, check_hub_folder, write_hub_folder
 from nnunetv2_hiendmae.weights.nnssl import find_foreign, has_primus
 from nnunetv2_hiendmae.weights.nnunet import NETWORK, is_nnunet_checkpoint, nnunet_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport
@@ -74,41 +76,50 @@ class Conversion:
 
 
 def convert_checkpoint(
-    source: Path, output: Path, options: ConvertOptions | None = None, *, to: str | None = None, force: bool = False
+    source: str | Path,
+    output: str | Path,
+    options: ConvertOptions | None = None,
+    *,
+    to: str | None = None,
+    force: bool = False,
 ) -> Conversion:
-    """Writes the encoder of a checkpoint as an encoder file, or under the names of timm, MONAI or nnssl.
+    """Writes the encoder of a checkpoint as an encoder file, under the names of timm, MONAI or nnssl, or as a folder
+    for the Hugging Face Hub.
 
     Takes as much memory as the file's encoder once, through the system's page cache; tensors that change are copied
     one at a time.
 
     Args:
-        to: "timm", "monai" or "nnssl"; None: an encoder file.
+        to: "timm", "monai", "nnssl" or "hub-folder"; None: an encoder file.
         force: replace an existing output.
 
     Raises:
         UserError: the file cannot be read or is refused, something is missing, wrong or unknown, or the output exists
             or cannot be written. Nothing is written then.
     """
-    source, output = Path(source), Path(output)
-    _check_output(source, output, force)
+    output = Path(output)
+    source = _checked_source(source, output, to, force)
     done = replace(translate_checkpoint(source, options), path=output)
     if to is not None:
-        export = export_nnssl if to == NNSSL_TARGET else partial(export_encoder, to)
+        exports = {NNSSL_TARGET: export_nnssl, HUB_TARGET: partial(write_hub_folder, run_dir=source.parent)}
+        export = exports.get(to, partial(export_encoder, to))
         report, notes = export(output, done.state, done.metadata, done.report, new=not force)
         return replace(done, report=report, export_notes=notes)
     if done.format == ENCODER_FILE:
-        raise UserError(f"{source} is an encoder file already; use it as it is, or give --to timm, monai or nnssl")
+        raise UserError(
+            f"{source} is an encoder file already; use it as it is, or give --to timm, monai, nnssl or {HUB_TARGET}"
+        )
     encoder_file.save_encoder(output, done.state, done.metadata, new=not force)
     return done
 
 
-def translate_checkpoint(source: Path, options: ConvertOptions | None = None) -> Conversion:
+def translate_checkpoint(source: str | Path, options: ConvertOptions | None = None) -> Conversion:
     """The encoder in a file, without writing anything.
 
     Raises:
         UserError: as `convert_checkpoint`.
     """
-    source, options = Path(source), options or ConvertOptions()
+    source, options = local_file(source), options or ConvertOptions()
     content, header = read_checkpoint(source)
     try:
         if stored := header_metadata(header, encoder_file.METADATA_KEY, source, content):
@@ -148,7 +159,7 @@ def _translate_run(content: Mapping[str, Any], source: Path, options: ConvertOpt
         metadata,
         notes=tuple(n for n in metadata.notes if n != _TEACHER_NOTE) + (_TEACHER_NOTE,) * teacher,
         training=metadata.training and {**metadata.training, "step": content[STEP]},
-        source=source.name,
+        source=source_name(source),
         source_sha256=sha256(source),
     )
     return Conversion(RUN_CHECKPOINT, translation.state, metadata, translation.report(content, (STATE,)))
@@ -194,7 +205,7 @@ def _translate_foreign(
         metadata = _foreign_metadata(found, spec, options, formula)
     if metadata.source is None:
         # an export of ours goes on naming the file that its encoder was converted from
-        metadata = replace(metadata, source=source.name, source_sha256=sha256(source))
+        metadata = replace(metadata, source=source_name(source), source_sha256=sha256(source))
     return Conversion(found.format.name, translation.state, metadata, translation.report(content, found.path))
 
 
@@ -269,12 +280,18 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
     return tuple(note for note, applies in notes.items() if applies)
 
 
-def _check_output(source: Path, output: Path, force: bool) -> None:
-    check_source(source)
-    if output.is_dir():
+def _checked_source(source: str | Path, output: Path, to: str | None, force: bool) -> Path:
+    """The file to read, after it is known that the output may be written."""
+    is_source = output.exists() and Path(source).exists() and Path(source).samefile(output)
+    if to == HUB_TARGET:
+        check_hub_folder(output, force)
+    elif output.is_dir():
         raise UserError(f"{output} is a folder; give a file, e.g. -o {quote(str(output / 'encoder.safetensors'))}")
     check_replaceable(output)
-    if output.exists() and source.samefile(output):
-        raise UserError(f"the output {output} is the input; give another -o")
-    if output.exists() and not force:
+    if output.exists() and not (force or is_source):
         raise UserError(f"{output} exists already; give another -o, or --force to replace it")
+    source = local_file(source)
+    check_source(source)
+    if is_source or (output.exists() and source.samefile(output)):
+        raise UserError(f"the output {output} is the input; give another -o")
+    return source

@@ -15,6 +15,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing
 from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, read_safetensors
+from nnunetv2_hiendmae.weights.hub import local_file
 from nnunetv2_hiendmae.weights.metadata import DIGEST_KEY, METADATA_KEY, NO_DIGEST, EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 
@@ -144,7 +145,7 @@ def _open_whole(path: Path) -> tuple[EncoderMetadata, dict[str, Tensor]]:
 def _open(path: Path, *, whole: bool) -> tuple[EncoderMetadata, dict[str, Tensor]]:
     """Metadata and tensors, which are mapped: they take no memory until they are used. `whole`: reads the file for its
     digest."""
-    path = Path(path)
+    path = local_file(path)
     if not path.is_file():
         raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain or hiendmae convert")
     state, header = read_safetensors(path, check_digest=whole)

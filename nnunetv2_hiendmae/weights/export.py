@@ -62,7 +62,7 @@ def export_encoder(
             untouched.
     """
     if target not in TARGETS:
-        raise UserError(f"--to {target} is unknown, needed one of {', '.join(TARGETS)}, nnssl")
+        raise UserError(f"--to {target} is unknown, needed one of {', '.join(TARGETS)}, nnssl, hub-folder")
     spec = metadata.spec
     if spec.kind != ViTEncoder.kind:
         raise UserError(f"--to {target}: it has no encoder of kind '{spec.kind}'; convert without --to")

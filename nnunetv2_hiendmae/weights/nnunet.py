@@ -15,6 +15,7 @@ from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata
+from nnunetv2_hiendmae.weights.hub import source_name
 
 NETWORK, TRAINER = "network_weights", "trainer_name"
 
@@ -80,7 +81,7 @@ def nnunet_metadata(content: Mapping[str, Any], source: Path, default_method: st
         section.method or default_method,
         volume,
         section.citations,
-        source=source.name,
+        source=source_name(source),
         source_sha256=sha256(source),
         notes=(f"the encoder of a network that {trainer} trained on {printable(plans['dataset_name'])}",),
     )

@@ -241,6 +241,21 @@ def test_provenance_of_the_start_is_kept_and_checked(tmp_path):
         )
 
 
+def test_a_start_is_not_lost_where_a_run_ended_before_its_first_checkpoint(tmp_path):
+    first = pretrain_tiny(tmp_path / "first")
+    options = {"encoder_file": first, "encoder": None}
+    whole = pretrain_tiny(tmp_path / "whole", **options).read_bytes()
+
+    def end(step: int) -> None:
+        raise RuntimeError("ended")
+
+    with pytest.raises(RuntimeError, match="ended"), pytest.MonkeyPatch.context() as patch:
+        each_step(patch, end)
+        pretrain_tiny(tmp_path / "ended", **options)
+    assert not (tmp_path / "ended" / CHECKPOINT).exists()
+    assert pretrain_tiny(tmp_path / "ended", **options, resume=True).read_bytes() == whole
+
+
 def pretrain_tiny(output: Path, method: str = "mae3d", **changes) -> Path:
     options = {"encoder": "vit_nano_p8", "crop_size": (16, 16, 16), "epochs": 2, "steps_per_epoch": 3, "batch_size": 2}
     options |= {"method_options": TINY_OPTIONS[method], "workers": 0, "device": "cpu", "plans_name": PLANS, "lr": 1e-3}

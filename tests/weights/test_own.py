@@ -69,7 +69,7 @@ def test_an_encoder_file_needs_no_conversion(capsys, tmp_path):
     file = tmp_path / "e.safetensors"
     save_encoder(file, random_state(VIT), EncoderMetadata(VIT, "mae3d"))
     code, _, err = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors")
-    assert code == 2 and str(file) in err and "--to timm, monai or nnssl" in err
+    assert code == 2 and str(file) in err and "--to timm, monai, nnssl or hub-folder" in err
     code, out, _ = run(capsys, "convert", file, "-o", tmp_path / "f.safetensors", "--to", "timm")
     assert code == 0 and "hiendmae plan" not in out
 
