@@ -141,9 +141,9 @@ class _ViTTrainer(nnUNetTrainer):
         except ValueError as e:
             # of the optimizer
             raise RuntimeError(
-                f"the checkpoint comes from plans with another schedule than {self.plans_manager.plans_name}: {e}; plan "
-                "with the --freeze-encoder, --layer-decay, --encoder-lr-scale and --decoder-warmup it was trained with, "
-                "or train under another --name"
+                f"the checkpoint comes from plans with another schedule than {self.plans_manager.plans_name}: {e}; "
+                "plan with its --freeze-encoder, --layer-decay, --encoder-lr-scale and --decoder-warmup, or train "
+                "under another --name"
             ) from e
         self.continues = True
 

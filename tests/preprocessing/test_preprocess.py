@@ -301,7 +301,7 @@ def test_ct_is_not_mr(nnunet):
     with pytest.raises(UserError, match=r"--like mri .* channel CT"):
         run(1, like="mri")
     make_dataset(nnunet, 2, cases=1, channels=("MR",))
-    with pytest.raises(UserError, match="--window .* --like mri"):
+    with pytest.raises(UserError, match=r"--window .* --like mri"):
         run(2, like="mri", window_hu=(-100, 200))
 
 
