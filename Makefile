@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= demo_output
 PYTEST_ARGS ?=
+# one more than cores: a third of the time tests wait for processes
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 # more threads than cores make small CPU runs slower, not faster
 export OMP_NUM_THREADS ?= 2
@@ -28,7 +30,7 @@ $(INSTALLED): pyproject.toml setup.py
 	touch $(INSTALLED)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(PYTEST_ARGS)
 
 demo: $(INSTALLED)
 	$(BIN)/hiendmae demo -o $(DEMO_OUTPUT) -device cpu

@@ -78,8 +78,46 @@ RECIPES: dict[str, MethodRecipe] = {
             "Ross}, booktitle={CVPR}, year={2022}}",
         ),
     ),
+    # ours for all baselines of the papers: as Hi-End-MAE
+    "simmim": MethodRecipe(
+        trainer="nnUNetTrainer_SimMIM",
+        citations=(
+            "@inproceedings{xie2022simmim, title={SimMIM: A Simple Framework for Masked Image Modeling}, "
+            "author={Xie, Zhenda and Zhang, Zheng and Cao, Yue and Lin, Yutong and Bao, Jianmin and Yao, Zhuliang "
+            "and Dai, Qi and Hu, Han}, booktitle={CVPR}, year={2022}}",
+            "@inproceedings{chen2023mim3d, title={Masked Image Modeling Advances 3D Medical Image Analysis}, "
+            "author={Chen, Zekai and Agarwal, Devansh and Aggarwal, Kshitij and Safta, Wiem and Balan, Mariann "
+            "Micsinai and Brown, Kevin}, booktitle={WACV}, year={2023}}",
+        ),
+    ),
+    "simclr": MethodRecipe(
+        trainer="nnUNetTrainer_SimCLR",
+        citations=(
+            "@inproceedings{chen2020simclr, title={A Simple Framework for Contrastive Learning of Visual "
+            "Representations}, author={Chen, Ting and Kornblith, Simon and Norouzi, Mohammad and Hinton, Geoffrey}, "
+            "booktitle={ICML}, year={2020}}",
+        ),
+    ),
+    "genesis": MethodRecipe(
+        trainer="nnUNetTrainer_Genesis",
+        citations=(
+            "@article{zhou2021genesis, title={Models Genesis}, author={Zhou, Zongwei and Sodha, Vatsal and Pang, "
+            "Jiaxuan and Gotway, Michael B. and Liang, Jianming}, journal={Medical Image Analysis}, volume={67}, "
+            "pages={101840}, year={2021}}",
+        ),
+    ),
+    "swinpretexts": MethodRecipe(
+        trainer="nnUNetTrainer_SwinPretexts",
+        citations=(
+            "@inproceedings{tang2022swinunetr, title={Self-Supervised Pre-Training of Swin Transformers for 3D "
+            "Medical Image Analysis}, author={Tang, Yucheng and Yang, Dong and Li, Wenqi and Roth, Holger R. and "
+            "Landman, Bennett and Xu, Daguang and Nath, Vishwesh and Hatamizadeh, Ali}, booktitle={CVPR}, year={2022}}",
+        ),
+    ),
 }
 DEFAULT_METHOD = "hiendmae"
+# the four methods; the others are baselines that their papers compare with
+MAIN_METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # what `hiendmae preprocess --like` knows besides methods: MR of heads, ours. Turned to RAS, so that the crop that goes
 # with it lies along a head: 160 mm up, 192 mm from back to front, 160 mm across
 MRI = "mri"

@@ -39,6 +39,11 @@ TINY_OPTIONS = defaultdict(
         "consistency_weight": 0.25,
     },
     mae3d={"decoder_dim": 12, "decoder_depth": 1, "decoder_heads": 2},
+    simmim={"mask_edge": 1},
+    genesis={"windows": 10},
+    # the default multiplies rounding by ten
+    simclr={"temperature": 0.5},
+    swinpretexts={"projection_dim": 8},
 )
 WINDOW = (-175.0, 250.0)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nnunetv2_hiendmae.commands.arguments import add_device, keywords
 from nnunetv2_hiendmae.environment import enable_discovery
-from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, MAIN_METHODS
 
 HELP = "the whole road on the embedded CT data: pretrain, fine-tune, predict, Dice"
 # option -> field of the demo's budget, and what it counts
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # no default value: argparse would take the default, given beside --all, for not given
     one = {"dest": "methods", "default": argparse.SUPPRESS}
     which("--method", nargs=1, metavar="M", help=f"see: hiendmae methods (default: {DEFAULT_METHOD})", **one)
-    which("--all", action="store_const", const=[*RECIPES], help="all methods and scratch in one table", **one)
+    which("--all", action="store_const", const=[*MAIN_METHODS], help="the four methods and scratch in one table", **one)
     for option, (name, what) in BUDGET.items():
         add(option, dest=name, type=int, default=argparse.SUPPRESS, metavar="N", help=what)
     add("--seed", type=int, default=0)

@@ -38,6 +38,8 @@ SMALLER: dict[str, tuple[int, dict[str, Any]]] = {
     "mim": (4, MIM_VIEWS | SMALL_DECODER),
     "glmae": (4, GLMAE_VIEWS | SMALL_DECODER),
     "mae3d": (1, SMALL_DECODER),
+    "simclr": (2, {}),
+    "swinpretexts": (2, {}),
 }
 
 

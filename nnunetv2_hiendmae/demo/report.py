@@ -175,8 +175,8 @@ def _pretraining(outcome: dict[str, Any]) -> list[str]:
 
 def _pretraining_pictures(pictures: Path, methods: Sequence[str]) -> list[str]:
     paragraphs = [
-        "Reconstructions: crops, what the encoder saw of them, and what was predicted. The loss leaves out every "
-        "patch's own mean and spread, so the pictures take these two from the true patch.",
+        "Reconstructions: crops, what the encoder saw of them, and what was predicted. Where the loss leaves out "
+        "every patch's own mean and spread, which the picture then says, they are those of the true patch.",
     ]
     for method in methods:
         paragraphs.append(f"### {method}")

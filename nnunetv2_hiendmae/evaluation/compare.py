@@ -27,6 +27,7 @@ from nnunetv2_hiendmae.evaluation.statistics import (
 )
 
 CASE, PATIENT = "case", "patient"
+_LEVELS = ("setting", "run", "fold", CASE)  # of `Report.values`
 
 
 @dataclass(frozen=True)
@@ -242,15 +243,16 @@ def values_of(runs: Sequence[Run], settings: Mapping[str, Sequence[int]]) -> pd.
                 f"{name} has the classes {listed(other)}, {first} has {listed(classes)}: their Dice cannot be "
                 "compared; choose others with --runs"
             )
-    # a class that is called like the mean keeps its number: both are columns
-    names = {key: name for key, name in next(run for run in runs if run.folds).class_names.items() if name != MEAN}
+    # a class that is called like the mean or a level keeps its number
+    known_names = next(run for run in runs if run.folds).class_names
+    names = {key: name for key, name in known_names.items() if name not in (MEAN, *_LEVELS)}
     tables = {
         (setting, run.name, fold): run.folds[fold]
         for setting, folds in settings.items()
         for run, fold in product(runs, folds)
         if fold in run.folds
     }
-    dice = pd.concat(tables, names=["setting", "run", "fold", "case"])
+    dice = pd.concat(tables, names=_LEVELS)
     means = mean_along(np.ascontiguousarray(dice), 1)
     dice.columns = [names.get(key, f"label {key}") for key in classes]
     dice.insert(0, MEAN, means)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from nnunetv2_hiendmae.evaluation.compare import Report, SettingResult
+from nnunetv2_hiendmae.evaluation.figure import plain
 from nnunetv2_hiendmae.files import write_with
 
 MIN_RUNS = 3
@@ -68,7 +69,8 @@ def _draw(axis, result: SettingResult, report: Report) -> None:
         depth = lowest + (place if left else count - 1 - place)
         end = 0.9 if left else count + 0.1
         axis.plot([rank, rank, end], [0, depth, depth], color="0.3", linewidth=0.8)
-        text = f"{report.labels[run]} {rank:.2f}" if left else f"{rank:.2f} {report.labels[run]}"
+        label = plain(report.labels[run])
+        text = f"{label} {rank:.2f}" if left else f"{rank:.2f} {label}"
         axis.text(end, depth, f" {text} ", ha="right" if left else "left", va="center", fontsize=8)
     axis.set_xlim(1, count)
     axis.set_ylim(lowest + (count + 1) // 2, 0)
@@ -79,5 +81,5 @@ def _draw(axis, result: SettingResult, report: Report) -> None:
     axis.spines[["left", "right", "bottom"]].set_visible(False)
     over = f"mean rank over {result.common_cases} cases, 1 is best"
     tests = f"Wilcoxon, Holm over {len(result.all_pairs)} pairs, {LEVEL:.0%}"
-    title = f"{report.dataset}, {result.setting}: {report.metric.title}, {over}"
+    title = f"{plain(report.dataset)}, {result.setting}: {report.metric.title}, {over}"
     axis.set_title(f"{title}\na bar joins runs that no test tells apart ({tests})", fontsize=8)

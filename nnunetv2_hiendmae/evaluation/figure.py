@@ -19,6 +19,8 @@ GROUP_WIDTH = 0.8
 LONGEST_LABEL = 28
 # the dots' axis never shows less than this: differences in the fourth digit must not look like a gulf
 SMALLEST_SPAN = 0.2
+# mm or mL
+SMALLEST_LOG = 10
 
 
 def draw_comparison(report: Report, path: Path) -> None:
@@ -51,7 +53,7 @@ def draw_comparison(report: Report, path: Path) -> None:
         _draw_classes(bars, result, labels, shades, report.metric.largest)
         names = [*map(_shortened, result.classes)]
         _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", names, report)
-    figure.suptitle(report.dataset, fontsize=11)
+    figure.suptitle(plain(report.dataset), fontsize=11)
     write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
 
 
@@ -83,7 +85,9 @@ def _draw_classes(axis, result: SettingResult, labels: Sequence[str], colours: S
         above = np.minimum(np.nan_to_num(spreads), (np.inf if largest is None else largest) - np.nan_to_num(means))
         axis.errorbar(x, means, [below, above], fmt="none", ecolor="0.25", elinewidth=0.8)
         for position in x[np.isnan(means)]:
-            axis.text(position, 0.01, "n/a", rotation=90, ha="center", va="bottom", fontsize=7, color=colour)
+            of_axis = axis.get_xaxis_transform()
+            style = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 7, "color": colour}
+            axis.text(position, 0.01, "n/a", transform=of_axis, **style)
     # bars start at nothing; the dots beside them show what happens near the top
     if largest is not None:
         axis.set_ylim(0, largest)
@@ -96,8 +100,9 @@ def _finish(axis, title: str, names: Sequence[str], report: Report) -> None:
     axis.set_xlim(-0.6, len(names) - 0.4)
     axis.set_ylabel(report.metric.label, fontsize=8)
     if report.metric.largest is None:
-        # misses lie far above everything else
-        axis.set_yscale("symlog", linthresh=1)
+        # misses lie far above everything else; where nothing does, this scale would have no ticks
+        if axis.get_ylim()[1] > SMALLEST_LOG:
+            axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(0, None)
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(axis="y", color="0.9", linewidth=0.6)
@@ -107,4 +112,9 @@ def _finish(axis, title: str, names: Sequence[str], report: Report) -> None:
 
 def _shortened(text: str) -> str:
     # the end tells plans apart: nnUNetPlans_HiEndMAE, nnUNetPlans_ViTUNETR
-    return text if len(text) <= LONGEST_LABEL else "…" + text[1 - LONGEST_LABEL :]
+    return plain(text if len(text) <= LONGEST_LABEL else "…" + text[1 - LONGEST_LABEL :])
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib takes for text: between two dollars it reads formulas."""
+    return text.replace("$", r"\$")

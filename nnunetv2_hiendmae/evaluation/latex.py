@@ -7,6 +7,7 @@ import numpy as np
 
 from nnunetv2_hiendmae.evaluation.compare import Report, SettingResult
 
+_NAMED = {"<": r"\textless", ">": r"\textgreater", "|": r"\textbar", "[": "[", "*": "*"}
 # − is not set up in pdflatex
 _ESCAPED = str.maketrans(
     {
@@ -16,6 +17,8 @@ _ESCAPED = str.maketrans(
         "−": "$-$",
         "±": r"$\pm$",
         **{character: f"\\{character}" for character in "&%$#_{}"},
+        # pdflatex's own fonts have others in their places, and the last two would be options of the row before
+        **{character: f"{{{command}}}" for character, command in _NAMED.items()},
     }
 )
 
@@ -25,7 +28,7 @@ def latex(report: Report) -> str:
     tables = (
         _table(of_metric, result) for of_metric in (report, *report.others.values()) for result in of_metric.settings
     )
-    return "\n".join(["% needs \\usepackage{booktabs}", *tables])
+    return "\n".join(["% needs \\usepackage{booktabs}; letters that pdflatex lacks need LuaLaTeX", *tables])
 
 
 def escaped(text: str) -> str:

@@ -71,8 +71,7 @@ class _Case:
 
     def digest(self) -> str:
         files = [sha256(self.prediction), sha256(self.label)]
-        tolerances = [(key, tolerance) for key, tolerance, _ in self.classes]
-        about = [VERSION, scipy.__version__, skimage.__version__, self.reader, self.ignore, tolerances, files]
+        about = [VERSION, scipy.__version__, skimage.__version__, self.reader, self.ignore, self.classes, files]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 

@@ -211,7 +211,9 @@ def _cases(report: Report) -> pd.DataFrame:
 
 def _melted(values: pd.DataFrame, name: str) -> pd.DataFrame:
     runs = values.groupby(["setting", "run"], sort=False)
-    return pd.concat([run.melt(var_name="class", value_name=name, ignore_index=False) for _, run in runs])
+    # named later: a class may be called like a metric
+    rows = [run.melt(var_name="class", value_name="", ignore_index=False) for _, run in runs]
+    return pd.concat(rows).rename(columns={"": name})
 
 
 def _run_rows(report: Report) -> Iterable[dict[str, Any]]:
@@ -268,4 +270,6 @@ def _mean_std(values: Mapping[str, Any], over: str, total: int, decimals: int) -
 
 
 def _bias(values: Mapping[str, Any], decimals: int) -> str:
+    if math.isnan(values["mean_signed"]):
+        return "n/a"
     return f"{_number(values['mean_signed'], f'+.{decimals}f')} ± {_number(values['std_signed'], f'.{decimals}f')}"

@@ -62,6 +62,8 @@ def reconstruct(
     if cases < 1 or seed < 0:
         raise UserError(f"--cases is {cases} and --seed {seed}, needed at least 1 case and a seed of 0 or more")
     settings, method = load_run(run_dir)
+    if type(method).reconstruct is Method.reconstruct:
+        raise UserError(f"{settings.method} reconstructs nothing: there are no pictures of {run_dir}")
     data = find_cases(settings.datasets, settings.plans_name, settings.configuration)
     if read_settings(run_dir).get(DATA_KEY) != data.digest():
         logger.warning(f"the preprocessed cases are not those {run_dir} was trained on: some came, went or changed")

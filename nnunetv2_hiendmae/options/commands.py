@@ -103,13 +103,13 @@ class PreprocessOptions(CommandOptions):
         "target spacing in mm",
         flag="--spacing",
         metavar=_DHW,
-        default_is="that of --like; hiendmae, mae3d: 1.5 1.5 1.5; mim, glmae: the dataset's median; mri: 1 1 1",
+        default_is="that of --like; mim, glmae: the dataset's median; mri: 1 1 1; others: 1.5 1.5 1.5",
     )
     window_hu: tuple[float, float] | None = option(
         None,
         "CT window in HU that becomes [0, 1]",
         **_WINDOW,
-        default_is="that of --like; hiendmae, mae3d: -175 250; mim, glmae: -1000 1000",
+        default_is="that of --like; mim, glmae: -1000 1000; other methods: -175 250",
     )
     interpolation: str | None = _interpolation("that of --like; methods and mri: linear")
     part: str | None = option(
@@ -151,10 +151,10 @@ class PretrainOptions(CommandOptions):
     steps_per_epoch: int | None = _count(None, "optimizer steps per epoch", default_is=_METHOD)
     warmup_epochs: int | None = _count(None, "epochs of linear warm-up", 0, default_is="the method's, 10% at most")
     batch_size: int | None = _count(
-        None, "crops (MiM, GL-MAE: volumes) per optimizer step over all processes", 1, "B", default_is=_METHOD
+        None, "crops (or volumes: hiendmae methods) per optimizer step over all processes", 1, "B", default_is=_METHOD
     )
     accumulate: int | None = _count(
-        None, "micro-batches per optimizer step; less memory, same result", default_is=_METHOD
+        None, "micro-batches per optimizer step; less memory, same result, but for contrast", default_is=_METHOD
     )
     lr: float | None = _from("the method's, whatever the batch size", "peak learning rate", metavar="LR", above=0)
     weight_decay: float | None = _from(_METHOD, "AdamW weight decay", metavar="WD", at_least=0)

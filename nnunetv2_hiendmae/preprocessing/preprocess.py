@@ -230,6 +230,8 @@ def _wanted(options: PreprocessOptions, channels: tuple[str, ...]) -> tuple[Enco
     elif like == MRI:
         if ct := [name for name in channels if is_ct(name)]:
             raise UserError(f"--like {MRI} z-scores MR, got the channel {ct[0]}; for CT, needed --like METHOD")
+        if options.window_hu is not None:
+            raise UserError(f"--window is for CT, and --like {MRI} takes MR only; leave one out")
         spec = PRESETS[DEFAULT_PRESET].with_(img_size=HEAD_CROP)
         recipe = replace(RECIPES[DEFAULT_METHOD], volume=MRI_VOLUME)
     elif Path(like).is_file():

@@ -30,9 +30,15 @@ def octant_tokens(grid: Sequence[int]) -> Tensor:
             f"the grid of {tuple(grid)} tokens has an odd axis, needed even ones to divide it into octants; choose "
             "--crop-size as a multiple of twice the patch"
         )
+    return block_tokens(grid, [g // 2 for g in grid])
+
+
+def block_tokens(grid: Sequence[int], size: Sequence[int]) -> Tensor:
+    """Token numbers (blocks, tokens of one) of a grid that is divided into blocks of `size` tokens; both in raster
+    order."""
+    blocks = math.prod(g // s for g, s in zip(grid, size, strict=True))
     numbers = torch.arange(math.prod(grid)).reshape(1, 1, *grid)
-    whole = torch.arange(OCTANTS)[None]
-    return cut_blocks(numbers, whole, [g // 2 for g in grid]).flatten(2)[0]
+    return cut_blocks(numbers, torch.arange(blocks)[None], size).flatten(2)[0]
 
 
 def cut_blocks(images: Tensor, index: Tensor, size: Sequence[int]) -> Tensor:

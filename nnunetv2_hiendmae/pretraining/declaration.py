@@ -84,6 +84,8 @@ class Declaration:
     Attributes:
         name: as in `--method`; title: as its authors call it; source: where it is from, and what of it is ours.
         recipe: how it is trained; `recipe_notes` says of its entries what `MethodOptions` says of options.
+        compares_samples: the loss compares the samples of a micro-batch over all processes (`Method.gather`): it needs
+            two of them, and depends on the number of micro-batches.
         Options: its options.
     """
 
@@ -92,6 +94,7 @@ class Declaration:
     source: ClassVar[str]
     recipe: ClassVar[PretrainRecipe] = PretrainRecipe()
     recipe_notes: ClassVar[Mapping[str, str]] = {}
+    compares_samples: ClassVar[bool] = False
     Options: ClassVar[type[MethodOptions]] = MethodOptions
 
     @classmethod

@@ -12,6 +12,10 @@ from nnunetv2_hiendmae.pretraining.declaration import Declaration, MethodOptions
 GLOBAL_TO_LOCAL = 160 / 96
 # not published; AdamW's usual rule, per 256 volumes
 LR_PER_256 = 1.5e-4
+_AS_HIENDMAE = "Training recipe: ours, that of Hi-End-MAE"
+# of methods that compare the samples of a micro-batch: all of them at once
+_CONTRASTED = PretrainRecipe(batch_size=64)
+_CONTRASTED_NOTES = {"batch_size": "each with two views, ours", "accumulate": "each micro-batch is compared by itself"}
 _OF_EDGES = "share of the volume's edges"
 ALIGNMENTS = ("infonce", "byol", "none")
 CURRICULA = ("concurrent", "coarse_to_fine", "fine_to_coarse")
@@ -194,7 +198,7 @@ class DeclaredMAE3D(Declaration):
 
     name = "mae3d"
     title = "MAE3D"
-    source = "He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. Training recipe: ours, that of Hi-End-MAE"
+    source = f"He et al., CVPR 2022, in 3D; decoder 512 x 8 x 16 as in GL-MAE. {_AS_HIENDMAE}"
 
     @dataclass(frozen=True)
     class Options(MaskedOptions):
@@ -207,7 +211,95 @@ class DeclaredMAE3D(Declaration):
         decoder_heads: int = option(16)
 
 
-# in the order in which they are listed
+class DeclaredSimMIM(Declaration):
+    """A baseline of the papers: mask tokens in the encoder."""
+
+    name = "simmim"
+    title = "SimMIM"
+    source = f"Xie et al., CVPR 2022, in 3D. {_AS_HIENDMAE}"
+
+    @dataclass(frozen=True)
+    class Options(MaskedOptions):
+        """What is hidden."""
+
+        mask_ratio: float = option(0.6, "0.75 with mask_edge=1 in Chen et al. 2023, in 3D", **SHARE)
+        # hidden are cubes, as published: 32 pixels with patches of 16
+        mask_edge: int = option(2, "tokens per edge of a hidden cube; the paper's squares, cubes are ours", at_least=1)
+
+
+class DeclaredSimCLR(Declaration):
+    """A baseline of the papers: contrast of crops."""
+
+    name = "simclr"
+    title = "SimCLR"
+    source = f"Chen et al., ICML 2020; the two views are crops of one volume. {_AS_HIENDMAE}, without micro-batches"
+    recipe = _CONTRASTED
+    recipe_notes: ClassVar[dict[str, str]] = _CONTRASTED_NOTES
+    compares_samples = True
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """Of the head, and of the loss."""
+
+        # width of the head's output; its hidden layer has the encoder's
+        projection_dim: int = option(128, at_least=2)
+        # that cosine similarities are divided by
+        temperature: float = option(0.1, above=0)
+
+
+class DeclaredGenesis(Declaration):
+    """A baseline of the papers: distorted crops are restored."""
+
+    name = "genesis"
+    title = "Models Genesis"
+    source = f"Zhou et al., MICCAI 2019; a linear layer restores in place of the U-Net's decoder. {_AS_HIENDMAE}"
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """How often a crop gets each distortion."""
+
+        # windows of local voxels are shuffled
+        shuffle: float = option(0.5, "share of crops", **SHARE)
+        windows: int = option(1000, "per shuffled crop", at_least=1)
+        # a random curve of intensities
+        nonlinear: float = option(0.9, "share of crops", **SHARE)
+        # boxes are filled with noise, or all that is outside of some boxes
+        paint: float = option(0.9, "share of crops", **SHARE)
+        paint_outside: float = option(0.8, "share of painted crops, the others are painted inside", **SHARE)
+
+
+class DeclaredSwinPretexts(Declaration):
+    """A baseline of the papers: the pretexts that Swin-UNETR's encoder was trained with."""
+
+    name = "swinpretexts"
+    title = "Swin-UNETR's pretexts"
+    source = (
+        "Tang et al., CVPR 2022, on a ViT: inpainting, rotation, contrast; a linear layer restores in place of a "
+        f"decoder. {_AS_HIENDMAE}, without micro-batches"
+    )
+    recipe = _CONTRASTED
+    recipe_notes: ClassVar[dict[str, str]] = _CONTRASTED_NOTES
+    compares_samples = True
+
+    @dataclass(frozen=True)
+    class Options(MethodOptions):
+        """Of the views, of the contrast, and the weights of the three losses."""
+
+        cutout: float = option(0.3, "share of voxels", above=0, below=1)
+        # width of what is compared
+        projection_dim: int = option(512, at_least=2)
+        # that cosine similarities are divided by
+        temperature: float = option(0.5, above=0)
+        weight_inpainting: float = option(1.0, above=0)
+        weight_rotation: float = option(1.0, above=0)
+        weight_contrast: float = option(1.0, above=0)
+
+
+# in the order in which they are listed; after the four methods the baselines of the papers
 DECLARED: dict[str, type[Declaration]] = {
-    declared.name: declared for declared in (DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D)
+    declared.name: declared
+    for declared in (
+        *(DeclaredHiEndMAE, DeclaredMiM, DeclaredGLMAE, DeclaredMAE3D),
+        *(DeclaredSimMIM, DeclaredSimCLR, DeclaredGenesis, DeclaredSwinPretexts),
+    )
 }

@@ -96,6 +96,11 @@ def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
             f"micro-batches, needed a multiple of {processes * accumulate}"
         )
     method = settings.build_method()
+    if method.compares_samples and settings.batch_size < 2 * accumulate:
+        raise UserError(
+            f"--batch-size {settings.batch_size} in {accumulate} micro-batches leaves 1 sample in each, {method.name} "
+            "needs at least 2 to compare; raise --batch-size, or lower --accumulate"
+        )
     if settings.start and not (settings.resume and (run_dir / CHECKPOINT).exists()):
         report = method.start_encoder(partial(load_into, path=Path(settings.start.file)))
         logger.info(f"the encoder starts from {settings.start.file}: {report.text()}")

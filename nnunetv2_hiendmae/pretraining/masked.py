@@ -2,7 +2,7 @@
 (docs/methods.md, "MAE3D")."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -88,7 +88,7 @@ class MAEDecoder(nn.Module):
 
 
 class MaskedCropMethod(Method):
-    """Predicts the masked patches of a crop from its visible ones; MSE on masked patches only.
+    """Predicts the masked patches of a crop from its visible ones; `criterion`, MSE, on masked patches only.
 
     Subclasses build what they predict with after `super().__init__`, which builds the encoder, and implement `predict`.
     """
@@ -97,6 +97,7 @@ class MaskedCropMethod(Method):
     # the target, see `patch_targets`
     normalize_target: bool = True
     unbiased_target: ClassVar[bool] = True
+    criterion: ClassVar[Callable[[Tensor, Tensor], Tensor]] = staticmethod(F.mse_loss)
 
     def __init__(self, spec: EncoderSpec, **options: Any):
         super().__init__(spec, **options)
@@ -114,7 +115,7 @@ class MaskedCropMethod(Method):
         image, ids_shuffle = views["image"], views["ids_shuffle"]
         prediction = self.predict(image, ids_shuffle)
         target = patch_targets(image, ids_shuffle, self.visible, self.spec, self.normalize_target, self.unbiased_target)
-        return {"loss": F.mse_loss(prediction.float(), target)}
+        return {"loss": self.criterion(prediction.float(), target)}
 
     @torch.no_grad()
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:

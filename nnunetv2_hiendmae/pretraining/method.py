@@ -67,9 +67,15 @@ class Method(Declaration, nn.Module, ABC):
     def forward(self, views: Batch, part: int = 0) -> LossDict:
         """Losses of one part of a batch: "loss" is the scalar to minimise, the rest is logged."""
 
-    @abstractmethod
     def reconstruct(self, views: Batch) -> dict[str, Reconstruction]:
-        """The same batch as pictures: name of the view (letters, digits, '_') → what was made of it."""
+        """The same batch as pictures: name of the view (letters, digits, '_') → what was made of it; none where a
+        method reconstructs nothing. One process alone calls it."""
+        return {}
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """A micro-batch's tensor (B, …) in, that of all processes out, (W·B, …), gradients and all; for `forward`. The
+        loop puts the function that does so in place of this one, which is right for one process."""
+        return tensor
 
     def start_encoder(self, load: Callable[[Encoder], LoadReport]) -> LoadReport:
         """Lets `load` put weights into the encoder; what follows the encoder starts as it does."""

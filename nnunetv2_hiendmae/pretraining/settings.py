@@ -137,6 +137,11 @@ class PretrainSettings(run.RunSettings, PretrainOptions):
             recorded |= {"probe": vars(self.probe), "probe_epochs": self.probe_epochs}
         return json.loads(json.dumps(recorded))
 
+    def deciding(self) -> dict[str, Any]:
+        """The number of micro-batches too, where a method compares the samples of one."""
+        compared = {"accumulate": self.accumulate} if METHODS[self.method].compares_samples else {}
+        return {**super().deciding(), **compared}
+
     def as_before(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """What decides the result of the run that is recorded, if this one extends it."""
         *earlier, (epochs, _) = self.extensions or [(self.epochs, "")]

@@ -16,6 +16,7 @@ from torch import Tensor
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import STATE, STEP
 from nnunetv2_hiendmae.optim import adamw, parameter_groups
+from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.blocks import carry_out, check_compiler
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
@@ -37,9 +38,10 @@ def telling_full_memory(settings: PretrainSettings) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as e:
+        more = "" if METHODS[settings.method].compares_samples else "raise --accumulate or "
         raise UserError(
             f"the GPU's memory is full with batch {settings.batch_size} in {settings.accumulate} micro-batches; "
-            "raise --accumulate or give --checkpoint-activations (same result, less memory), or lower --batch-size"
+            f"{more}give --checkpoint-activations (same result, less memory), or lower --batch-size"
         ) from e
     except Exception as e:
         if settings.compile and type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
@@ -67,6 +69,7 @@ class Learner:
         if settings.compile:
             check_compiler(settings.device)
         carry_out(method, settings.compile, settings.checkpoint_activations)
+        method.gather = partial(_of_all_processes, fabric)
         groups = parameter_groups(method, settings.weight_decay)
         optimizer = adamw(groups, settings.lr, settings.betas)
         return cls(fabric, settings, method, *fabric.setup(method, optimizer))
@@ -132,6 +135,11 @@ class Learner:
 def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
     # all_reduce works in place
     return fabric.all_reduce(tensor.clone(), reduce_op="mean")
+
+
+def _of_all_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
+    gathered = fabric.all_gather(tensor, sync_grads=True)
+    return gathered if fabric.world_size == 1 else gathered.flatten(0, 1)
 
 
 def _not_finite(loss: float, batch: Batch, when: str) -> UserError:

@@ -1,4 +1,7 @@
 """Trainers that stock nnUNetv2_train and nnUNetv2_predict find by name."""
 
+from nnunetv2_hiendmae.trainers import baselines, trainers
+from nnunetv2_hiendmae.trainers.baselines import *  # noqa: F403
 from nnunetv2_hiendmae.trainers.trainers import *  # noqa: F403
-from nnunetv2_hiendmae.trainers.trainers import __all__ as __all__
+
+__all__ = [*trainers.__all__, *baselines.__all__]

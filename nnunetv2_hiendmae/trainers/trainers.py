@@ -21,7 +21,7 @@ from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memo
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.randomness import seed_of
-from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
+from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
@@ -30,7 +30,7 @@ from nnunetv2_hiendmae.weights.hub import hub_name
 # beside 0 and 1, the loaders of training and validation
 _EPOCH = 2
 
-__all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
+__all__ = sorted({*(TRAINERS[method] for method in (*MAIN_METHODS, None)), FOREIGN.trainer})
 
 
 def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int, start: int = 0) -> float:
@@ -136,7 +136,15 @@ class _ViTTrainer(nnUNetTrainer):
             self._fresh_kernel = self._input_kernel().detach().clone()
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
-        super().load_checkpoint(filename_or_checkpoint)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except ValueError as e:
+            # of the optimizer
+            raise RuntimeError(
+                f"the checkpoint comes from plans with another schedule than {self.plans_manager.plans_name}: {e}; "
+                "plan with its --freeze-encoder, --layer-decay, --encoder-lr-scale and --decoder-warmup, or train "
+                "under another --name"
+            ) from e
         self.continues = True
 
     def set_deep_supervision_enabled(self, enabled: bool):

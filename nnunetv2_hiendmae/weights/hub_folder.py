@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.files import ENCODER, LOG, scratch_folder, sha256, telling_disk_errors, write_text
-from nnunetv2_hiendmae.recipes import RECIPES
+from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.schemas import validated
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, save_encoder
 from nnunetv2_hiendmae.weights.report import LoadReport
@@ -116,7 +116,7 @@ def model_card(metadata: EncoderMetadata, parameters: int, digest: str, run_dir:
     if isinstance(start, dict):
         training["started from"] = f"{start.get('source')}, sha256 {start.get('sha256')}"
     known = metadata.licence.lower() in _LICENCES
-    ours = ["masked-autoencoder"] if metadata.method in RECIPES else []
+    ours = ["masked-autoencoder"] if metadata.method in MAIN_METHODS else []
     origin = re.fullmatch(r"hf://([^@]+)@.*", metadata.source or "")
     data = ModelCardData(
         license=metadata.licence.lower() if known else "other",

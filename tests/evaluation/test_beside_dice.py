@@ -182,12 +182,17 @@ def test_regions_and_an_ignore_label(nnunet):
         write_image(array, label_of(nnunet, case))
         predictions[case] = shifted(truth(case), 2)
     write_run(nnunet, OURS, predictions, labels=labels, ignore=3)
-    found = compare(7, metrics=["nsd"], num_processes=1).others["nsd"].values.loc[SETTING, OURS, 0]
+    others = compare(7, metrics=["nsd", "volume"], num_processes=1).others
+    found, volumes = (others[name].values.loc[SETTING, OURS, 0] for name in ("nsd", "volume"))
     counted = np.arange(22) < 18
     for case in CASES[:2]:
         for name, members in (("whole", [1, 2]), ("spleen", [2])):
             masks = [np.isin(array, members) & counted for array in (truth(case), predictions[case])]
             assert found.loc[case, name] == pytest.approx(measure(*masks, SPACING, 1)["nsd"])
+            lost = (masks[0].sum() - masks[1].sum()) * np.prod(SPACING) / 1000
+            assert volumes.loc[case, name] == pytest.approx(abs(lost), 1e-6)
+    # a part of it went below the ignore label
+    assert others["volume"].signed.loc[(SETTING, OURS, 0, CASES[0]), "spleen"] < 0
 
 
 def test_what_is_known_is_not_measured_again(tree, monkeypatch, caplog):
@@ -206,6 +211,14 @@ def test_what_is_known_is_not_measured_again(tree, monkeypatch, caplog):
         assert report.values.equals(first.others[name].values)
     again(6, tolerance=["2"])
     again(6)
+    # also of files that are the same: summary.json was not made of them
+    summary = tree.results / DATASET / OURS / "fold_0" / "validation" / "summary.json"
+    text = summary.read_text()
+    summary.write_text(text.replace('"Dice": 0.', '"Dice": 0.1', 1))
+    with pytest.raises(UserError, match="1 of its cases"):
+        compare(7, metrics=ALL, num_processes=1)
+    summary.write_text(text)
+    again(1)
     cache = tree.results / DATASET / OURS / "fold_0" / "validation" / measuring.CACHE
     cache.write_text(cache.read_text()[:-20])
     again(3)

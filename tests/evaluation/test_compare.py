@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,8 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
 from nnunetv2_hiendmae.evaluation.draws import SHOTS, Subset
 from nnunetv2_hiendmae.evaluation.folds import append_folds
-from nnunetv2_hiendmae.evaluation.report import draw_comparison
+from nnunetv2_hiendmae.evaluation.metrics import HD95
+from nnunetv2_hiendmae.evaluation.report import draw_comparison, write
 from nnunetv2_hiendmae.evaluation.results import collect_runs, matching
 from nnunetv2_hiendmae.evaluation.statistics import foreground_mean
 
@@ -459,6 +461,35 @@ def test_a_class_called_mean_is_told_by_its_label(nnunet):
     report = compare(7)
     assert report.settings[0].classes == ["label 1", "liver"]
     assert report.dice["mean"].item() == pytest.approx(0.6)
+
+
+def test_classes_called_like_levels_metrics_and_formulas(nnunet, tmp_path, drawn):
+    names = ["run", "fold", "case", "class", "dice", "$a$ $\\frac$"]
+    labels = {name: i for i, name in enumerate(["background", *names])}
+    for run in (OURS, STOCK, "T__Third__3d_fullres"):
+        for fold in (0, 1):
+            write_fold(nnunet, run, fold, {case: [0.1 * i for i in range(6)] for case in FOLDS[fold]}, labels)
+    report = compare(7)
+    assert report.settings[0].classes == ["label 1", "label 2", "label 3", "class", "dice", names[-1]]
+    write(report, tmp_path)
+    with (tmp_path / "cases.csv").open() as f:
+        rows = [row for row in csv.DictReader(f) if row["class"] == "dice"]
+    assert [float(row["dice"]) for row in rows] == [0.4] * 30
+    # a formula would be an error
+    drawn[0].draw_without_rendering()
+
+
+@pytest.mark.parametrize("largest, scale", [(5, "linear"), (80, "symlog")])
+def test_axes_of_metrics_without_a_bound_have_ticks(nnunet, tmp_path, drawn, largest, scale):
+    write_fold(nnunet, OURS, 0, {"a": [largest, math.nan], "b": [0.001, math.nan]})
+    draw_comparison(replace(compare(7), metric=HD95), tmp_path / "figure.png")
+    for axis in drawn[0].axes:
+        assert axis.get_yscale() == scale
+        assert sum(0 <= tick <= axis.get_ylim()[1] for tick in axis.get_yticks()) > 2
+    # beside the bar, however high the axis is
+    [absent] = drawn[0].axes[1].texts
+    drawn[0].draw_without_rendering()
+    assert absent.get_window_extent().y0 < drawn[0].axes[1].get_window_extent().y1
 
 
 def test_the_same_dice_give_the_same_files(nnunet, tmp_path):

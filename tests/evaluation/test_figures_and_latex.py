@@ -98,3 +98,5 @@ def test_escaping():
     assert escaped(r"a_b%c\d~e^f{g}−1±2") == (
         r"a\_b\%c\textbackslash{}d\textasciitilde{}e\textasciicircum{}f\{g\}$-$1$\pm$2"
     )
+    # other letters in pdflatex's fonts; options, at the start of a row
+    assert escaped("[1]<*>|") == r"{[}1]{\textless}{*}{\textgreater}{\textbar}"

@@ -300,6 +300,9 @@ def test_ct_is_not_mr(nnunet):
     make(nnunet, channels=("T1", "CT"))
     with pytest.raises(UserError, match=r"--like mri .* channel CT"):
         run(1, like="mri")
+    make_dataset(nnunet, 2, cases=1, channels=("MR",))
+    with pytest.raises(UserError, match=r"--window .* --like mri"):
+        run(2, like="mri", window_hu=(-100, 200))
 
 
 def test_the_command_line_gives_the_same_options():

@@ -44,6 +44,14 @@ def test_groups_are_split_by_whom_they_belong_to():
         assert schedule.get_last_lr() == [factor * learning_rate(epoch, 1.0, 10, 3) for factor in (1, 0.5)] + [late]
 
 
+def test_a_checkpoint_does_not_bring_its_schedule():
+    optimizer = torch.optim.AdamW([{"params": [torch.zeros(1)], "lr_scale": 0.5, "start": 4}], lr=1.0)
+    schedule = WarmupCosine(optimizer, 1.0, 10, 3)
+    optimizer.param_groups[0].update(lr_scale=1.0, start=0)
+    schedule.step(6)
+    assert schedule.get_last_lr() == [0.5 * learning_rate(6, 1.0, 10, 3, start=4)]
+
+
 def test_resuming_gives_the_same_rate():
     def optimizer():
         return torch.optim.AdamW([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=1.0)

@@ -15,7 +15,9 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workplace import make_workplace, prepare
 
+from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.trainers.loaders import seeded
+from nnunetv2_hiendmae.trainers.trainers import nnUNetTrainer_HiEndMAE
 
 
 class Noise:
@@ -56,6 +58,17 @@ def test_a_batch_depends_on_seed_and_number_alone():
     assert draw(4, 2, first=3) == drawn[3:]
     others = draw(3, seed=(6, 0, 0)) + draw(3, seed=(5, 1, 0)) + draw(3, seed=(5, 0, 1))
     assert len({str(batch) for batch in drawn + others}) == 16
+
+
+def test_processes_and_loaders_have_batches_of_their_own(monkeypatch):
+    monkeypatch.setattr(nnUNetTrainer, "get_dataloaders", lambda _: (augmenter(0), augmenter(0)))
+    trainer = object.__new__(nnUNetTrainer_HiEndMAE)
+    trainer.section = PlansSection(recipe=FinetuneRecipe(seed=5))
+    trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = trainer.current_epoch = 1
+    drawn = set()
+    for trainer.local_rank in (0, 1):
+        drawn |= {str(next(loader)) for loader in trainer.get_dataloaders()}
+    assert len(drawn) == 4
 
 
 @pytest.fixture(scope="module")

@@ -357,6 +357,29 @@ def test_continuing_inside_and_after_the_warm_up_changes_nothing(make, tmp_path)
     assert all(torch.equal(v, stopped.network.state_dict()[k]) for k, v in straight.network.state_dict().items())
 
 
+def test_what_a_network_draws_depends_on_seed_and_epoch(make):
+    trainer, drawn = make(seed=5), []
+    trainer.initialize()
+    with torch.random.fork_rng():
+        for trainer.current_epoch in (1, 2, 1):
+            trainer.on_train_epoch_start()
+            drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_continuing_with_another_schedule_is_refused(make, tmp_path):
+    path = str(tmp_path / "checkpoint.pth")
+    trainer = make()
+    trainer.initialize()
+    trainer.save_checkpoint(path)
+    for other in ({"decoder_warmup": 1}, {"freeze_encoder": True}, {"layer_decay": 0.5}):
+        changed = make(**other)
+        changed.initialize()
+        with pytest.raises(RuntimeError, match=r"--freeze-encoder.*--decoder-warmup"):
+            changed.load_checkpoint(path)
+        assert not changed.continues
+
+
 def train_as_one_of_two(plans: dict, dataset_json: dict, store: str, rank: int, output: str) -> None:
     """In a process: an epoch with a frozen encoder, and two after it; each process has batches of its own."""
     trainer = nnUNetTrainer_HiEndMAE(plans, "3d_fullres", 0, dataset_json, torch.device("cpu"))
