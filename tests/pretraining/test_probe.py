@@ -109,6 +109,19 @@ def test_shares_of_classes_in_tokens(nnunet, preprocessed):
     np.testing.assert_allclose(shares, expected, rtol=1e-6)
 
 
+def test_of_many_crops_those_with_most_foreground_count(monkeypatch):
+    """And of many tokens as many of each training case; all test tokens are scored."""
+    every = Probe(find_labelled(2, PLANS, "3d_fullres"), TINY_SPEC)._crops
+    monkeypatch.setattr("nnunetv2_hiendmae.pretraining.probe.MOST_CROPS", 2)
+    monkeypatch.setattr("nnunetv2_hiendmae.pretraining.probe.MOST_TOKENS", 11)
+    probe = Probe(find_labelled(2, PLANS, "3d_fullres"), TINY_SPEC)
+    for case, crops in probe._crops.items():
+        shares = sorted((float(crop.shares.sum()) for crop in every[case]), reverse=True)
+        assert len(crops) == 2 and [float(crop.shares.sum()) for crop in crops] == shares[:2]
+    drawn = probe._draw(np.random.default_rng(0), np.arange(20), np.arange(20) + 1)
+    assert len({*drawn[0]}) == 6 and np.array_equal(drawn[0] + 1, drawn[1])
+
+
 def test_is_a_ridge_regression_on_standardised_features():
     cases = find_labelled(2, PLANS, "3d_fullres")
     probe = Probe(cases, TINY_SPEC)
@@ -156,6 +169,10 @@ def test_collapsed_tokens_are_told(nnunet):
     cases = find_labelled(2, PLANS, "3d_fullres")
     encoder = build_encoder(TINY_SPEC)
     whole = probe_encoder(encoder, cases)
+    probe, heads = Probe(cases, TINY_SPEC), encoder.num_prefix_tokens
+    with torch.no_grad():
+        final = [probe._tokens(c, lambda crops: encoder.eval()(crops)[0][:, heads:])[0] for c in cases.test]
+    assert whole.effective_rank == pytest.approx(effective_rank(np.concatenate(final)), abs=1e-3)
     with torch.no_grad():
         encoder.norm.weight.zero_()
         encoder.norm.bias.fill_(0.5)
