@@ -146,9 +146,12 @@ class Probe:
                 images = torch.stack([torch.from_numpy(volume.read(c.corner, self.spec.img_size)) for c in batch])
             tokens = features(images)
             # of all of them: an encoder mixes them
-            for what, values in (("its voxels", images), ("an encoder's tokens of it", tokens)):
+            for what, values, mend in (
+                ("voxels", images, "choose others with --probe-fold"),
+                ("an encoder's tokens", tokens, "use --precision fp32"),
+            ):
                 if not values.isfinite().all():
-                    raise UserError(f"case {case.name} of the probe cannot be used: {what} hold NaN or infinity")
+                    raise UserError(f"{what} of case {case.name} of the probe hold NaN or infinity; {mend}")
             found += [f[c.known] for c, f in zip(batch, tokens.cpu().numpy(), strict=True)]
         return np.concatenate(found), np.concatenate([crop.shares for crop in crops])
 

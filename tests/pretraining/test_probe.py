@@ -339,10 +339,10 @@ def test_numbers_that_are_not_finite_are_told(preprocessed):
     image[0, 3, 4, 5] = np.nan
     write_case(preprocessed / "a", image, np.ones(CASES["a"], np.int16))
     probe = Probe(find_labelled(2, PLANS, "3d_fullres"), TINY_SPEC)
-    with pytest.raises(UserError, match=r"Dataset002_Labelled/a .* its voxels hold NaN"):
+    with pytest.raises(UserError, match=r"voxels of case Dataset002_Labelled/a .* NaN .*--probe-fold"):
         probe.of_voxels()
     # weights may be finite, and what is computed of them in half precision is not
-    with pytest.raises(UserError, match=r"Dataset002_Labelled/b .* tokens of it hold NaN"):
+    with pytest.raises(UserError, match=r"tokens of case Dataset002_Labelled/b .* NaN .*--precision fp32"):
         probe._tokens(probe.cases.train[1], lambda crops: torch.full((len(crops), 8, 24), torch.inf))
 
 
