@@ -28,6 +28,9 @@ from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
+# the baseline computes as Hi-End-MAE does, with another decoder: slow tests do without one of the two
+APART = [method for method in MAIN_METHODS if method != "mae3d"]
+
 # of methods that see more than one masked crop
 PICTURES = {"mim": ["level1", "level2", "level3"], "glmae": ["global", "local"], "simclr": []}
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
@@ -145,7 +148,7 @@ def free_port() -> str:
 @pytest.mark.parametrize(
     ("method", "shapes"),
     [
-        *(pytest.param(name, [["--nproc-per-node", "2"]], id=f"{name}-one-node") for name in MAIN_METHODS),
+        *(pytest.param(name, [["--nproc-per-node", "2"]], id=f"{name}-one-node") for name in APART),
         pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
     ],
 )
@@ -176,7 +179,7 @@ def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", MAIN_METHODS)
+@pytest.mark.parametrize("method", APART)
 def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnunet, tmp_path, method):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     long = ("--epochs", "8", "--steps-per-epoch", "6")
