@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUTPUT ?= demo_output
 PYTEST_ARGS ?=
-# two more than cores: a third of the time tests wait for processes
-WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 2)')
+# one more than cores: a third of the time tests wait for processes
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
 
 # more threads than cores make small CPU runs slower, not faster
 export OMP_NUM_THREADS ?= 2
