@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -24,7 +23,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, CROPS, RESIZE
 from nnunetv2_hiendmae.schemas import CLOSED, validated
-from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, read_resized
+from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, grid_corners, read_resized
 from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from nnunetv2_hiendmae.weights.adapt import check_size
@@ -103,28 +102,6 @@ def forward_work(network: "Classifier", inputs: Inputs) -> float:
     """Floating-point operations that a case takes, roughly: two per parameter and token."""
     tokens = math.prod(inputs.size) / math.prod(network.encoder.spec.patch_size)
     return 2 * sum(p.numel() for p in network.parameters()) * tokens * inputs.crops
-
-
-def grid_corners(shape: Sequence[int], size: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Lower corners (D, H, W) of crops spread evenly over a volume, at most `most`.
-
-    The axis whose crops lie farthest apart, in crop edges, gets another one as long as that leaves gaps along it.
-    A single crop lies in the middle; along an axis shorter than the crop, the volume does.
-    """
-    counts = [1] * len(shape)
-    while True:
-        gaps = [s / (k * c) for s, c, k in zip(shape, size, counts, strict=True)]
-        axis = int(np.argmax(gaps))
-        if gaps[axis] <= 1 or math.prod(counts) // counts[axis] * (counts[axis] + 1) > most:
-            break
-        counts[axis] += 1
-    return list(product(*(_positions(s - c, k) for s, c, k in zip(shape, size, counts, strict=True))))
-
-
-def _positions(room: int, count: int) -> list[int]:
-    if count == 1:
-        return [-(-room // 2)]
-    return [round(i * room / (count - 1)) for i in range(count)]
 
 
 def epoch_keys(epochs: range, cases: int, batch_size: int, seed: int) -> Iterator[list[tuple[int, int]]]:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import patchify
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.training.labelled import MOST_CROPS, UNKNOWN, LabelledCases, crop_corners
+from nnunetv2_hiendmae.training.labelled import MOST_CROPS, UNKNOWN, LabelledCases
+from nnunetv2_hiendmae.training.views import grid_corners
 from nnunetv2_hiendmae.training.volumes import Case, CaseVolume, crop_and_pad, telling_unreadable
 
 # of all training cases together, and of all test cases for the rank
@@ -119,7 +120,7 @@ class Probe:
 
     def _label_crops(self, case: Case) -> list[_Crop]:
         labels = self.cases.read_labels(case)[None]
-        crops = [self._label_crop(labels, corner) for corner in crop_corners(case.shape, self.spec.img_size)]
+        crops = [self._label_crop(labels, corner) for corner in grid_corners(case.shape, self.spec.img_size)]
         return sorted(crops, key=lambda crop: -float(crop.shares.sum()))[:MOST_CROPS]
 
     def _label_crop(self, labels: np.ndarray, corner: tuple[int, ...]) -> _Crop:

@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.schemas import SPLITS_FILE, Folds, read_dataset_json, read_json
+from nnunetv2_hiendmae.training.views import grid_corners
 from nnunetv2_hiendmae.training.volumes import Case, find_cases, telling_unreadable
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
@@ -163,19 +164,6 @@ def _load(case: Case) -> tuple[Any, dict[str, Any]]:
         ) from e
 
 
-def crop_corners(shape: Sequence[int], size: Sequence[int]) -> list[tuple[int, ...]]:
-    """Corners (D, H, W) of the fewest crops that cover a volume, spread evenly; one is centred along an axis that is
-    shorter than it."""
-    axes = [_starts(s, c) for s, c in zip(shape, size, strict=True)]
-    return [tuple(int(i) for i in corner) for corner in np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)]
-
-
 def num_crops(shape: Sequence[int], size: Sequence[int]) -> int:
     """Crops of a case that are used."""
-    return min(MOST_CROPS, len(crop_corners(shape, size)))
-
-
-def _starts(length: int, size: int) -> np.ndarray:
-    if length <= size:
-        return np.array([-((size - length) // 2)])
-    return np.linspace(0, length - size, -(-length // size)).round().astype(int)
+    return min(MOST_CROPS, len(grid_corners(shape, size)))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Protocol
 
 import numpy as np
@@ -208,6 +208,28 @@ def draw_corner(
         else:
             corner.append(min(max(centre[axis] - crop_size[axis] // 2, 0), room))
     return corner
+
+
+def grid_corners(shape: Sequence[int], size: Sequence[int], most: float = math.inf) -> list[tuple[int, ...]]:
+    """Lower corners (D, H, W) of crops spread evenly over a volume, at most `most`, and as few as cover it.
+
+    The axis whose crops lie farthest apart, in crop edges, gets another one as long as that leaves gaps along it.
+    A single crop lies in the middle; along an axis shorter than the crop, the volume does.
+    """
+    counts = [1] * len(shape)
+    while True:
+        gaps = [s / (k * c) for s, c, k in zip(shape, size, counts, strict=True)]
+        axis = int(np.argmax(gaps))
+        if gaps[axis] <= 1 or math.prod(counts) // counts[axis] * (counts[axis] + 1) > most:
+            break
+        counts[axis] += 1
+    return list(product(*(_positions(s - c, k) for s, c, k in zip(shape, size, counts, strict=True))))
+
+
+def _positions(room: int, count: int) -> list[int]:
+    if count == 1:
+        return [-(-room // 2)]
+    return [round(i * room / (count - 1)) for i in range(count)]
 
 
 def _draw_foreground(volume: Volume, rng: np.random.Generator) -> list[int] | None:

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.classification.network import (
     Inputs,
     epoch_keys,
-    grid_corners,
     warn_of_differences,
 )
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.training.views import grid_corners
 from nnunetv2_hiendmae.training.volumes import CaseSet, CaseVolume, SampleDataset, find_cases, load_batches
 
 SIZE = (16, 16, 16)

@@ -30,7 +30,8 @@ from nnunetv2_hiendmae.pretraining.probe import (
 )
 from nnunetv2_hiendmae.pretraining.progress import draw_progress
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, ProbeCases
-from nnunetv2_hiendmae.training.labelled import crop_corners, find_labelled
+from nnunetv2_hiendmae.training.labelled import find_labelled
+from nnunetv2_hiendmae.training.views import grid_corners
 from nnunetv2_hiendmae.training.volumes import CaseVolume
 
 CASES = {"a": (20, 24, 28), "b": (18, 20, 22), "c": (24, 20, 18), "d": (20, 20, 20)}
@@ -82,7 +83,7 @@ def test_means_of_cells():
 
 @pytest.mark.parametrize(("shape", "crops"), [((16, 17, 40), 6), ((9, 16, 16), 1), ((33, 33, 33), 27)])
 def test_crops_cover_a_volume(shape, crops):
-    corners, seen = crop_corners(shape, (16, 16, 16)), np.zeros(shape, bool)
+    corners, seen = grid_corners(shape, (16, 16, 16)), np.zeros(shape, bool)
     for corner in corners:
         seen[tuple(slice(max(0, c), c + 16) for c in corner)] = True
         assert all(0 <= c <= s - 16 or (s < 16 and c == -((16 - s) // 2)) for c, s in zip(corner, shape, strict=True))
@@ -358,7 +359,7 @@ def test_cases_are_drawn_by_their_names_and_tested_ones_that_were_seen_are_told(
 
 def test_how_often_it_comes_follows_from_crops_and_samples(tmp_path, capsys):
     """20 crops of 16³ over the four cases; 12 samples an epoch, 5 % of which are 0.6 crops."""
-    assert sum(len(crop_corners(shape, (16, 16, 16))) for shape in CASES.values()) == 32
+    assert sum(len(grid_corners(shape, (16, 16, 16))) for shape in CASES.values()) == 32
     assert cli.main([*cli_arguments("mae3d", tmp_path / "run"), "--probe", "2", "--dry-run"]) == 0
     told = capsys.readouterr().out
     assert "probe: Dataset002_Labelled fold 0, a, b to fit, c, d to test, every 54 epochs" in told
