@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from machine import HERE, cpu_model, worktree
 
-DEMO = HERE / "nnunetv2_hiendmae" / "demo" / "data"
+DEMO = HERE / "nnunetv2_hiendmae" / "demo" / "data" / "ct"
 BATCH, FEW, MANY = 8, 10, 50
 BUSY = "while True: sum(range(10**6))"
 

@@ -37,7 +37,7 @@ FEW, MANY = 1, 4
 IN_PLANE_MM, IN_PLANE = 0.75, 512
 TARGET_MM = 1.5
 WINDOW = (-175.0, 250.0)
-DEMO = HERE / "nnunetv2_hiendmae" / "demo" / "data" / "Dataset901_DemoUnlabelledCT" / "imagesTr"
+DEMO = HERE / "nnunetv2_hiendmae" / "demo" / "data" / "ct" / "Dataset901_DemoUnlabelledCT" / "imagesTr"
 # the same images without labels and, for stock nnU-Net, with them
 UNLABELLED, LABELLED = "Dataset001_Unlabelled", "Dataset002_Labelled"
 

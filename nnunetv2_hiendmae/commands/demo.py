@@ -7,7 +7,7 @@ from nnunetv2_hiendmae.commands.arguments import add_device, keywords
 from nnunetv2_hiendmae.environment import enable_discovery
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, MAIN_METHODS
 
-HELP = "the whole road on the embedded CT data: pretrain, fine-tune, predict, Dice"
+HELP = "the whole road on the embedded images: pretrain, fine-tune, predict, Dice"
 # option -> field of the demo's budget, and what it counts
 BUDGET = {
     "--pretrain-epochs": ("pretrain_epochs", "pretraining epochs"),
@@ -20,7 +20,10 @@ BUDGET = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-o", dest="output", type=Path, default=Path("demo_output"), metavar="DIR", help="new folder for everything")
-    add("--data", type=Path, metavar="DIR", help="folder with two nnU-Net datasets, one of them with labels")
+    images = parser.add_mutually_exclusive_group().add_argument
+    task = {"default": argparse.SUPPRESS, "metavar": "{brain,ct}"}
+    images("--task", help="embedded images: tissue of MR brain templates (default), or organs of abdominal CT", **task)
+    images("--data", type=Path, metavar="DIR", help="folder with two nnU-Net datasets, one of them with labels")
     which = parser.add_mutually_exclusive_group().add_argument
     # no default value: argparse would take the default, given beside --all, for not given
     one = {"dest": "methods", "default": argparse.SUPPRESS}

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_hiendmae.demo import report
-from nnunetv2_hiendmae.demo.datasets import DemoData, find_data, install, isotropic_spacing
+from nnunetv2_hiendmae.demo.datasets import DEFAULT_TASK, DemoData, find_data, install, isotropic_spacing
 from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.environment import EXT_TRAINER_VARIABLE, NNUNET_VARIABLES, check_device, with_discovery
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import ENCODER, write_text
-from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, TRAINERS
+from nnunetv2_hiendmae.plans_section import PLANS_KEY
+from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, trainer_of
 from nnunetv2_hiendmae.threads import PASSIVE
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ def run_demo(
     output: Path,
     *,
     data: Path | None = None,
+    task: str = DEFAULT_TASK,
     methods: Sequence[str] = (DEFAULT_METHOD,),
     seed: int = 0,
     num_processes: int = 2,
@@ -107,7 +109,9 @@ def run_demo(
     Args:
         output: folder that is new, empty, or left by an unfinished run.
         data: folder with two nnU-Net datasets, one without labels (pretraining) and one with (fine-tuning, whose
-            imagesTs and labelsTs are held out if there are any); None: the embedded volumes.
+            imagesTs and labelsTs are held out if there are any), and maybe an encoder.safetensors, which is fine-tuned
+            as well; None: the embedded volumes.
+        task: which of the embedded volumes: "brain" (MR of heads, tissue of brain templates) or "ct" (abdomen).
         methods: pretraining methods. One alone sees images that are preprocessed as its paper says, several share
             those of Hi-End-MAE.
         seed: of all pretrainings and fine-tunings.
@@ -128,7 +132,7 @@ def run_demo(
     samples = _samples(methods, settings.views_per_step)
     output = Path(output).resolve()
     check_device(device)
-    found = find_data(data)
+    found = find_data(data, task)
     if settings.spacing_mm is None:
         settings = replace(settings, spacing_mm=(isotropic_spacing(found),) * 3)
     claim(output)
@@ -144,13 +148,15 @@ def run_demo(
         "preprocess", "hiendmae", "preprocess", "-d", found.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
         "--spacing", *settings.spacing_mm, "-np", num_processes,
     )  # fmt: skip
+    if found.encoder:
+        # before what takes minutes: the file may not fit
+        _plan(demo, report.SHIPPED, found.encoder)
     run_dirs = {method: _pretrain(demo, method, **about) for method, about in samples.items()}
-    runs = (*methods, report.SCRATCH)
-    for name in runs:
+    for name in (*methods, report.SCRATCH):
         # from scratch, an encoder file only says what the network is
         _plan(demo, name, run_dirs.get(name, run_dirs[methods[0]]) / ENCODER)
     folds, predictions = {}, {}
-    for name in runs:
+    for name in (*methods, *([report.SHIPPED] if found.encoder else []), report.SCRATCH):
         folds[name], predictions[name] = _finetune(demo, name)
 
     measured = {
@@ -159,6 +165,8 @@ def run_demo(
         "dice": {name: report.dice(folder, found) for name, folder in predictions.items()},
     }
     # as JSON gives it back, so that what is returned equals what the file holds
+    if found.encoder:
+        measured["shipped_encoder"] = _plans(demo, report.SHIPPED)[PLANS_KEY]
     outcome = json.loads(json.dumps(report.collect(facts, measured, found, runner)))
     report.write_pictures(output, found, predictions, outcome)
     report.write_report(output, outcome)
@@ -245,14 +253,19 @@ def _plan(demo: _Demo, name: str, encoder: Path) -> None:
     )  # fmt: skip
 
 
+def _plans(demo: _Demo, name: str) -> dict[str, Any]:
+    file = demo.output / "nnUNet_preprocessed" / demo.data.finetuning.name / f"Demo_{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
 def _finetune(demo: _Demo, name: str) -> tuple[Path, Path]:
     """Returns the folder of the trained fold, and that of the segmentations which the Dice values belong to."""
-    data, plans, trainer = demo.data, f"Demo_{name}", TRAINERS.get(name, TRAINERS[None])
+    data, plans, planned = demo.data, f"Demo_{name}", _plans(demo, name)
+    trainer = trainer_of(planned[PLANS_KEY]["method"])
     dataset, model = data.finetuning_id, ("-p", plans, "-tr", trainer, "-device", demo.device)
     # plans with the same settings share their arrays
     preprocessed = demo.output / "nnUNet_preprocessed" / data.finetuning.name
-    planned = json.loads((preprocessed / f"{plans}.json").read_text(encoding="utf-8"))["configurations"]
-    if not (preprocessed / planned[CONFIGURATION]["data_identifier"]).is_dir():
+    if not (preprocessed / planned["configurations"][CONFIGURATION]["data_identifier"]).is_dir():
         demo.run(
             f"preprocess_{name}", "nnUNetv2_preprocess", "-d", dataset, "-plans_name", plans, "-c", CONFIGURATION,
             "-np", demo.num_processes,

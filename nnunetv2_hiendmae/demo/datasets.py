@@ -8,9 +8,20 @@ import numpy as np
 
 from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.files import ENCODER
 from nnunetv2_hiendmae.schemas import EXAMPLE_JSON, NNUNET_FOLDS, read_dataset_json
 
 EMBEDDED_DATA = Path(__file__).parent / "data"
+# folders of the embedded data -> where their labels come from, and whom they show
+TASKS = {
+    "brain": "The labels of the embedded data are tissue maps that ship with two brain templates, SRI24 and MNI "
+    "ICBM152 2009a, which are averages of many people: they are not human truth. Dice here is agreement between the maps "
+    "of one template and those of the other, and these draw CSF differently: it takes 18 % of the brain in the one and "
+    "5 % in the other. Neither template is among the pretraining volumes.",
+    "ct": "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement with "
+    "another program. The held-out patient is not among the pretraining volumes; the training patient is.",
+}
+DEFAULT_TASK = "brain"
 # a volume of the fine-tuning data should have about this many voxels along its longest axis: fast on a CPU
 LONGEST_AXIS_VOXELS = 128
 # nnU-Net finds datasets by three digits
@@ -27,14 +38,16 @@ class DemoData:
         finetuning: dataset with labels.
         dataset_json: of `finetuning`.
         held_out: whether `finetuning` has test images with labels (imagesTs, labelsTs).
-        embedded: whether these are the volumes that ship with the package.
+        task: which of the `TASKS` that ship with the package; None: data of the user.
+        encoder: encoder file beside the two datasets, to be fine-tuned as well; None: there is none.
     """
 
     pretraining: Path
     finetuning: Path
     dataset_json: dict[str, Any]
     held_out: bool
-    embedded: bool
+    task: str | None
+    encoder: Path | None
 
     @property
     def pretraining_id(self) -> str:
@@ -59,14 +72,17 @@ class DemoData:
         return {name: value for name, value in labels.items() if value != 0 and name not in NO_CLASSES}
 
 
-def find_data(folder: Path | None) -> DemoData:
-    """The embedded data (None), or the two datasets in a folder of the user.
+def find_data(folder: Path | None, task: str = DEFAULT_TASK) -> DemoData:
+    """The two datasets in a folder of the user, or those that are embedded for a task (None), and the encoder file
+    that may lie beside them.
 
     Raises:
-        UserError: not exactly one dataset with and one without labels, a dataset.json that cannot be used, or too few
-            cases for nnU-Net's folds.
+        UserError: an unknown task, not exactly one dataset with and one without labels, a dataset.json that cannot be
+            used, or too few cases for nnU-Net's folds.
     """
-    root = EMBEDDED_DATA if folder is None else Path(folder).resolve()
+    if task not in TASKS:
+        raise UserError(f"unknown task '{task}', needed one of {', '.join(TASKS)}; see: hiendmae demo --help")
+    root = EMBEDDED_DATA / task if folder is None else Path(folder).resolve()
     datasets = sorted(p.parent for p in root.glob(DATASET_PATTERN))
     labelled = [d for d in datasets if _files(d, "labelsTr")]
     unlabelled = [d for d in datasets if d not in labelled and _files(d, "imagesTr")]
@@ -89,7 +105,15 @@ def find_data(folder: Path | None) -> DemoData:
             'splits_final.json, e.g. [{"train": ["a"], "val": ["b"]}]'
         )
     held_out = bool(_files(dataset, "labelsTs") and _files(dataset, "imagesTs"))
-    return DemoData(unlabelled[0], dataset, description, held_out, embedded=folder is None)
+    encoder = root / ENCODER
+    return DemoData(
+        pretraining=unlabelled[0],
+        finetuning=dataset,
+        dataset_json=description,
+        held_out=held_out,
+        task=task if folder is None else None,
+        encoder=encoder if encoder.is_file() else None,
+    )
 
 
 def install(data: DemoData, raw: Path) -> None:

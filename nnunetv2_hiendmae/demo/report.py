@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nnunetv2_hiendmae.demo.datasets import DemoData
+from nnunetv2_hiendmae.demo.datasets import TASKS, DemoData
 from nnunetv2_hiendmae.demo.process import Runner
 from nnunetv2_hiendmae.evaluation.report import table
 from nnunetv2_hiendmae.figures import overlay_picture
@@ -23,6 +23,8 @@ PICTURES = "pictures"
 OVERLAY = "segmentation.png"
 PROGRESS = "progress"
 SCRATCH = "scratch"
+# the run that starts from the encoder file beside the data
+SHIPPED = "shipped"
 CT_SOFT_TISSUE = (-175.0, 250.0)
 # Dice differences below this say nothing after a few minutes of training on a handful of slices
 WORTH_MENTIONING = 0.02
@@ -37,7 +39,7 @@ def collect(settings: dict, measured: dict[str, dict], data: DemoData, runner: R
         "data": {
             "pretraining": data.pretraining.name,
             "finetuning": data.finetuning.name,
-            "embedded": data.embedded,
+            "task": data.task,
             "dice_on": "held-out test cases" if data.held_out else "validation cases of fold 0",
         },
         **measured,
@@ -118,7 +120,8 @@ def write_report(output: Path, outcome: dict[str, Any]) -> None:
         "nnU-Net: from each pretrained encoder and from scratch, with the same network, budget and seed.",
         f"## Dice on the {data['dice_on']}",
         _dice_table(outcome),
-        "– : the truth holds none of this class, it is left out of the mean; or no pretraining.",
+        "– : the truth holds none of this class, it is left out of the mean; or no pretraining here.",
+        *_shipped(outcome),
         "## How to read this",
         _verdict(outcome),
         "The image, its labels, and the predictions:",
@@ -150,6 +153,18 @@ def _dice_table(outcome: dict[str, Any]) -> str:
         rows.append([name, *map(_number, run["per_class"].values()), f"**{_number(run['mean'])}**", *took])
     classes = next(iter(runs.values()))["per_class"]
     return table(["run", *classes, "**mean**", "pretraining, min", "fine-tuning, min"], rows)
+
+
+def _shipped(outcome: dict[str, Any]) -> list[str]:
+    """Where the weights of that run come from."""
+    if SHIPPED not in outcome["dice"]:
+        return []
+    plans = outcome["shipped_encoder"]
+    return [
+        f"`{SHIPPED}` was not pretrained here: it starts from the encoder file that lies beside the data, pretrained "
+        f"with `{plans['method']}` (sha256 {plans['encoder_sha256']}); how, and on what, says "
+        f"`hiendmae inspect {plans['encoder_file']}`."
+    ]
 
 
 def _pretraining(outcome: dict[str, Any]) -> list[str]:
@@ -196,14 +211,11 @@ def _verdict(outcome: dict[str, Any]) -> str:
         gains = {name: mean - means[SCRATCH] for name, mean in means.items() if name != SCRATCH}
         told = "; ".join(f"{name} {_gain(gain)}" for name, gain in gains.items())
         said = f"Mean Dice against the run from scratch: {told}."
-    embedded = (
-        "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement "
-        "with another program. The held-out patient is not among the pretraining volumes; the training patient is.\n"
-    )
+    task = outcome["data"]["task"]
     return (
         f"{said} One seed, a few minutes of training and very few volumes show that the road works from end to end; "
         "they show nothing about how good a method is, nor which is better than another. Published pretraining runs "
-        f"see thousands of volumes for days.\n{embedded if outcome['data']['embedded'] else ''}"
+        f"see thousands of volumes for days.\n{TASKS[task] if task else ''}\n"
         "nnU-Net itself seeds neither its network nor its loaders; the seed of `hiendmae plan` does, in our trainers."
     )
 
