@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 2
 
 help:
 	@echo "make test    run all tests             (PYTEST_ARGS='-m \"not slow\"' for the quick ones)"
-	@echo "make demo    pretrain, fine-tune and predict on the embedded CTs, into $(DEMO_OUTPUT)"
+	@echo "make demo    pretrain, fine-tune and predict on embedded MR, into $(DEMO_OUTPUT)"
 	@echo "make lint    ruff check and format check"
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove the virtual environment, caches and the demo's output"

@@ -59,13 +59,13 @@ class Budget:
 
     encoder: str = "vit_nano_p8"
     pretrain_epochs: int = 15
-    steps_per_epoch: int = 40
+    steps_per_epoch: int = 50
     views_per_step: int = 8
     pretrain_lr: float = 1e-3
-    finetune_epochs: int = 25
+    finetune_epochs: int = 15
     iterations_per_epoch: int = 10
     finetune_batch_size: int = 2
-    finetune_lr: float = 1e-3
+    finetune_lr: float = 2e-3
     decoder_width: int = 16
     spacing_mm: tuple[float, float, float] | None = None
 

@@ -15,9 +15,9 @@ EMBEDDED_DATA = Path(__file__).parent / "data"
 # folders of the embedded data -> where their labels come from, and whom they show
 TASKS = {
     "brain": "The labels of the embedded data are tissue maps that ship with two brain templates, SRI24 and MNI "
-    "ICBM152 2009a, which are averages of many people: they are not human truth. Dice here is agreement between the maps "
-    "of one template and those of the other, and these draw CSF differently: it takes 18 % of the brain in the one and "
-    "5 % in the other. Neither template is among the pretraining volumes.",
+    "ICBM152 2009a, which are averages of many people: they are not human truth. Dice here is agreement between the "
+    "maps of one template and those of the other, and these draw CSF differently: it takes 18 % of the brain in the one "
+    "and 5 % in the other. Neither template is among the pretraining volumes.",
     "ct": "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement with "
     "another program. The held-out patient is not among the pretraining volumes; the training patient is.",
 }
