@@ -16,8 +16,8 @@ EMBEDDED_DATA = Path(__file__).parent / "data"
 TASKS = {
     "brain": "The labels of the embedded data are tissue maps that ship with two brain templates, SRI24 and MNI "
     "ICBM152 2009a, which are averages of many people: they are not human truth. Dice here is agreement between the "
-    "maps of one template and those of the other, and these draw CSF differently: it takes 18 % of the brain in the one "
-    "and 5 % in the other. Neither template is among the pretraining volumes.",
+    "maps of one template and those of the other, and these draw CSF differently: it takes 18 % of one brain and "
+    "5 % of the other. Neither template is among the pretraining volumes.",
     "ct": "The labels of the embedded data are TotalSegmentator's output, not human truth: Dice here is agreement with "
     "another program. The held-out patient is not among the pretraining volumes; the training patient is.",
 }

@@ -216,8 +216,8 @@ def _verdict(outcome: dict[str, Any]) -> str:
     return (
         f"{said} One seed, a few minutes of training and very few volumes show that the road works from end to end; "
         "they show nothing about how good a method is, nor which is better than another. Minutes of pretraining may "
-        "well make no difference: an untrained encoder's tokens say a lot about a volume already. Published pretraining "
-        f"runs see thousands of volumes for days.\n{labels}"
+        "well make no difference: an untrained encoder's tokens say a lot about a volume already. Published runs "
+        f"see thousands of volumes for days.\n{labels}"
         "nnU-Net itself seeds neither its network nor its loaders; the seed of `hiendmae plan` does, in our trainers."
     )
 
