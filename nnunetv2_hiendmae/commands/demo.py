@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images = parser.add_mutually_exclusive_group().add_argument
     task = {"default": argparse.SUPPRESS, "metavar": "{brain,ct}"}
     images("--task", help="embedded images: tissue of MR brain templates (default), or organs of abdominal CT", **task)
-    images("--data", type=Path, metavar="DIR", help="folder with two nnU-Net datasets, one of them with labels")
+    own = "folder with two nnU-Net datasets, one of them with labels; encoder.safetensors in it is fine-tuned as well"
+    images("--data", type=Path, metavar="DIR", help=own)
     which = parser.add_mutually_exclusive_group().add_argument
     # no default value: argparse would take the default, given beside --all, for not given
     one = {"dest": "methods", "default": argparse.SUPPRESS}

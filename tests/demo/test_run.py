@@ -102,14 +102,6 @@ def test_demo_of_several_methods_from_end_to_end(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"holds a finished demo.*report\.md"):
         run_demo(output, device="cpu")
 
-    # nnU-Net's evaluation says the same in a process of its own
-    predictions, labels = output / "predictions" / "scratch", datasets.find_data(None).finetuning / "labelsTs"
-    summary = (predictions / "summary.json").read_text()
-    (predictions / "summary.json").unlink()
-    files = ["-djfile", predictions / "dataset.json", "-pfile", predictions / "plans.json"]
-    forked.run(["nnUNetv2_evaluate_folder", labels, predictions, *files, "-np", 1], os.environ, start=forked.spawn)
-    assert (predictions / "summary.json").read_text() == summary
-
 
 @pytest.mark.slow
 def test_demo_on_data_of_the_user(tmp_path, monkeypatch):
