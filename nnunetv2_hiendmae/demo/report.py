@@ -162,8 +162,8 @@ def _shipped(outcome: dict[str, Any]) -> list[str]:
     plans = outcome["shipped_encoder"]
     return [
         f"`{SHIPPED}` was not pretrained here: it starts from the encoder file that lies beside the data, "
-        f"pretrained with `{plans['method']}` (sha256 {plans['encoder_sha256']}), and has the network of that file. How it "
-        f"was pretrained, and on what, says `hiendmae inspect {plans['encoder_file']}`."
+        f"pretrained with `{plans['method']}` (sha256 {plans['encoder_sha256']}), and has the network of that file. How "
+        f"it was pretrained, and on what, says `hiendmae inspect {plans['encoder_file']}`."
     ]
 
 
