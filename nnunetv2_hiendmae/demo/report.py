@@ -161,9 +161,9 @@ def _shipped(outcome: dict[str, Any]) -> list[str]:
         return []
     plans = outcome["shipped_encoder"]
     return [
-        f"`{SHIPPED}` was not pretrained here: it starts from the encoder file that lies beside the data, "
-        f"pretrained with `{plans['method']}` (sha256 {plans['encoder_sha256']}), and has the network of that file. How "
-        f"it was pretrained, and on what, says `hiendmae inspect {plans['encoder_file']}`."
+        f"`{SHIPPED}` was not pretrained here: it starts from the encoder file that lies beside the data, pretrained "
+        f"with `{plans['method']}` (sha256 {plans['encoder_sha256']}), and its network is that of the file. More about "
+        f"it: `hiendmae inspect {plans['encoder_file']}`."
     ]
 
 
