@@ -22,8 +22,8 @@ from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmu
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.randomness import seed_of
 from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
-from nnunetv2_hiendmae.threads import use_allowed_cores
 from nnunetv2_hiendmae.schemas import Plans, validated
+from nnunetv2_hiendmae.threads import use_allowed_cores
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
 from nnunetv2_hiendmae.weights.hub import hub_name
