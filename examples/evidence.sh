@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Does pretraining help? Runs the protocol of docs/evidence.md, collects its results and draws tables and pictures.
+# Stopped for any reason? Run the same line again: what is finished is skipped, what was interrupted continues.
+#
+#   examples/evidence.sh DATA OUTPUT [--tasks 503 506 505] [--jobs N]
+#
+# DATA holds nnU-Net datasets 503, 505, 506, 511 and 512 in raw format; everything is written below OUTPUT, and the
+# results into docs/evidence. Hours on two cores; each of N trainings at a time (as many as cores) uses one thread.
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+  sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
+  exit 2
+fi
+DATA=$1 OUTPUT=$2
+shift 2
+HERE=$(cd "$(dirname "$0")" && pwd)
+
+for name in raw preprocessed results; do
+  mkdir -p "$OUTPUT/$name"
+  export "nnUNet_$name=$OUTPUT/$name"
+done
+# one thread each; for small crops loader processes take longer to start than to work
+export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
+eval "$(hiendmae env)"
+
+python "$HERE/evidence/run.py" "$DATA" "$OUTPUT/runs" "$@"
+python "$HERE/evidence/collect.py" "$OUTPUT/runs" "$HERE/../docs/evidence"
+python "$HERE/evidence/report.py" "$HERE/../docs"
