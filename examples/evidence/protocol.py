@@ -44,7 +44,6 @@ FINETUNING = {
     "grad_clip": 12.0,
     "weight_decay": 1e-5,
 }
-TOLERANCE_MM = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ class Task:
         number: nnU-Net id, in DATA and of the copy whose test cases are among the others.
         channel: the channel's name, for labelled and unlabelled images alike.
         spacing_mm: of pretraining and fine-tuning, isotropic.
+        tolerance_mm: of surface Dice.
         steps: of pretraining.
         pool: images of every method.
         train: labelled cases, the first one alone is the 1-shot fold.
@@ -77,6 +77,7 @@ class Task:
     number: int
     channel: str
     spacing_mm: float
+    tolerance_mm: float
     steps: int
     pool: Pool
     train: tuple[str, ...]
@@ -100,7 +101,7 @@ ALL_BUT_SRI24 = (
 
 TASKS = (
     Task(
-        503, "MR", 2.5, 6000, Pool(521, 511, HEADS),
+        503, "MR", 2.5, 1.0, 6000, Pool(521, 511, HEADS),
         train=("SRI24_L", "SRI24_R"),
         tuning=("SRI24_L", "SRI24_R"),
         test={"MNI09a": ("MNI09a_L", "MNI09a_R"), "FSL6": ("FSL6_L", "FSL6_R")},
@@ -110,14 +111,14 @@ TASKS = (
     ),
     # one of the four methods beside the plain one
     Task(
-        506, "CT", 3.0, 4000, Pool(531, 512, ("CTChest4", "abdomenA", "cranium", "lung1", "thoraxCTA")),
+        506, "CT", 3.0, 3.0, 4000, Pool(531, 512, ("CTChest4", "abdomenA", "cranium", "lung1", "thoraxCTA")),
         train=("A_z2", "A_z1", "A_z0"),
         tuning=("A_z1", "A_z2"),
         test={"B": ("B",)},
         arms=("hiendmae", "mae3d"),
     ),
     Task(
-        505, "CT", 0.25, 4000, Pool(541, 512, ("jointA",)),
+        505, "CT", 0.25, 0.25, 4000, Pool(541, 512, ("jointA",)),
         train=("jointA_t0", "jointA_t1", "jointA_t2", "jointA_t3"),
         tuning=("jointA_t0", "jointA_t1"),
         test={"jointB": ("jointB_t0", "jointB_t1", "jointB_t2", "jointB_t3")},

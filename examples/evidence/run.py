@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import protocol
@@ -19,6 +20,7 @@ from datasets import make_task
 from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TUNING, Pool, Task
 
 from nnunetv2_hiendmae import plan
+from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.recipes import TRAINERS
 
 PLANS = "Evidence"
@@ -107,6 +109,16 @@ class Evidence:
     def __init__(self, data: Path, output: Path, jobs: int):
         self.data, self.output, self.jobs = data, output, jobs
         output.mkdir(parents=True, exist_ok=True)
+
+    def note_versions(self) -> None:
+        """Adds this checkout's commit and what it runs on to those of earlier runs into the same folder."""
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        now = {"commit": commit, **{name: version(name) for name in ("nnunetv2", "torch", "timm", "numpy")}}
+        file = self.output / "versions.json"
+        earlier = json.loads(file.read_text()) if file.exists() else []
+        if now not in earlier:
+            write_text(file, json.dumps([*earlier, now], indent=1) + "\n")
 
     def prepare(self, task: Task) -> None:
         """Datasets, and arrays for pretraining."""
@@ -252,6 +264,7 @@ def main() -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.WARNING)
     evidence = Evidence(args.data, args.output, args.jobs)
+    evidence.note_versions()
     for task in (task for task in protocol.TASKS if task.number in args.tasks):
         evidence.prepare(task)
         with ThreadPoolExecutor(args.jobs) as pool:
