@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -129,8 +128,12 @@ class Evidence:
         line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
         self._logged(f"{task.number}_preprocess", line)
 
-    def pretrain(self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float) -> None:
-        """One pretraining; its folder is `encoder_file`'s."""
+    def pretrain(self, runs: list[tuple[Task, str, str, Pool, int, float]]) -> None:
+        """Several pretrainings, of the form of `pretrainings`."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self._pretrain(*run), runs))
+
+    def _pretrain(self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float) -> None:
         folder = self.encoder_file(task, name).parent
         if (folder / "finished").exists():
             return
@@ -267,10 +270,14 @@ def main() -> None:
     evidence.note_versions()
     for task in (task for task in protocol.TASKS if task.number in args.tasks):
         evidence.prepare(task)
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda each, task=task: partial(evidence.pretrain, task)(*each), pretrainings(task)))
+        # further pools last: arms are compared without them
+        last = {name for name in arms(task) if "_pool" in name}
+        evidence.pretrain([(task, *each) for each in pretrainings(task) if each[0] not in last])
         evidence.tune(task)
-        evidence.train(evidence.trainings(task))
+        trainings = evidence.trainings(task)
+        evidence.train([training for training in trainings if training.arm.name not in last])
+        evidence.pretrain([(task, *each) for each in pretrainings(task) if each[0] in last])
+        evidence.train(trainings)
 
 
 if __name__ == "__main__":
