@@ -54,7 +54,7 @@ def verdict(per_person: pd.DataFrame, corrected_p: float) -> str:
     if corrected_p < ALPHA and ((means > 0).all() or (means < 0).all()):
         return "**helps**" if sample.mean() > 0 else "**harms**"
     low, high = interval(sample, 0.9)
-    return "no difference" if -MARGIN < low and high < MARGIN else "open"
+    return "no difference" if low > -MARGIN and high < MARGIN else "open"
 
 
 def comparison(cases: pd.DataFrame, task: Task, fold: str, names: list[str], baseline: str) -> Iterator[str]:
