@@ -4,26 +4,33 @@
 #
 #   examples/evidence.sh DATA OUTPUT [--tasks 503 506 505] [--jobs N]
 #
-# DATA holds nnU-Net datasets 503, 505, 506, 511 and 512 in raw format; everything is written below OUTPUT, and the
-# results into docs/evidence. Hours on two cores; each of N trainings at a time (as many as cores) uses one thread.
+# DATA holds nnU-Net datasets 503, 505, 506, 511 and 512 in raw format; everything is written below OUTPUT, the results
+# into OUTPUT/evidence. Hours on two cores; each of N trainings at a time (as many as cores) uses one thread.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
   sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
-DATA=$1 OUTPUT=$2
+mkdir -p "$2"
+DATA=$(cd "$1" && pwd) OUTPUT=$(cd "$2" && pwd)
 shift 2
 HERE=$(cd "$(dirname "$0")" && pwd)
+BUDGET=${BUDGET:-cpu}
+jobs=${JOBS:+--jobs $JOBS}
 
 for name in raw preprocessed results; do
   mkdir -p "$OUTPUT/$name"
   export "nnUNet_$name=$OUTPUT/$name"
 done
-# one thread each; for small crops loader processes take longer to start than to work
-export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
+if [ "$BUDGET" = cpu ]; then
+  # one thread each; for small crops loader processes take longer to start than to work
+  export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
+fi
 eval "$(hiendmae env)"
 
-python "$HERE/evidence/run.py" "$DATA" "$OUTPUT/runs" "$@"
-python "$HERE/evidence/collect.py" "$OUTPUT/runs" "$HERE/../docs/evidence"
-python "$HERE/evidence/report.py" "$HERE/../docs"
+# shellcheck disable=SC2086  # two words or none
+python "$HERE/evidence/run.py" "$DATA" "$OUTPUT/runs" --budget "$BUDGET" $jobs "$@"
+mkdir -p "$OUTPUT/evidence"
+python "$HERE/evidence/collect.py" "$OUTPUT/runs" "$OUTPUT/evidence" --budget "$BUDGET"
+python "$HERE/evidence/report.py" "$OUTPUT/evidence"

@@ -13,10 +13,9 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-import protocol
 import SimpleITK as sitk
 import torch
-from protocol import ALL, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TUNING, Task
+from protocol import ALL, BUDGETS, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TASKS, TUNING, Task
 from run import CONFIGURATION, FINISHED, Evidence, Training, dataset_name, nnunet_folder, pretrainings
 
 from nnunetv2_hiendmae import load_encoder
@@ -173,15 +172,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path, help="output of run.py")
     parser.add_argument("folder", type=Path, help="docs/evidence")
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     args = parser.parse_args()
-    evidence, folder = Evidence(Path(), args.runs, 1), args.folder
+    evidence, folder = Evidence(Path(), args.runs, 1, BUDGETS[args.budget]), args.folder
     tables: dict[str, list] = {name: [] for name in ("cases", "curves", "trainings", "pretraining", "probes")}
     rates, data = {}, {}
-    for task in protocol.TASKS:
+    for task in TASKS:
         done = finished(evidence, task)
-        names = [
-            name for name, *_ in pretrainings(task) if (evidence.encoder_file(task, name).parent / "finished").exists()
-        ]
+        files = {name: evidence.encoder_file(task, name) for name, *_ in pretrainings(task, evidence.budget)}
+        names = [name for name, file in files.items() if (file.parent / "finished").exists()]
         if not done:
             continue
         tables["cases"] += [row for training in done for row in cases(training)]

@@ -147,8 +147,8 @@ def learning_rates(runs: dict, task: Task) -> str:
     return table(["arm", *rates, "chosen"], rows)
 
 
-def sections(folder: Path) -> Iterator[str]:
-    """All that stands between the two marks."""
+def sections(folder: Path, where: str) -> Iterator[str]:
+    """All that stands between the two marks; `where` is put before the names of pictures."""
     cases, runs = pd.read_csv(folder / "cases.csv"), json.loads((folder / "runs.json").read_text())
     for task in TASKS:
         if task.number not in set(cases["task"]):
@@ -175,14 +175,14 @@ def sections(folder: Path) -> Iterator[str]:
         yield f"Dice per class, all training cases:\n\n{classes(cases, task, 'all')}"
         figures = ("dots", "curves", "overlay")
         yield "\n".join(
-            f"![{kind}](evidence/{kind}_{task.number}.png)"
+            f"![{kind}]({where}{kind}_{task.number}.png)"
             for kind in figures
             if kind != "overlay" or (folder / f"overlay_{task.number}.png").exists()
         )
         both = [f"attention_{task.number}_{name}.png" for name in (task.arms[0], RANDOM)]
         if all((folder / name).exists() for name in both):
             yield f"Attention of the last layer from one voxel, {task.arms[0]} and a random encoder:"
-            yield "\n".join(f"![{name}](evidence/{name})" for name in both)
+            yield "\n".join(f"![{name}]({where}{name})" for name in both)
 
 
 def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
@@ -233,20 +233,24 @@ def draw(folder: Path) -> None:
             function(values, task, folder / f"{kind}_{task.number}.png")
 
 
-def with_results(page: str, folder: Path) -> str:
-    """The page, with what stands between the marks written anew."""
+def with_results(page: str, folder: Path, where: str = "") -> str:
+    """The page, with what stands between the marks written anew; see `sections`."""
     before, rest = page.split(BEGIN, 1)
     _, after = rest.split(END, 1)
-    body = "\n\n".join(sections(folder))
+    body = "\n\n".join(sections(folder, where))
     return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("docs", type=Path)
-    page = parser.parse_args().docs / "evidence.md"
-    draw(page.with_suffix(""))
-    write_text(page, with_results(page.read_text(encoding="utf-8"), page.with_suffix("")))
+    parser.add_argument("folder", type=Path, help="of cases.csv, curves.csv and runs.json; the figures go there")
+    parser.add_argument("--page", type=Path, help="written anew between its marks (default: FOLDER/results.md)")
+    args = parser.parse_args()
+    draw(args.folder)
+    page = args.page or args.folder / "results.md"
+    text = page.read_text(encoding="utf-8") if args.page else f"{BEGIN}\n{END}\n"
+    where = "" if page.parent == args.folder else f"{args.folder.name}/"
+    write_text(page, with_results(text, args.folder, where))
 
 
 if __name__ == "__main__":

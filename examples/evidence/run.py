@@ -14,9 +14,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import protocol
 from datasets import make_task
-from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TUNING, Pool, Task
+from protocol import (
+    ALL,
+    BUDGETS,
+    FROZEN,
+    ONE_SHOT,
+    RANDOM,
+    SCRATCH,
+    SEEDS,
+    TASKS,
+    TUNING,
+    TUNING_SEED,
+    Budget,
+    Pool,
+    Task,
+)
 
 from nnunetv2_hiendmae import plan
 from nnunetv2_hiendmae.files import write_text
@@ -87,14 +100,14 @@ def arms(task: Task) -> dict[str, Arm]:
     return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
 
 
-def pretrainings(task: Task) -> Iterator[tuple[str, str, Pool, int, float]]:
+def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
     """Name, method, pool, steps and learning rate of each, in the order of the runs."""
     for method in task.arms:
-        yield method, method, task.pool, task.steps, protocol.PRETRAIN_LR
+        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
     if task.frozen:
         yield RANDOM, task.arms[0], task.pool, 1, 1e-12
     for name, pool in task.pools.items():
-        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, task.steps, protocol.PRETRAIN_LR
+        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
 
 
 class Evidence:
@@ -102,11 +115,11 @@ class Evidence:
 
     Args:
         output: pretraining runs, logs and chosen learning rates.
-        jobs: trainings at the same time, of one thread each.
+        jobs: at the same time, of one thread each on a CPU.
     """
 
-    def __init__(self, data: Path, output: Path, jobs: int):
-        self.data, self.output, self.jobs = data, output, jobs
+    def __init__(self, data: Path, output: Path, jobs: int, budget: Budget):
+        self.data, self.output, self.jobs, self.budget = data, output, jobs, budget
         output.mkdir(parents=True, exist_ok=True)
 
     def note_versions(self) -> None:
@@ -124,7 +137,7 @@ class Evidence:
         make_task(task, self.data, nnunet_folder("raw"), nnunet_folder("preprocessed"))
         pools = [str(pool.number) for pool in (task.pool, *task.pools.values())]
         like = "mri" if task.channel == "MR" else "hiendmae"
-        spacing = ["--spacing", *[f"{task.spacing_mm:g}"] * 3]
+        spacing = ["--spacing", *[f"{self.budget.spacing_mm[task.number]:g}"] * 3]
         line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
         self._logged(f"{task.number}_preprocess", line)
 
@@ -137,15 +150,18 @@ class Evidence:
         folder = self.encoder_file(task, name).parent
         if (folder / "finished").exists():
             return
-        samples, options = protocol.METHODS[method]
-        per_epoch = min(steps, protocol.STEPS_PER_EPOCH)
+        budget = self.budget
+        per_epoch = min(steps, budget.steps_per_epoch)
         line = [
             "hiendmae", "pretrain", "-d", str(pool.number), "-p", PLANS, "--method", method,
-            "--encoder", protocol.ENCODER, "--crop-size", *map(str, protocol.CROP), "--batch-size", str(samples),
-            "--epochs", str(steps // per_epoch), "--steps-per-epoch", str(per_epoch), "--lr", str(lr),
-            "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "--workers", "1", "-device", "cpu",
-            "--precision", "fp32", "--pictures-every", "1000", "-o", str(folder), "--set", *options,
+            "--encoder", budget.encoder, "--crop-size", *map(str, budget.crop), "--lr", str(lr),
+            "--batch-size", str(budget.samples[method]),
+            "--epochs", str(steps // per_epoch), "--steps-per-epoch", str(per_epoch),
+            "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "-device", budget.device,
+            "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
+        if options := budget.options.get(method):
+            line += ["--set", *options]
         if (folder / "run.json").exists():
             line.append("--c")
         self._logged(f"{task.number}_pretrain_{name}", line)
@@ -160,7 +176,7 @@ class Evidence:
         chosen = self.chosen(task)
         tuned = [arm for arm in arms(task).values() if arm.name == SCRATCH or arm.name in task.arms or arm.frozen]
         found = {
-            arm.name: [Training(task, arm, lr, protocol.TUNING_SEED, TUNING) for lr in protocol.LEARNING_RATES]
+            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates]
             for arm in tuned
         }
         self.train([training for trainings in found.values() for training in trainings])
@@ -200,7 +216,7 @@ class Evidence:
         folder = nnunet_folder("preprocessed") / dataset_name(task.number)
         if (folder / f"{training.plans}.json").exists():
             return
-        options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **protocol.FINETUNING}
+        options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **self.budget.finetuning}
         encoder = self.encoder_file(task, arm.encoder)
         options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen}
         planned = plan(task.number, encoder, plans_name=training.plans, **options)
@@ -213,7 +229,7 @@ class Evidence:
         log = self._log(f"{training.task.number}_{training.plans}_fold{training.fold}")
         arguments = (str(training.task.number), training.fold, training.trainer, training.plans)
         resume = any((training.folder() / f"checkpoint_{which}.pth").exists() for which in ("latest", "final"))
-        process = SERVER.Process(target=_nnunet_train, args=(*arguments, resume, str(log)))
+        process = SERVER.Process(target=_nnunet_train, args=(*arguments, resume, self.budget.device, str(log)))
         process.start()
         process.join()
         if process.exitcode:
@@ -239,7 +255,7 @@ def mean_dice(fold: Path) -> float:
     return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
 
 
-def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: bool, log: str) -> None:
+def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: bool, device: str, log: str) -> None:
     """`nnUNetv2_train` in a child of a process that has imported nnU-Net already, its pools children of this one."""
     import torch
     from nnunetv2.run.run_training import run_training
@@ -249,8 +265,8 @@ def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: boo
     with Path(log).open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-        device = torch.device("cpu")
-        run_training(dataset, CONFIGURATION, fold, trainer, plans, continue_training=resume, device=device)
+        where = torch.device(device)
+        run_training(dataset, CONFIGURATION, fold, trainer, plans, continue_training=resume, device=where)
 
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -261,22 +277,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path, help="folder of the datasets")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in protocol.TASKS])
+    parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in TASKS])
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.WARNING)
-    evidence = Evidence(args.data, args.output, args.jobs)
+    evidence = Evidence(args.data, args.output, args.jobs, BUDGETS[args.budget])
     evidence.note_versions()
-    for task in (task for task in protocol.TASKS if task.number in args.tasks):
+    for task in (task for task in TASKS if task.number in args.tasks):
         evidence.prepare(task)
         # further pools last: arms are compared without them
         last = {name for name in arms(task) if "_pool" in name}
-        evidence.pretrain([(task, *each) for each in pretrainings(task) if each[0] not in last])
+        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] not in last])
         evidence.tune(task)
         trainings = evidence.trainings(task)
         evidence.train([training for training in trainings if training.arm.name not in last])
-        evidence.pretrain([(task, *each) for each in pretrainings(task) if each[0] in last])
+        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] in last])
         evidence.train(trainings)
 
 
