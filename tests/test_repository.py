@@ -1,13 +1,16 @@
 """What holds for the files of the repository."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from nnunetv2_hiendmae.demo import Budget
 from nnunetv2_hiendmae.demo.datasets import EMBEDDED_DATA
 
 ROOT = Path(__file__).parents[1]
@@ -122,3 +125,16 @@ def test_evidence_quotes_what_was_written():
     dice = (ROOT / "docs/evidence/few_shot.md").read_text(encoding="utf-8").split("## Dice", 1)[1]
     rows = [line for line in dice.splitlines() if line.startswith("|")]
     assert len(rows) > 20 and set(rows) <= set(written)
+
+
+def test_readme_quotes_what_the_demo_ended_at():
+    """docs/evidence/demo.json is of the `results.json` of `hiendmae demo -device cpu`, with the CPU time it took."""
+    result = json.loads((ROOT / "docs/evidence/demo.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    pretrained, scratch = (f"{result['dice'][run]['mean']:.3f}".lstrip("0") for run in ("hiendmae", "scratch"))
+    assert f"Mean Dice was {pretrained} with pretraining and {scratch} without" in text
+    assert f"took {result['cpu_seconds'] / 60:.1f} CPU minutes" in text
+    assert f"{result['peak_gb_of_largest_process']:.1f} GB for the largest process" in text
+    # and it is the demo of today
+    ours = {**asdict(Budget()), "spacing_mm": [2.0, 2.0, 2.0]}
+    assert {name: result["settings"][name] for name in ours} == ours
