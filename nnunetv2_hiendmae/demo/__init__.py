@@ -144,13 +144,13 @@ def run_demo(
     install(found, output / "nnUNet_raw")
     runner = Runner(output / "logs", _environment(output, num_processes), say)
     demo = _Demo(runner.run, found, output, settings, seed, num_processes, device)
+    if found.encoder:
+        # first of all: the file may not fit
+        _plan(demo, report.SHIPPED, found.encoder)
     demo.run(
         "preprocess", "hiendmae", "preprocess", "-d", found.pretraining_id, "-p", PRETRAINING_PLANS, "--like", like,
         "--spacing", *settings.spacing_mm, "-np", num_processes,
     )  # fmt: skip
-    if found.encoder:
-        # before what takes minutes: the file may not fit
-        _plan(demo, report.SHIPPED, found.encoder)
     run_dirs = {method: _pretrain(demo, method, **about) for method, about in samples.items()}
     for name in (*methods, report.SCRATCH):
         # from scratch, an encoder file only says what the network is

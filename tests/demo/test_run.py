@@ -82,7 +82,7 @@ def test_demo_of_several_methods_from_end_to_end(tmp_path, monkeypatch):
     # all four fine-tune on the same arrays
     assert len([line for line in said if ": done in" in line]) == len(results["seconds"]) == 1 + 2 + 1 + 4 * 4
     # a file that does not fit is told before anything is computed
-    assert list(results["seconds"])[:2] == ["preprocess", "plan_shipped"]
+    assert next(iter(results["seconds"])) == "plan_shipped"
     shipped = results["shipped_encoder"]
     assert (shipped["method"], shipped["encoder_file"]) == ("simclr", str(file))
     assert any("-tr nnUNetTrainer_SimCLR" in command for command in results["commands"])
