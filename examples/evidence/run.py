@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -43,12 +43,21 @@ logger = logging.getLogger("evidence")
 
 @dataclass(frozen=True)
 class Arm:
-    """How fine-tuning starts: `encoder` names a pretraining, `method` is its method or None, from scratch."""
+    """How fine-tuning starts.
+
+    Args:
+        encoder: name of a pretraining.
+        method: its method; None: from scratch.
+        rate_of: arm that it shares the learning rate with; None: it has its own.
+        folds: of test cases.
+    """
 
     name: str
     encoder: str
     method: str | None
     frozen: bool = False
+    rate_of: str | None = None
+    folds: tuple[int, ...] = (ONE_SHOT,)
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,13 @@ def dataset_name(number: int) -> str:
 
 def arms(task: Task) -> dict[str, Arm]:
     """All arms of a task by name, those that are tuned first."""
-    first = task.arms[0]
-    tuned = [Arm(SCRATCH, first, None), *(Arm(method, method, method) for method in task.arms)]
-    frozen = [Arm(method + FROZEN, method, method, frozen=True) for method in task.frozen]
+    first, both = task.arms[0], (ONE_SHOT, ALL)
+    tuned = [Arm(SCRATCH, first, None, folds=both), *(Arm(name, name, name, folds=both) for name in task.arms)]
+    frozen = [Arm(name + FROZEN, name, name, frozen=True) for name in task.frozen]
     if frozen:
         frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
-    pools = [
-        Arm(f"{task.pool_method}_pool{name}", f"{task.pool_method}_pool{name}", task.pool_method) for name in task.pools
-    ]
+    method = task.pool_method
+    pools = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
     return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
 
 
@@ -171,10 +179,10 @@ class Evidence:
         """Of a pretraining."""
         return self.output / f"{task.number}_pretrain_{name}" / "encoder.safetensors"
 
-    def tune(self, task: Task) -> None:
-        """Chooses each arm's learning rate by Dice of the tuning fold."""
+    def tune(self, task: Task, names: Collection[str]) -> None:
+        """Chooses learning rates by Dice of the tuning fold, of the named arms that have one of their own."""
         chosen = self.chosen(task)
-        tuned = [arm for arm in arms(task).values() if arm.name == SCRATCH or arm.name in task.arms or arm.frozen]
+        tuned = [arm for arm in arms(task).values() if arm.name in names and arm.rate_of is None]
         found = {
             arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates]
             for arm in tuned
@@ -192,16 +200,16 @@ class Evidence:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def trainings(self, task: Task) -> list[Training]:
-        """Those on test cases, by seed first, so that a run that is stopped has all arms. A further pool's arm has the
-        rate of its method."""
+        """Those on test cases of all arms with a learning rate; by seed first, so that a run that is stopped has all
+        arms."""
         rates = {name: found["lr"] for name, found in self.chosen(task).items()}
-        made = []
-        for seed in SEEDS:
-            for arm in arms(task).values():
-                folds = (ONE_SHOT, ALL) if arm.name == SCRATCH or arm.name in task.arms else (ONE_SHOT,)
-                lr = rates.get(arm.name) or rates[task.pool_method]
-                made += [Training(task, arm, lr, seed, fold) for fold in folds]
-        return made
+        return [
+            Training(task, arm, rates[arm.rate_of or arm.name], seed, fold)
+            for seed in SEEDS
+            for arm in arms(task).values()
+            if (arm.rate_of or arm.name) in rates
+            for fold in arm.folds
+        ]
 
     def train(self, trainings: list[Training]) -> None:
         """Plans, arrays and nnU-Net's training of all that is not finished."""
@@ -278,6 +286,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the datasets")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in TASKS])
+    parser.add_argument("--arms", nargs="+", help="only these (default: all)")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     args = parser.parse_args()
@@ -287,14 +296,13 @@ def main() -> None:
     evidence.note_versions()
     for task in (task for task in TASKS if task.number in args.tasks):
         evidence.prepare(task)
+        chosen = [arm for arm in arms(task).values() if not args.arms or arm.name in args.arms]
         # further pools last: arms are compared without them
-        last = {name for name in arms(task) if "_pool" in name}
-        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] not in last])
-        evidence.tune(task)
-        trainings = evidence.trainings(task)
-        evidence.train([training for training in trainings if training.arm.name not in last])
-        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] in last])
-        evidence.train(trainings)
+        for group in ([a for a in chosen if "_pool" not in a.name], [a for a in chosen if "_pool" in a.name]):
+            names, encoders = {arm.name for arm in group}, {arm.encoder for arm in group}
+            evidence.pretrain([(task, *run) for run in pretrainings(task, evidence.budget) if run[0] in encoders])
+            evidence.tune(task, names)
+            evidence.train([training for training in evidence.trainings(task) if training.arm.name in names])
 
 
 if __name__ == "__main__":
