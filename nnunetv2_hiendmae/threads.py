@@ -45,6 +45,15 @@ def use_threads(work: float, processes: int = 1, tell: bool = True) -> None:
         logger.info(f"{told}; set {CHOSEN_BY_USER} for another number")
 
 
+def use_allowed_cores() -> None:
+    """In place of nnU-Net's choice, which is every core of the machine, whoever may use it: a user's own
+    OMP_NUM_THREADS, else the cores that this process may use."""
+    import torch
+
+    chosen = os.environ.get(CHOSEN_BY_USER, "").split(",")[0].strip()
+    torch.set_num_threads(int(chosen) if chosen.isdecimal() and int(chosen) else available_cores())
+
+
 def choose_threads(work: float, processes: int = 1) -> tuple[int, str]:
     """Number of threads, and why so many: the least of the cores that this process may use and of what the work of a
     step is worth. Not how busy the cores are: a run must repeat, and continue, with the same bits."""

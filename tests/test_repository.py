@@ -117,7 +117,7 @@ def test_links_between_pages_lead_somewhere(page):
 
 def test_evidence_quotes_what_was_written():
     """Every row of the Dice tables is one of the comparison that `examples/few_shot.sh` wrote."""
-    written = (ROOT / "docs/evidence/comparison.md").read_text(encoding="utf-8").splitlines()
-    dice = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").split("## Dice", 1)[1]
+    written = (ROOT / "docs/evidence/few_shot/comparison.md").read_text(encoding="utf-8").splitlines()
+    dice = (ROOT / "docs/evidence/few_shot.md").read_text(encoding="utf-8").split("## Dice", 1)[1]
     rows = [line for line in dice.splitlines() if line.startswith("|")]
     assert len(rows) > 20 and set(rows) <= set(written)

@@ -80,6 +80,17 @@ def test_a_users_own_number_wins(machine, monkeypatch, caplog):
     assert line.startswith("8 threads on the CPU: 8 cores may be used") and threads.CHOSEN_BY_USER in line
 
 
+@pytest.mark.parametrize(("own", "number"), [(None, 8), ("3", 3), ("2,4", 2), ("0", 8), ("many", 8)])
+def test_trainers_take_the_cores_that_they_may_use(machine, monkeypatch, own, number):
+    """nnU-Net's command has set all cores of the machine before."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    if own:
+        monkeypatch.setenv(threads.CHOSEN_BY_USER, own)
+    threads.use_allowed_cores()
+    assert asked == [number]
+
+
 def test_commands_wait_passively_before_torch_is_there():
     """Unless the user says otherwise."""
     code = (

@@ -23,6 +23,7 @@ from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLAN
 from nnunetv2_hiendmae.randomness import seed_of
 from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
+from nnunetv2_hiendmae.threads import use_allowed_cores
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.weights import load_into
 from nnunetv2_hiendmae.weights.hub import hub_name
@@ -102,9 +103,8 @@ class _ViTTrainer(nnUNetTrainer):
     def _read_section(cls, plans: dict[str, Any]) -> PlansSection:
         name = plans.get("plans_name")
         if PLANS_KEY not in plans:
-            raise RuntimeError(
-                f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it; run: {PLAN_COMMAND}"
-            )
+            told = f"plans {name} have no '{PLANS_KEY}' section, {cls.__name__} needs it"
+            raise RuntimeError(f"{told}; run: {PLAN_COMMAND}")
         try:
             # somebody may have edited them
             validated(Plans, json.dumps(plans))
@@ -112,10 +112,8 @@ class _ViTTrainer(nnUNetTrainer):
         except ValueError as e:
             raise RuntimeError(f"plans {name} cannot be used: {e}; run: {PLAN_COMMAND}") from e
         if not cls._takes(section.method):
-            raise RuntimeError(
-                f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {cls._described()}; "
-                f"use -tr {trainer_of(section.method)}, or run: {PLAN_COMMAND}"
-            )
+            told = f"plans {name} are for {_described(section.method)}, {cls.__name__} is for {cls._described()}"
+            raise RuntimeError(f"{told}; use -tr {trainer_of(section.method)}, or run: {PLAN_COMMAND}")
         return section
 
     @classmethod
@@ -196,6 +194,7 @@ class _ViTTrainer(nnUNetTrainer):
         # first, before data loaders start their processes
         if self.device.type == "cpu":
             set_freed_memory(keep=True)
+            use_allowed_cores()
         if not self.was_initialized:
             self.initialize()
         if self.current_epoch == 0 and not self.continues:

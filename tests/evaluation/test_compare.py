@@ -494,7 +494,7 @@ def test_axes_of_metrics_without_a_bound_have_ticks(nnunet, tmp_path, drawn, lar
 
 def test_the_same_dice_give_the_same_files(nnunet, tmp_path):
     """docs/evidence, whose cases.csv holds all that the other files are made of."""
-    evidence, name = Path(__file__).parents[2] / "docs" / "evidence", "Dataset503_BrainTissue"
+    evidence, name = Path(__file__).parents[2] / "docs" / "evidence" / "few_shot", "Dataset503_BrainTissue"
     halves = [["MNI09a_L", "MNI09a_R"], ["SRI24_L", "SRI24_R"]]
     (nnunet.preprocessed / name).mkdir()
     splits = [{"train": halves[1 - i], "val": halves[i]} for i in range(2)]

@@ -1,0 +1,206 @@
+"""What the runs of `run.py` came to, as small files: Dice and surface Dice of every case, learning curves, losses of
+pretraining, probes, digests of all that went in; and the pictures that need images."""
+
+import argparse
+import csv
+import json
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from protocol import ALL, BUDGETS, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TASKS, TUNING, Task
+from run import CONFIGURATION, FINISHED, Evidence, Training, dataset_name, nnunet_folder, pretrainings
+
+from nnunetv2_hiendmae import load_encoder
+from nnunetv2_hiendmae.architectures import build_encoder
+from nnunetv2_hiendmae.evaluation.surfaces import NSD, measure
+from nnunetv2_hiendmae.figures import overlay_picture
+from nnunetv2_hiendmae.files import LOG, sha256, write_text
+from nnunetv2_hiendmae.pretraining.probe import Probe
+from nnunetv2_hiendmae.training.labelled import find_labelled
+
+FOLDS = {ONE_SHOT: "1-shot", ALL: "all", TUNING: "tuning"}
+# of the loss of a pretraining
+PARTS = 10
+RANDOM_PROBES = 5
+DECIMALS = 6
+
+
+def finished(evidence: Evidence, task: Task) -> list[Training]:
+    """Trainings on test cases that are complete."""
+    if not evidence.chosen(task):
+        return []
+    return [training for training in evidence.trainings(task) if (training.folder() / FINISHED).exists()]
+
+
+def cases(training: Training) -> Iterator[dict[str, Any]]:
+    """Dice by nnU-Net and surface Dice of every class that a case's truth holds."""
+    summary = json.loads((training.folder() / FINISHED).read_text())
+    labels = json.loads((nnunet_folder("raw") / dataset_name(training.task.number) / "dataset.json").read_text())[
+        "labels"
+    ]
+    for case in summary["metric_per_case"]:
+        # the path may be one of another machine
+        name = Path(case["prediction_file"]).name
+        reference = nnunet_folder("raw") / dataset_name(training.task.number) / "labelsTr" / name
+        truth, predicted = (sitk.ReadImage(str(file)) for file in (reference, training.folder() / "validation" / name))
+        arrays = [sitk.GetArrayFromImage(image) for image in (truth, predicted)]
+        for label, value in labels.items():
+            if value == 0 or not case["metrics"][str(value)]["n_ref"]:
+                continue
+            masks = (array == value for array in arrays)
+            surface = measure(*masks, truth.GetSpacing()[::-1], training.task.tolerance_mm)[NSD]
+            dice = case["metrics"][str(value)]["Dice"]
+            scores = {"dice": round(dice, DECIMALS), "nsd": round(surface, DECIMALS)}
+            yield {**key(training), "case": name.split(".")[0], "class": label, **scores}
+
+
+def curve(training: Training) -> Iterator[dict[str, Any]]:
+    """nnU-Net's pseudo Dice on crops of the validation cases, by epoch."""
+    kept = torch.load(training.folder() / "checkpoint_final.pth", map_location="cpu", weights_only=False)["logging"]
+    for epoch, (dice, loss) in enumerate(zip(kept["mean_fg_dice"], kept["train_losses"], strict=True)):
+        values = {"pseudo_dice": round(float(dice), DECIMALS), "train_loss": round(float(loss), DECIMALS)}
+        yield {**key(training), "epoch": epoch, **values}
+
+
+def key(training: Training) -> dict[str, Any]:
+    """What names a training in all files."""
+    fold = FOLDS[training.fold]
+    return {"task": training.task.number, "arm": training.arm.name, "seed": training.seed, "fold": fold}
+
+
+def about(evidence: Evidence, training: Training) -> dict[str, Any]:
+    """What a training was made from."""
+    plans = nnunet_folder("preprocessed") / dataset_name(training.task.number) / f"{training.plans}.json"
+    encoder = evidence.encoder_file(training.task, training.arm.encoder)
+    used = None if training.arm.method is None else sha256(encoder)
+    made = {"lr": training.lr, "trainer": training.trainer, "plans_sha256": sha256(plans), "encoder_sha256": used}
+    return {**key(training), **made}
+
+
+def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
+    """Losses by tenths of the run, and what it was made from."""
+    file = evidence.encoder_file(task, name)
+    lines = [json.loads(line) for line in (file.parent / LOG).read_text().splitlines() if line.strip()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    parts = np.array_split(losses, min(PARTS, len(losses)))
+    run = json.loads((file.parent / "run.json").read_text())
+    return {
+        "task": task.number,
+        "name": name,
+        "method": run["method"],
+        "seed": run["seed"],
+        "steps": len(losses),
+        "losses": [round(fmean(part), 4) for part in parts],
+        "encoder_sha256": sha256(file),
+        "run_sha256": sha256(file.parent / "run.json"),
+    }
+
+
+def probes(evidence: Evidence, task: Task, names: list[str], plans: str) -> Iterator[dict[str, Any]]:
+    """Ridge probes fitted on all training cases, tested on the test cases: of every encoder, random ones and voxels.
+    `plans` have the arrays."""
+    found = find_labelled(task.number, plans, CONFIGURATION, ALL)
+    first, _ = load_encoder(evidence.encoder_file(task, names[0]))
+    probe = Probe(found, first.spec)
+    yield {"task": task.number, "encoder": "voxels", "seed": None, "dice": probe.of_voxels(), "effective_rank": None}
+    for name in names:
+        encoder, _ = load_encoder(evidence.encoder_file(task, name))
+        yield _probed(task, probe, name, None, encoder)
+    for seed in range(RANDOM_PROBES):
+        torch.manual_seed(seed)
+        yield _probed(task, probe, RANDOM, seed, build_encoder(first.spec).eval())
+
+
+def _probed(task: Task, probe: Probe, name: str, seed: int | None, encoder: torch.nn.Module) -> dict[str, Any]:
+    result = probe.of_encoder(encoder)
+    named = {"task": task.number, "encoder": name, "seed": seed}
+    return {**named, "dice": result.dice, "effective_rank": result.effective_rank}
+
+
+def digests(task: Task) -> dict[str, dict[str, str]]:
+    """SHA-256 of images and labels, by dataset."""
+    found = {}
+    numbers = [task.number, *(pool.number for pool in (task.pool, *task.pools.values()))]
+    for name in map(dataset_name, numbers):
+        files = sorted((nnunet_folder("raw") / name).glob("*Tr/*"))
+        found[name] = {f"{file.parent.name}/{file.name}": sha256(file) for file in files}
+    return found
+
+
+def pictures(task: Task, done: list[Training], evidence: Evidence, folder: Path) -> None:
+    """Truth, scratch and the first method's prediction of the first test case, and both encoders' attention."""
+    case = next(iter(task.test.values()))[0]
+    raw = nnunet_folder("raw") / dataset_name(task.number)
+    image = raw / "imagesTr" / f"{case}_0000.nii.gz"
+    shown = {
+        t.arm.name: t.folder() / "validation" / f"{case}.nii.gz" for t in done if (t.seed, t.fold) == (SEEDS[0], ALL)
+    }
+    wanted = {"reference": raw / "labelsTr" / f"{case}.nii.gz"}
+    wanted |= {name: shown[name] for name in (SCRATCH, *task.arms) if name in shown}
+    classes = {k: v for k, v in json.loads((raw / "dataset.json").read_text())["labels"].items() if v}
+    window = (-175.0, 250.0) if task.number == 506 else None
+    if len(wanted) > 1:
+        title = f"{raw.name}, {case}, all training cases, seed {SEEDS[0]}"
+        overlay_picture(folder / f"overlay_{task.number}.png", image, wanted, classes, window=window, title=title)
+    for name in (task.arms[0], RANDOM) if task.frozen else ():
+        target = evidence.output / f"{task.number}_attention_{name}"
+        size = sitk.ReadImage(str(image)).GetSize()[::-1]
+        line = ["hiendmae", "attention", "-w", str(evidence.encoder_file(task, name)), "--image", str(image)]
+        subprocess.run(
+            [*line, "--voxel", *(str(n // 2) for n in size), "-o", str(target)], check=True, capture_output=True
+        )
+        shutil.copyfile(next(target.glob("*.png")), folder / f"attention_{task.number}_{name}.png")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A table with the keys of the first row."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", type=Path, help="output of run.py")
+    parser.add_argument("folder", type=Path, help="docs/evidence")
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    args = parser.parse_args()
+    evidence, folder = Evidence(Path(), args.runs, 1, BUDGETS[args.budget]), args.folder
+    tables: dict[str, list] = {name: [] for name in ("cases", "curves", "trainings", "pretraining", "probes")}
+    rates, data = {}, {}
+    for task in TASKS:
+        done = finished(evidence, task)
+        files = {name: evidence.encoder_file(task, name) for name, *_ in pretrainings(task, evidence.budget)}
+        names = [name for name, file in files.items() if (file.parent / "finished").exists()]
+        if not done:
+            continue
+        tables["cases"] += [row for training in done for row in cases(training)]
+        tables["curves"] += [row for training in done for row in curve(training)]
+        tables["trainings"] += [about(evidence, training) for training in done]
+        tables["pretraining"] += [pretraining(evidence, task, name) for name in names]
+        tables["probes"] += probes(evidence, task, [name for name in names if name != RANDOM], done[0].plans)
+        rates[str(task.number)], data = evidence.chosen(task), data | digests(task)
+        pictures(task, done, evidence, folder)
+    for name in ("cases", "curves"):
+        write_csv(folder / f"{name}.csv", tables[name])
+    versions = json.loads((args.runs / "versions.json").read_text())
+    machine = {"processor": platform.machine(), "versions": versions}
+    rest = {
+        "machine": machine,
+        "learning_rates": rates,
+        **{k: tables[k] for k in ("trainings", "pretraining", "probes")},
+    }
+    write_text(folder / "runs.json", json.dumps({**rest, "data_sha256": data}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

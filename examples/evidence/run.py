@@ -1,0 +1,301 @@
+"""Runs the protocol: pretraining by `hiendmae pretrain`, plans by `hiendmae plan`, training by nnU-Net's own function.
+What is finished is skipped, what was interrupted continues. Use `examples/evidence.sh`, which sets the variables."""
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import make_task
+from protocol import (
+    ALL,
+    BUDGETS,
+    FROZEN,
+    ONE_SHOT,
+    RANDOM,
+    SCRATCH,
+    SEEDS,
+    TASKS,
+    TUNING,
+    TUNING_SEED,
+    Budget,
+    Pool,
+    Task,
+)
+
+from nnunetv2_hiendmae import plan
+from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.recipes import TRAINERS
+
+PLANS = "Evidence"
+CONFIGURATION = "3d_fullres"
+FINISHED = "validation/summary.json"
+logger = logging.getLogger("evidence")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How fine-tuning starts: `encoder` names a pretraining, `method` is its method or None, from scratch."""
+
+    name: str
+    encoder: str
+    method: str | None
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """One fold of one arm."""
+
+    task: Task
+    arm: Arm
+    lr: float
+    seed: int
+    fold: int
+
+    @property
+    def plans(self) -> str:
+        """Name of its plans."""
+        return f"Evidence_{self.arm.name}_lr{self.lr:g}_seed{self.seed}"
+
+    @property
+    def trainer(self) -> str:
+        """nnU-Net's name of its trainer class."""
+        return TRAINERS[self.arm.method]
+
+    def folder(self) -> Path:
+        """Of its results."""
+        results = nnunet_folder("results") / dataset_name(self.task.number)
+        return results / f"{self.trainer}__{self.plans}__{CONFIGURATION}" / f"fold_{self.fold}"
+
+
+def nnunet_folder(kind: str) -> Path:
+    """Folder for raw, preprocessed or results."""
+    return Path(os.environ[f"nnUNet_{kind}"])
+
+
+def dataset_name(number: int) -> str:
+    """Of a dataset in nnUNet_raw."""
+    return next(nnunet_folder("raw").glob(f"Dataset{number:03d}_*")).name
+
+
+def arms(task: Task) -> dict[str, Arm]:
+    """All arms of a task by name, those that are tuned first."""
+    first = task.arms[0]
+    tuned = [Arm(SCRATCH, first, None), *(Arm(method, method, method) for method in task.arms)]
+    frozen = [Arm(method + FROZEN, method, method, frozen=True) for method in task.frozen]
+    if frozen:
+        frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
+    pools = [
+        Arm(f"{task.pool_method}_pool{name}", f"{task.pool_method}_pool{name}", task.pool_method) for name in task.pools
+    ]
+    return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
+
+
+def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
+    """Name, method, pool, steps and learning rate of each, in the order of the runs."""
+    for method in task.arms:
+        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
+    if task.frozen:
+        yield RANDOM, task.arms[0], task.pool, 1, 1e-12
+    for name, pool in task.pools.items():
+        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
+
+
+class Evidence:
+    """Everything that is computed, below one folder.
+
+    Args:
+        output: pretraining runs, logs and chosen learning rates.
+        jobs: at the same time, of one thread each on a CPU.
+    """
+
+    def __init__(self, data: Path, output: Path, jobs: int, budget: Budget):
+        self.data, self.output, self.jobs, self.budget = data, output, jobs, budget
+        output.mkdir(parents=True, exist_ok=True)
+
+    def note_versions(self) -> None:
+        """Adds this checkout's commit and what it runs on to those of earlier runs into the same folder."""
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        now = {"commit": commit, **{name: version(name) for name in ("nnunetv2", "torch", "timm", "numpy")}}
+        file = self.output / "versions.json"
+        earlier = json.loads(file.read_text()) if file.exists() else []
+        if now not in earlier:
+            write_text(file, json.dumps([*earlier, now], indent=1) + "\n")
+
+    def prepare(self, task: Task) -> None:
+        """Datasets, and arrays for pretraining."""
+        make_task(task, self.data, nnunet_folder("raw"), nnunet_folder("preprocessed"))
+        pools = [str(pool.number) for pool in (task.pool, *task.pools.values())]
+        like = "mri" if task.channel == "MR" else "hiendmae"
+        spacing = ["--spacing", *[f"{self.budget.spacing_mm[task.number]:g}"] * 3]
+        line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
+        self._logged(f"{task.number}_preprocess", line)
+
+    def pretrain(self, runs: list[tuple[Task, str, str, Pool, int, float]]) -> None:
+        """Several pretrainings, of the form of `pretrainings`."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(lambda run: self._pretrain(*run), runs))
+
+    def _pretrain(self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float) -> None:
+        folder = self.encoder_file(task, name).parent
+        if (folder / "finished").exists():
+            return
+        budget = self.budget
+        per_epoch = min(steps, budget.steps_per_epoch)
+        line = [
+            "hiendmae", "pretrain", "-d", str(pool.number), "-p", PLANS, "--method", method,
+            "--encoder", budget.encoder, "--crop-size", *map(str, budget.crop), "--lr", str(lr),
+            "--batch-size", str(budget.samples[method]),
+            "--epochs", str(steps // per_epoch), "--steps-per-epoch", str(per_epoch),
+            "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "-device", budget.device,
+            "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
+        ]  # fmt: skip
+        if options := budget.options.get(method):
+            line += ["--set", *options]
+        if (folder / "run.json").exists():
+            line.append("--c")
+        self._logged(f"{task.number}_pretrain_{name}", line)
+        (folder / "finished").touch()
+
+    def encoder_file(self, task: Task, name: str) -> Path:
+        """Of a pretraining."""
+        return self.output / f"{task.number}_pretrain_{name}" / "encoder.safetensors"
+
+    def tune(self, task: Task) -> None:
+        """Chooses each arm's learning rate by Dice of the tuning fold."""
+        chosen = self.chosen(task)
+        tuned = [arm for arm in arms(task).values() if arm.name == SCRATCH or arm.name in task.arms or arm.frozen]
+        found = {
+            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates]
+            for arm in tuned
+        }
+        self.train([training for trainings in found.values() for training in trainings])
+        for name, trainings in found.items():
+            dice = {f"{training.lr:g}": mean_dice(training.folder()) for training in trainings}
+            best = max(dice, key=dice.__getitem__)
+            chosen[name] = {"lr": float(best), "dice": dice}
+        self._chosen_file(task).write_text(json.dumps(chosen, indent=2) + "\n")
+
+    def chosen(self, task: Task) -> dict[str, dict]:
+        """Chosen learning rate of every tuned arm, and the Dice of each rate."""
+        file = self._chosen_file(task)
+        return json.loads(file.read_text()) if file.exists() else {}
+
+    def trainings(self, task: Task) -> list[Training]:
+        """Those on test cases, by seed first, so that a run that is stopped has all arms. A further pool's arm has the
+        rate of its method."""
+        rates = {name: found["lr"] for name, found in self.chosen(task).items()}
+        made = []
+        for seed in SEEDS:
+            for arm in arms(task).values():
+                folds = (ONE_SHOT, ALL) if arm.name == SCRATCH or arm.name in task.arms else (ONE_SHOT,)
+                lr = rates.get(arm.name) or rates[task.pool_method]
+                made += [Training(task, arm, lr, seed, fold) for fold in folds]
+        return made
+
+    def train(self, trainings: list[Training]) -> None:
+        """Plans, arrays and nnU-Net's training of all that is not finished."""
+        todo = [training for training in trainings if not (training.folder() / FINISHED).exists()]
+        for training in todo:
+            self._plan(training)
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self._train, todo))
+
+    def _plan(self, training: Training) -> None:
+        task, arm = training.task, training.arm
+        folder = nnunet_folder("preprocessed") / dataset_name(task.number)
+        if (folder / f"{training.plans}.json").exists():
+            return
+        options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **self.budget.finetuning}
+        encoder = self.encoder_file(task, arm.encoder)
+        options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen}
+        planned = plan(task.number, encoder, plans_name=training.plans, **options)
+        # plans of one dataset with the same settings share their arrays
+        if any("nnUNetv2_preprocess" in line for line in planned.next_commands):
+            line = ["nnUNetv2_preprocess", "-d", str(task.number), "-plans_name", training.plans, "-c", CONFIGURATION]
+            self._logged(f"{task.number}_arrays", [*line, "-np", str(self.jobs)])
+
+    def _train(self, training: Training) -> None:
+        log = self._log(f"{training.task.number}_{training.plans}_fold{training.fold}")
+        arguments = (str(training.task.number), training.fold, training.trainer, training.plans)
+        resume = any((training.folder() / f"checkpoint_{which}.pth").exists() for which in ("latest", "final"))
+        process = SERVER.Process(target=_nnunet_train, args=(*arguments, resume, self.budget.device, str(log)))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"training {training.plans} fold {training.fold} failed, see {log}")
+        logger.info(f"{training.task.number} {training.plans} fold {training.fold}: {mean_dice(training.folder()):.4f}")
+
+    def _chosen_file(self, task: Task) -> Path:
+        return self.output / f"{task.number}_learning_rates.json"
+
+    def _log(self, name: str) -> Path:
+        return self.output / f"{name}.log"
+
+    def _logged(self, name: str, line: list[str]) -> None:
+        with self._log(name).open("w") as log:
+            done = subprocess.run(line, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise SystemExit(f"failed: {' '.join(line)}, see {self._log(name)}")
+        logger.info(f"finished: {name}")
+
+
+def mean_dice(fold: Path) -> float:
+    """nnU-Net's own mean of a fold's validation."""
+    return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
+
+
+def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: bool, device: str, log: str) -> None:
+    """`nnUNetv2_train` in a child of a process that has imported nnU-Net already, its pools children of this one."""
+    import torch
+    from nnunetv2.run.run_training import run_training
+
+    own_context = multiprocessing.get_context
+    multiprocessing.get_context = lambda method=None: own_context("fork")
+    with Path(log).open("a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        where = torch.device(device)
+        run_training(dataset, CONFIGURATION, fold, trainer, plans, continue_training=resume, device=where)
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2_hiendmae.trainers"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path, help="folder of the datasets")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in TASKS])
+    parser.add_argument("--budget", choices=BUDGETS, default="cpu")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
+    args = parser.parse_args()
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("nnunetv2_hiendmae").setLevel(logging.WARNING)
+    evidence = Evidence(args.data, args.output, args.jobs, BUDGETS[args.budget])
+    evidence.note_versions()
+    for task in (task for task in TASKS if task.number in args.tasks):
+        evidence.prepare(task)
+        # further pools last: arms are compared without them
+        last = {name for name in arms(task) if "_pool" in name}
+        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] not in last])
+        evidence.tune(task)
+        trainings = evidence.trainings(task)
+        evidence.train([training for training in trainings if training.arm.name not in last])
+        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] in last])
+        evidence.train(trainings)
+
+
+if __name__ == "__main__":
+    main()

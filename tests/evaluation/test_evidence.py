@@ -1,0 +1,123 @@
+"""docs/evidence.md: numbers are those of the committed files, statistics are right, the protocol leaks nothing."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+import datasets  # noqa: E402
+import protocol  # noqa: E402
+import report  # noqa: E402
+
+TASK, CT_TASK = protocol.TASKS[:2]
+SCRATCH, PERSONS = protocol.SCRATCH, list(TASK.test)
+
+
+def results(arms: dict[str, dict[int, float]]) -> pd.DataFrame:
+    """`cases.csv`: 0.6 and what the arm's seed adds, the same for every case; one class is 0.1 above, one below."""
+    rows = [
+        {"task": TASK.number, "arm": arm, "seed": seed, "fold": "1-shot", "case": case, "class": name, "dice": dice}
+        for arm, gains in arms.items()
+        for seed, gain in gains.items()
+        for cases in TASK.test.values()
+        for case in cases
+        for name, dice in (("CSF", 0.5 + gain), ("GM", 0.7 + gain))
+    ]
+    return pd.DataFrame(rows).assign(nsd=0.5)
+
+
+def test_every_number_of_the_page_is_one_of_the_files():
+    page = (ROOT / "docs" / "evidence.md").read_text(encoding="utf-8")
+    assert report.with_results(page, ROOT / "docs" / "evidence", "evidence/") == page
+
+
+def test_differences_are_paired_by_seed_and_tested_over_seeds():
+    base = {seed: 0.01 * seed for seed in range(5)}
+    gains = np.array([0.02, 0.03, 0.04, 0.05, 0.06])
+    cases = results({SCRATCH: base, "mim": {seed: base[seed] + gain for seed, gain in enumerate(gains)}})
+    values = report.by_seed(cases, TASK)
+    assert list(values.columns) == sorted(PERSONS)
+    assert values.loc[SCRATCH, "1-shot", 3].tolist() == pytest.approx([0.63, 0.63])
+    found = report.differences(values, "mim", SCRATCH, "1-shot")
+    assert found.mean(axis=1).tolist() == pytest.approx(gains.tolist())
+    [text] = report.comparison(cases, TASK, "1-shot", ["mim", "glmae"], SCRATCH)
+    # by hand: mean .04, standard error .01581 / √5 = .00707, t(4, .975) = 2.7764
+    assert "+0.0400 [+0.0204, +0.0596]" in text and "**helps**" in text and "glmae" not in text
+    assert f"{stats.ttest_rel(gains + 0.1, [0.1] * 5).pvalue:.3f}" in text
+
+
+def test_holm_counts_the_methods_of_a_table():
+    noise = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])
+    arms = {SCRATCH: dict.fromkeys(range(5), 0.0)}
+    # alone, p = 0.016
+    arms["mim"] = dict(enumerate(0.025 + noise * 0.9))
+    arms |= {name: dict(enumerate(noise)) for name in ("hiendmae", "glmae", "mae3d")}
+    [alone] = report.comparison(results({k: arms[k] for k in (SCRATCH, "mim")}), TASK, "1-shot", ["mim"], SCRATCH)
+    [among] = report.comparison(results(arms), TASK, "1-shot", list(TASK.arms), SCRATCH)
+    assert "**helps**" in alone and "**helps**" not in among
+
+
+@pytest.mark.parametrize(
+    ("gains", "other_person", "corrected_p", "said"),
+    [
+        ([0.02, 0.03, 0.02, 0.03, 0.02], 0.0, 0.01, "**helps**"),
+        ([-0.02, -0.03, -0.02, -0.03, -0.02], 0.0, 0.01, "**harms**"),
+        # one person loses
+        ([0.02, 0.03, 0.02, 0.03, 0.02], -0.03, 0.01, "open"),
+        ([0.001, -0.002, 0.001, -0.001, 0.002], 0.0, 0.9, "no difference"),
+        ([0.05, -0.05, 0.04, -0.04, 0.01], 0.0, 0.9, "open"),
+        ([0.02, 0.03, 0.02, 0.03], 0.0, 0.01, "seeds are missing"),
+    ],
+)
+def test_verdicts_are_those_of_the_protocol(gains, other_person, corrected_p, said):
+    per_person = pd.DataFrame({"a": np.array(gains), "b": np.array(gains) + other_person})
+    assert report.verdict(per_person, corrected_p) == said
+
+
+@pytest.mark.parametrize("task", protocol.TASKS, ids=lambda task: str(task.number))
+def test_no_test_person_is_in_pretraining_tuning_or_training(task):
+    tests = {case for cases in task.test.values() for case in cases}
+    pools = [set(pool.cases) for pool in (task.pool, *task.pools.values())]
+    assert not tests & {*task.train, *task.tuning}.union(*pools)
+    # names by which a test person's images go elsewhere
+    assert not {"SRI24", "abdomenB", "jointB", "lung2"}.intersection(*pools)
+    assert set(task.arms) <= set(protocol.METHODS) and task.tuning[0] in task.train
+    for budget in protocol.BUDGETS.values():
+        assert task.number in budget.spacing_mm and budget.steps[task.number] % budget.steps_per_epoch == 0
+        assert set(protocol.METHODS) == set(budget.samples)
+
+
+def test_datasets_are_links_with_folds_and_pools(tmp_path):
+    source = tmp_path / "data" / "Dataset506_CTOrgansPseudo"
+    for part, cases in (("Tr", CT_TASK.train), ("Ts", ("B",))):
+        for kind in ("images", "labels"):
+            (source / f"{kind}{part}").mkdir(parents=True)
+            for case in cases:
+                (source / f"{kind}{part}" / f"{case}{'_0000' * (kind == 'images')}.nii.gz").touch()
+    (source / "dataset.json").write_text('{"file_ending": ".nii.gz", "labels": {"background": 0, "liver": 1}}')
+    pool = tmp_path / "data" / "Dataset512_UnlabelledCT"
+    (pool / "imagesTr").mkdir(parents=True)
+    (pool / "dataset.json").write_text('{"file_ending": ".nii.gz", "labels": {"background": 0}}')
+    raw, preprocessed = tmp_path / "raw", tmp_path / "preprocessed"
+    with pytest.raises(SystemExit, match="holds 0 files imagesTr/CTChest4"):
+        datasets.make_task(CT_TASK, tmp_path / "data", raw, preprocessed)
+    for case in CT_TASK.pool.cases:
+        (pool / "imagesTr" / f"{case}_0000.nii.gz").touch()
+    # again, over what is there
+    datasets.make_task(CT_TASK, tmp_path / "data", raw, preprocessed)
+    made = raw / source.name
+    assert sorted(p.name for p in (made / "labelsTr").iterdir()) == [
+        "A_z0.nii.gz",
+        "A_z1.nii.gz",
+        "A_z2.nii.gz",
+        "B.nii.gz",
+    ]
+    folds = pd.read_json(preprocessed / source.name / "splits_final.json")
+    assert folds["val"].tolist() == [["A_z2"], ["B"], ["B"]]
+    assert folds["train"].tolist() == [["A_z1"], ["A_z2"], ["A_z2", "A_z1", "A_z0"]]
+    assert len(list((raw / datasets.pool_name(CT_TASK.pool) / "imagesTr").iterdir())) == 5
