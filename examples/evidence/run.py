@@ -267,7 +267,10 @@ def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: boo
     """`nnUNetv2_train` in a child of a process that has imported nnU-Net already, its pools children of this one."""
     import torch
     from nnunetv2.run.run_training import run_training
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
+    # a picture of the curves after each epoch would be a sixth of a run
+    MetaLogger.plot_progress_png = lambda *_: None
     own_context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: own_context("fork")
     with Path(log).open("a") as file:
