@@ -8,20 +8,27 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from arms import (
+    CONFIGURATION,
+    FINISHED,
+    Training,
+    arms,
+    dataset_name,
+    nnunet_folder,
+    plain,
+    pretrainings,
+    remedies,
+)
 from datasets import make_task
 from protocol import (
-    ALL,
     BUDGETS,
-    FROZEN,
-    ONE_SHOT,
-    RANDOM,
-    SCRATCH,
+    REMEDIES,
+    REMEDY_SEEDS,
     SEEDS,
     TASKS,
     TUNING,
@@ -33,89 +40,9 @@ from protocol import (
 
 from nnunetv2_hiendmae import plan
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.recipes import TRAINERS
 
 PLANS = "Evidence"
-CONFIGURATION = "3d_fullres"
-FINISHED = "validation/summary.json"
 logger = logging.getLogger("evidence")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How fine-tuning starts.
-
-    Args:
-        encoder: name of a pretraining.
-        method: its method; None: from scratch.
-        rate_of: arm that it shares the learning rate with; None: it has its own.
-        folds: of test cases.
-    """
-
-    name: str
-    encoder: str
-    method: str | None
-    frozen: bool = False
-    rate_of: str | None = None
-    folds: tuple[int, ...] = (ONE_SHOT,)
-
-
-@dataclass(frozen=True)
-class Training:
-    """One fold of one arm."""
-
-    task: Task
-    arm: Arm
-    lr: float
-    seed: int
-    fold: int
-
-    @property
-    def plans(self) -> str:
-        """Name of its plans."""
-        return f"Evidence_{self.arm.name}_lr{self.lr:g}_seed{self.seed}"
-
-    @property
-    def trainer(self) -> str:
-        """nnU-Net's name of its trainer class."""
-        return TRAINERS[self.arm.method]
-
-    def folder(self) -> Path:
-        """Of its results."""
-        results = nnunet_folder("results") / dataset_name(self.task.number)
-        return results / f"{self.trainer}__{self.plans}__{CONFIGURATION}" / f"fold_{self.fold}"
-
-
-def nnunet_folder(kind: str) -> Path:
-    """Folder for raw, preprocessed or results."""
-    return Path(os.environ[f"nnUNet_{kind}"])
-
-
-def dataset_name(number: int) -> str:
-    """Of a dataset in nnUNet_raw."""
-    return next(nnunet_folder("raw").glob(f"Dataset{number:03d}_*")).name
-
-
-def arms(task: Task) -> dict[str, Arm]:
-    """All arms of a task by name, those that are tuned first."""
-    first, both = task.arms[0], (ONE_SHOT, ALL)
-    tuned = [Arm(SCRATCH, first, None, folds=both), *(Arm(name, name, name, folds=both) for name in task.arms)]
-    frozen = [Arm(name + FROZEN, name, name, frozen=True) for name in task.frozen]
-    if frozen:
-        frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
-    method = task.pool_method
-    pools = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
-    return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
-
-
-def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
-    """Name, method, pool, steps and learning rate of each, in the order of the runs."""
-    for method in task.arms:
-        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
-    if task.frozen:
-        yield RANDOM, task.arms[0], task.pool, 1, 1e-12
-    for name, pool in task.pools.items():
-        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
 
 
 class Evidence:
@@ -149,12 +76,14 @@ class Evidence:
         line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
         self._logged(f"{task.number}_preprocess", line)
 
-    def pretrain(self, runs: list[tuple[Task, str, str, Pool, int, float]]) -> None:
+    def pretrain(self, runs: list[tuple]) -> None:
         """Several pretrainings, of the form of `pretrainings`."""
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self._pretrain(*run), runs))
 
-    def _pretrain(self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float) -> None:
+    def _pretrain(
+        self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float, more: Sequence[str] = ()
+    ) -> None:
         folder = self.encoder_file(task, name).parent
         if (folder / "finished").exists():
             return
@@ -168,7 +97,7 @@ class Evidence:
             "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "-device", budget.device,
             "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
-        if options := budget.options.get(method):
+        if options := (*budget.options.get(method, ()), *more):
             line += ["--set", *options]
         if (folder / "run.json").exists():
             line.append("--c")
@@ -211,6 +140,26 @@ class Evidence:
             for fold in arm.folds
         ]
 
+    def try_remedies(self, task: Task) -> None:
+        """Pretrains and trains what remedies need."""
+        steps, lr = self.budget.steps[task.number], self.budget.pretrain_lr
+        self.pretrain([
+            (task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, remedy.options)
+            for name, remedy in REMEDIES.items()
+            if remedy.steps or remedy.options
+        ])  # fmt: skip
+        self.train(self.remedy_trainings(task))
+
+    def remedy_trainings(self, task: Task) -> list[Training]:
+        """Those of each remedy on the tuning fold, with the learning rate that its method has."""
+        rates = {name: found["lr"] for name, found in self.chosen(task).items()}
+        return [
+            Training(task, arm, rates[arm.rate_of or arm.name], seed, TUNING)
+            for seed in REMEDY_SEEDS
+            for arm in remedies(task)
+            if (arm.rate_of or arm.name) in rates
+        ]
+
     def train(self, trainings: list[Training]) -> None:
         """Plans, arrays and nnU-Net's training of all that is not finished."""
         todo = [training for training in trainings if not (training.folder() / FINISHED).exists()]
@@ -226,7 +175,7 @@ class Evidence:
             return
         options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **self.budget.finetuning}
         encoder = self.encoder_file(task, arm.encoder)
-        options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen}
+        options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen, **dict(arm.finetuning)}
         planned = plan(task.number, encoder, plans_name=training.plans, **options)
         # plans of one dataset with the same settings share their arrays
         if any("nnUNetv2_preprocess" in line for line in planned.next_commands):
@@ -290,6 +239,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in TASKS])
     parser.add_argument("--arms", nargs="+", help="only these (default: all)")
+    parser.add_argument("--remedies", action="store_true", help="also those, on the tuning fold")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     args = parser.parse_args()
@@ -306,6 +256,8 @@ def main() -> None:
             evidence.pretrain([(task, *run) for run in pretrainings(task, evidence.budget) if run[0] in encoders])
             evidence.tune(task, names)
             evidence.train([training for training in evidence.trainings(task) if training.arm.name in names])
+        if args.remedies:
+            evidence.try_remedies(task)
 
 
 if __name__ == "__main__":
