@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
+from multiprocessing import connection
 from pathlib import Path
 
 from arms import (
@@ -212,12 +214,19 @@ def mean_dice(fold: Path) -> float:
     return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
 
 
+def _end_with_parent() -> None:
+    connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: bool, device: str, log: str) -> None:
     """`nnUNetv2_train` in a child of a process that has imported nnU-Net already, its pools children of this one."""
     import torch
     from nnunetv2.run.run_training import run_training
     from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
+    # a training that outlives its run would meet the next one's in the same folder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # a picture of the curves after each epoch would be a sixth of a run
     MetaLogger.plot_progress_png = lambda *_: None
     own_context = multiprocessing.get_context
