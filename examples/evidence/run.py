@@ -9,10 +9,11 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
-from multiprocessing import connection
 from pathlib import Path
 
 from arms import (
@@ -215,7 +216,10 @@ def mean_dice(fold: Path) -> float:
 
 
 def _end_with_parent() -> None:
-    connection.wait([multiprocessing.parent_process().sentinel])
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(multiprocessing.parent_process().pid, 0)
+            time.sleep(1)
     os._exit(1)
 
 
