@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from importlib.metadata import entry_points
 from multiprocessing.context import ForkServerContext
@@ -22,7 +24,10 @@ from types import SimpleNamespace
 from typing import IO
 
 import nnunetv2.utilities.utils
+from matplotlib.figure import Figure
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 # what the tests' commands import
 PRELOADED = [
@@ -37,6 +42,8 @@ PRELOADED = [
 ]
 TIMEOUT_S = 300
 PROCESSES = "nnUNet_def_n_proc"
+# a variable of commands whose pictures, most of a tiny run's time, are empty files
+UNDRAWN = "UNDRAWN"
 
 
 class _PoolProcess(multiprocessing.context.ForkServerProcess):
@@ -115,6 +122,22 @@ def run(
     return said
 
 
+def run_together(command: Sequence[object], env: Mapping[str, str], processes: int = 2) -> list[str]:
+    """What each of several processes said, which find each other by the variables that torchrun on one machine sets."""
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    shared = {**env, **sizes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "none"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"} for rank in range(processes)]
+    with ThreadPoolExecutor(processes) as threads:
+        return list(threads.map(lambda rank: run(command, {**shared, **rank}), ranks))
+
+
+def free_port() -> str:
+    """Of this machine, for processes that have to find each other."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
 def spawn(command: Sequence[str], **options: object) -> subprocess.Popen:
     """A process of its own, as a user starts it, that leads a process group."""
     program = str(Path(sys.executable).parent / command[0])
@@ -142,24 +165,32 @@ def wait(process: Process | subprocess.Popen, log: str) -> int:
 def quicken_nnunet() -> None:
     """Spares what takes nnU-Net long however small a dataset is, in this process and in the commands.
 
-    Fingerprints are made of 10^4 voxels instead of 10^8, files are listed without forking twelve processes, and a pool
-    that this process needs for a fingerprint is forked from the server.
+    Fingerprints are made of 10^4 voxels instead of 10^8, files are listed without forking twelve processes, prediction
+    takes windows side by side and once instead of eight times as many in eight mirrorings, the picture of the curves,
+    3000 x 5400 pixels after each epoch, is an empty file, and a pool that this process needs for a fingerprint is
+    forked from the server.
     """
     work_little()
     fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: SERVER)
 
 
 def work_little() -> None:
-    """Fingerprints of few voxels, and files listed without processes, from here on."""
+    """What `quicken_nnunet` says, but for the processes of fingerprints, from here on."""
     extractor = fingerprint_extractor.DatasetFingerprintExtractor
-    original = extractor.__init__
+    _set_after_init(extractor, num_foreground_voxels_for_intensitystats=1e4)
+    _set_after_init(nnUNetPredictor, tile_step_size=1, use_mirroring=False)
+    nnunetv2.utilities.utils.Pool = lambda processes: nullcontext(SimpleNamespace(starmap=_starmap))
+    MetaLogger.plot_progress_png = lambda _, folder: Path(folder, "progress.png").touch()
+
+
+def _set_after_init(kind: type, **values: object) -> None:
+    original = kind.__init__
 
     def initialize(self, *arguments, **more):
         original(self, *arguments, **more)
-        self.num_foreground_voxels_for_intensitystats = 1e4
+        vars(self).update(values)
 
-    extractor.__init__ = initialize
-    nnunetv2.utilities.utils.Pool = lambda processes: nullcontext(SimpleNamespace(starmap=_starmap))
+    kind.__init__ = initialize
 
 
 def _starmap(function: Callable, jobs: Iterable[tuple]) -> list:
@@ -177,6 +208,8 @@ def _execute(command: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     _fork_instead_of_spawning()
+    if UNDRAWN in environment:
+        Figure.savefig = lambda _, path, **__: path.touch()
     program, *arguments = command
     if arguments[:1] == ["-m"]:
         _, module, *arguments = arguments

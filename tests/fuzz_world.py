@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from forked import work_little
+from matplotlib.figure import Figure
 from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
 
 from nnunetv2_hiendmae import cli
@@ -107,11 +108,16 @@ def with_header(data: bytes, rng: np.random.Generator) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[8 + size :]
 
 
-def run_commands(commands: list[list[str]], folder: str, environment: dict[str, str], told: str) -> None:
-    """In a child: the commands one after the other, and what each said, took and ended with, as JSON in `told`."""
+def run_commands(
+    commands: list[list[str]], folder: str, environment: dict[str, str], told: str, drawn: str = ""
+) -> None:
+    """In a child: the commands one after the other, and what each said, took and ended with, as JSON in `told`. Of
+    their pictures, which would take most of it, only `drawn` is more than an empty file."""
     os.environ.update(environment)
     os.chdir(folder)
     work_little()
+    save = Figure.savefig
+    Figure.savefig = lambda *at, **how: save(*at, **how) if drawn and drawn in at[1].name else at[1].touch()
     # where a fingerprint is made again: nnU-Net would be imported once more for each
     fingerprint_extractor.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"))
     torch.set_num_threads(1)

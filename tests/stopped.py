@@ -11,8 +11,10 @@ import pkgutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 
 # a command that never gets there tells where it is and ends
 CEILING_S = 300
@@ -31,6 +33,22 @@ def run_and_kill(method: str, calls: int, command: list[str], env: Mapping[str, 
     assert os.WIFSTOPPED(status), f"{command} ended before call {calls} of {method}: {status}"
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
+
+
+def run_until_killed(method: str, calls: int, command: list[str], env: Mapping[str, str]) -> None:
+    """The same in a forked child that kills itself: for commands that start no processes.
+
+    Raises:
+        AssertionError: it ended before.
+    """
+    import forked
+
+    driver = [sys.executable, "-m", Path(__file__).stem, method, str(calls)]
+    with tempfile.NamedTemporaryFile() as log:
+        killed = {**env, STOPPED_BY: "SIGKILL"}
+        process = forked.Process([*driver, *command], env=killed, stdout=log, stderr=subprocess.STDOUT)
+        code = forked.wait(process, log.name)
+        assert code == -signal.SIGKILL, f"{command} → {code}\n{Path(log.name).read_text(encoding='utf-8')[-4000:]}"
 
 
 def _stop_after(method: str, calls: int) -> None:

@@ -21,6 +21,7 @@ from nnunetv2_hiendmae import convert, pretrain
 from nnunetv2_hiendmae.evaluation.draws import Subset
 from nnunetv2_hiendmae.evaluation.folds import RECORD_FILE, SPLITS_FILE, append_folds
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOG, SETTINGS
+from nnunetv2_hiendmae.pretraining.progress import PROGRESS
 from nnunetv2_hiendmae.training import run as run_module
 
 LONGEST_S, MOST_GB = 10.0, 1.5
@@ -61,6 +62,7 @@ class Target:
         damage: bytes and a generator -> damaged bytes.
         variants: how many are tried.
         result: file that the commands leave; where all of them succeed on a damaged file, it must be as without damage.
+        drawn: the picture that what is damaged stands in.
     """
 
     path: str
@@ -68,6 +70,7 @@ class Target:
     commands: tuple[list[str], ...]
     result: str = ""
     variants: int = MANY
+    drawn: str = ""
 
 
 def damaged_json(data: bytes, rng: np.random.Generator) -> bytes:
@@ -99,7 +102,7 @@ TARGETS = {
     "plans": Target(f"{PREPROCESSED}/{PLANS}.json", damaged_json, ([*PRETRAIN, "-o", "new"],), variants=FEW),
     "fingerprint": Target(f"{PREPROCESSED}/dataset_fingerprint.json", damaged_json, (PLAN,)),
     "settings of a run": Target(f"run/{SETTINGS}", damaged_json, (["inspect", "run"], CONTINUE), f"run/{ENCODER}", FEW),
-    "log of a run": Target(f"run/{LOG}", damaged_log, (CONTINUE,), f"run/{ENCODER}", FEW),
+    "log of a run": Target(f"run/{LOG}", damaged_log, (CONTINUE,), f"run/{ENCODER}", FEW, PROGRESS),
     "checkpoint of a run": Target(f"run/{CHECKPOINT}", damaged_bytes, (CONTINUE,), f"run/{ENCODER}", FEW),
     "folds": Target(f"{PREPROCESSED}/{SPLITS_FILE}", damaged_json, FOLDS),
     "record of folds": Target(f"{PREPROCESSED}/{RECORD_FILE}", damaged_json, FOLDS),
@@ -155,7 +158,8 @@ def run(world: Path, folder: Path, target: Target, content: bytes | None) -> tup
         path.unlink()
         path.write_bytes(content)
     environment = make_environment(folder)
-    child = SERVER.Process(target=run_commands, args=(list(target.commands), str(folder), environment, str(told)))
+    arguments = (list(target.commands), str(folder), environment, str(told), target.drawn)
+    child = SERVER.Process(target=run_commands, args=arguments)
     child.start()
     child.join(LONGEST_S * len(target.commands) * 3)
     if child.is_alive():

@@ -12,7 +12,8 @@ from nnunetv2_hiendmae import cli
 
 pytestmark = pytest.mark.slow
 
-SHAPE = (32, 34, 30)
+# small, as OpenMind's plans double it: 80 windows
+SHAPE = (18, 20, 22)
 # fixture, checkpoint, what has to be said of it, network, spacing of the plans: the file's, or the dataset's
 FILES = {
     "openmind": ("nnssl_evamae", "checkpoint.pth", ["--num-heads", 3], "unetr", 1.0),
@@ -42,7 +43,7 @@ def test_from_checkpoint_to_prediction(workplace, tmp_path, monkeypatch, capsys,
     said = hiendmae("convert", checkpoint, "-o", encoder, *hints)
     assert "note: token order " in said and "CC-BY-" in said
     planning = ["plan", "-d", 1, "-w", encoder, "--epochs", 1, "--iterations-per-epoch", 1, "-np", 1]
-    planning += ["--val-iterations-per-epoch", 1, "--patch-size", 16, 16, 16, "--network", network]
+    planning += ["--val-iterations-per-epoch", 1, "--batch-size", 2, "--patch-size", 16, 16, 16, "--network", network]
     planning += ["--decoder-width", 4] if network == "unetr" else []
     said = hiendmae(*planning)
     assert "ZScoreNormalization whatever the channel" in said

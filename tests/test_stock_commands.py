@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write_fingerprint
-from stopped import run_and_kill
+from stopped import run_until_killed
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
 from nnunetv2_hiendmae.trainers.trainers import learning_rate
@@ -23,7 +23,7 @@ def workplace(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def spawning(workplace):
-    """The same, but each command in a process of its own: one run of each script is enough."""
+    """The same, but each command in a process of its own: one run of those that use our code is enough."""
     return replace(workplace, spawned=True)
 
 
@@ -55,7 +55,7 @@ def interrupted(workplace, planned, fold_1):
     script, dataset, configuration, fold, *rest = planned.next_commands[-2].split()
     command = [script, dataset, configuration, fold, *rest, "-device", "cpu"]
     begins = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer.on_epoch_start"
-    run_and_kill(begins, EPOCHS, command, workplace.environment)
+    run_until_killed(begins, EPOCHS, command, workplace.environment)
     workplace.encoder_file.unlink()
     return folder
 
@@ -89,19 +89,19 @@ def test_a_fresh_start_without_the_encoder_file_says_so(workplace, planned, cont
     assert "does not exist" in said and "run: hiendmae plan" in said
 
 
-def test_validation_alone_then_the_best_configuration(workplace, spawning, planned, fold_1, continued):
+def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1, continued):
     validation = workplace.results(planned, 0) / "validation"
     assert not list(validation.glob("*.npz"))
     workplace.train(planned, 0, "--val", "--npz")
     assert (validation / "case_003.npz").is_file()
     model = ["-p", planned.plans_name, "-tr", planned.trainer, "-f", 0, 1]
-    said = spawning.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
+    said = workplace.run("nnUNetv2_find_best_configuration", planned.dataset_id, "-c", "3d_fullres", *model)
     assert f"nnUNetv2_predict -d {planned.dataset_name}" in said and planned.trainer in said
 
 
 def test_prediction_needs_no_encoder_file(spawning, planned, fold_1, continued, tmp_path):
     assert not spawning.encoder_file.exists()
-    segmentation = spawning.predict(planned, tmp_path, 0, 1, processes=1)
+    segmentation = spawning.predict(planned, tmp_path, 0, 1)
     assert segmentation.shape == SHAPE
     # never the ignore label
     assert set(np.unique(segmentation)) <= {0, ORGAN, LESION}
@@ -119,7 +119,8 @@ def test_exported_model_predicts_the_same_elsewhere(workplace, spawning, planned
 
     segmentations, probabilities = [], []
     for place, name in ((workplace, "here"), (elsewhere, "there")):
-        segmentations.append(place.predict(planned, tmp_path / name, 1, more=("--save_probabilities",)))
+        more = ("--save_probabilities",)
+        segmentations.append(place.predict(planned, tmp_path / name, 1, more=more, processes=int(place is workplace)))
         with np.load(tmp_path / name / "test_000.npz") as stored:
             probabilities.append(stored["probabilities"])
     assert np.array_equal(*segmentations)
@@ -128,14 +129,14 @@ def test_exported_model_predicts_the_same_elsewhere(workplace, spawning, planned
 
 
 def test_regions_from_scratch_on_all_cases(tmp_path):
-    # in processes of its own
-    workplace = replace(make_workplace(tmp_path / "nnunet"), spawned=True)
+    workplace = make_workplace(tmp_path / "nnunet")
     regions = {"background": 0, "whole": [ORGAN, LESION], "lesion": LESION}
     order = {"regions_class_order": [ORGAN, LESION]}
     name = make_dataset(workplace.folders, 2, cases=2, shape=SHAPE, labels=regions, extra_json=order)
     write_fingerprint(workplace.folders, name)
     planned = prepare(workplace, name, epochs=1, warmup_epochs=0, from_scratch=True)
-    said = workplace.train(planned, "all")
+    # in a process of its own, with all that the others are spared
+    said = replace(workplace, spawned=True).train(planned, "all")
     assert "Encoder weights" not in said
     summary = json.loads((workplace.results(planned, "all") / "validation" / "summary.json").read_text())
     assert len(summary["mean"]) == 2 and len(summary["metric_per_case"]) == 2

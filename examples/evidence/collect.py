@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from arms import CONFIGURATION, FINISHED, Training, dataset_name, nnunet_folder, pretrainings
 from protocol import ALL, BUDGETS, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TASKS, TUNING, Task
-from run import CONFIGURATION, FINISHED, Evidence, Training, dataset_name, nnunet_folder, pretrainings
+from run import Evidence
 
 from nnunetv2_hiendmae import load_encoder
 from nnunetv2_hiendmae.architectures import build_encoder
@@ -34,10 +35,11 @@ DECIMALS = 6
 
 
 def finished(evidence: Evidence, task: Task) -> list[Training]:
-    """Trainings on test cases that are complete."""
+    """Trainings on test cases, and of remedies, that are complete."""
     if not evidence.chosen(task):
         return []
-    return [training for training in evidence.trainings(task) if (training.folder() / FINISHED).exists()]
+    all_of_them = [*evidence.trainings(task), *evidence.remedy_trainings(task)]
+    return [training for training in all_of_them if (training.folder() / FINISHED).exists()]
 
 
 def cases(training: Training) -> Iterator[dict[str, Any]]:

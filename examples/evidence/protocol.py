@@ -15,6 +15,36 @@ SCRATCH = "scratch"
 RANDOM = "random"
 FROZEN = "_frozen"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
+# of the remedies, on the tuning fold
+REMEDY_SEEDS = (100, 101, 102)
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """One change, to be tried on the tuning fold where pretraining does not help.
+
+    Args:
+        method: pretraining method that is changed.
+        finetuning: fields of `PlanOptions`.
+        steps: of another pretraining; None: those of the method.
+        options: of another pretraining; none: those of the method.
+    """
+
+    method: str = "hiendmae"
+    finetuning: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    options: tuple[str, ...] = ()
+
+
+REMEDIES = {
+    "decoder first": Remedy(finetuning={"decoder_warmup": 5}),
+    "slow encoder": Remedy(finetuning={"encoder_lr_scale": 0.1}),
+    "layer decay": Remedy(finetuning={"layer_decay": 0.75}),
+    "frozen": Remedy(finetuning={"freeze_encoder": True}),
+    "short pretraining": Remedy(steps=1000),
+    "half masked": Remedy(options=("mask_ratio=0.5",)),
+    "plain targets": Remedy(method="mae3d", options=("normalize_target=False",)),
+}
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from arms import plain
 from matplotlib.figure import Figure
-from protocol import RANDOM, SCRATCH, SEEDS, TASKS, Task
+from protocol import RANDOM, REMEDIES, REMEDY_SEEDS, SCRATCH, SEEDS, TASKS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -24,8 +25,8 @@ PNG = {"format": "png", "dpi": 110, "metadata": {"Software": None}}
 
 
 def by_seed(cases: pd.DataFrame, task: Task, measure: str = "dice") -> pd.DataFrame:
-    """(arm, fold, seed) x test person: mean over classes, then over the person's cases."""
-    person = {case: name for name, members in task.test.items() for case in members}
+    """(arm, fold, seed) x person: mean over classes, then over the person's cases."""
+    person = {task.tuning[1]: "tuning", **{case: name for name, members in task.test.items() for case in members}}
     own = cases[cases["task"] == task.number]
     per_case = own.groupby(["arm", "fold", "seed", "case"])[measure].mean().reset_index()
     per_case["person"] = per_case["case"].map(person)
@@ -34,7 +35,7 @@ def by_seed(cases: pd.DataFrame, task: Task, measure: str = "dice") -> pd.DataFr
 
 def differences(values: pd.DataFrame, arm: str, baseline: str, fold: str) -> pd.DataFrame:
     """Seed x person, of the seeds that both arms have."""
-    return (values.loc[arm, fold] - values.loc[baseline, fold]).dropna()
+    return (values.loc[arm, fold] - values.loc[baseline, fold]).dropna(how="all").dropna(axis="columns")
 
 
 def interval(sample: np.ndarray, level: float) -> tuple[float, float]:
@@ -46,10 +47,10 @@ def interval(sample: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def verdict(per_person: pd.DataFrame, corrected_p: float) -> str:
+def verdict(per_person: pd.DataFrame, corrected_p: float, seeds: int = len(SEEDS)) -> str:
     """What the protocol says of paired differences, seed x person."""
     sample, means = per_person.mean(axis=1).to_numpy(), per_person.mean()
-    if len(sample) < len(SEEDS):
+    if len(sample) < seeds:
         return "seeds are missing"
     if corrected_p < ALPHA and ((means > 0).all() or (means < 0).all()):
         return "**helps**" if sample.mean() > 0 else "**harms**"
@@ -57,7 +58,9 @@ def verdict(per_person: pd.DataFrame, corrected_p: float) -> str:
     return "no difference" if low > -MARGIN and high < MARGIN else "open"
 
 
-def comparison(cases: pd.DataFrame, task: Task, fold: str, names: list[str], baseline: str) -> Iterator[str]:
+def comparison(
+    cases: pd.DataFrame, task: Task, fold: str, names: list[str], baseline: str, seeds: int = len(SEEDS)
+) -> Iterator[str]:
     """Table of arms against a baseline; arms that have no results are left out."""
     dice, nsd = by_seed(cases, task), by_seed(cases, task, "nsd")
     there = [name for name in names if (name, fold) in dice.index.droplevel("seed")]
@@ -84,7 +87,7 @@ def comparison(cases: pd.DataFrame, task: Task, fold: str, names: list[str], bas
         found, sample = compared[name], samples[name]
         low, high = interval(sample, 0.95)
         persons = ", ".join(f"{person} {value:+.4f}" for person, value in found.mean().items())
-        said = verdict(found, corrected[name])
+        said = verdict(found, corrected[name], seeds)
         told = [
             f"{sample.mean():+.4f} [{low:+.4f}, {high:+.4f}]",
             f"{p[name]:.3f}",
@@ -172,6 +175,11 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             yield from (
                 f"Size of the pool, 1-shot ({task.pool_method} has {len(task.pool.cases)}):\n\n{t}" for t in found
             )
+        tried = [plain(name) for name in REMEDIES]
+        names = [*sorted({remedy.method for remedy in REMEDIES.values()}), *tried]
+        if set(tried) & set(cases["arm"]):
+            for text in comparison(cases, task, "tuning", names, SCRATCH, len(REMEDY_SEEDS)):
+                yield f"Remedies, tuning fold, {len(REMEDY_SEEDS)} seeds:\n\n{text}"
         yield f"Dice per class, all training cases:\n\n{classes(cases, task, 'all')}"
         figures = ("dots", "curves", "overlay")
         yield "\n".join(

@@ -8,20 +8,30 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
+from arms import (
+    CONFIGURATION,
+    FINISHED,
+    Training,
+    arms,
+    dataset_name,
+    nnunet_folder,
+    plain,
+    pretrainings,
+    remedies,
+)
 from datasets import make_task
 from protocol import (
-    ALL,
     BUDGETS,
-    FROZEN,
-    ONE_SHOT,
-    RANDOM,
-    SCRATCH,
+    REMEDIES,
+    REMEDY_SEEDS,
     SEEDS,
     TASKS,
     TUNING,
@@ -33,81 +43,9 @@ from protocol import (
 
 from nnunetv2_hiendmae import plan
 from nnunetv2_hiendmae.files import write_text
-from nnunetv2_hiendmae.recipes import TRAINERS
 
 PLANS = "Evidence"
-CONFIGURATION = "3d_fullres"
-FINISHED = "validation/summary.json"
 logger = logging.getLogger("evidence")
-
-
-@dataclass(frozen=True)
-class Arm:
-    """How fine-tuning starts: `encoder` names a pretraining, `method` is its method or None, from scratch."""
-
-    name: str
-    encoder: str
-    method: str | None
-    frozen: bool = False
-
-
-@dataclass(frozen=True)
-class Training:
-    """One fold of one arm."""
-
-    task: Task
-    arm: Arm
-    lr: float
-    seed: int
-    fold: int
-
-    @property
-    def plans(self) -> str:
-        """Name of its plans."""
-        return f"Evidence_{self.arm.name}_lr{self.lr:g}_seed{self.seed}"
-
-    @property
-    def trainer(self) -> str:
-        """nnU-Net's name of its trainer class."""
-        return TRAINERS[self.arm.method]
-
-    def folder(self) -> Path:
-        """Of its results."""
-        results = nnunet_folder("results") / dataset_name(self.task.number)
-        return results / f"{self.trainer}__{self.plans}__{CONFIGURATION}" / f"fold_{self.fold}"
-
-
-def nnunet_folder(kind: str) -> Path:
-    """Folder for raw, preprocessed or results."""
-    return Path(os.environ[f"nnUNet_{kind}"])
-
-
-def dataset_name(number: int) -> str:
-    """Of a dataset in nnUNet_raw."""
-    return next(nnunet_folder("raw").glob(f"Dataset{number:03d}_*")).name
-
-
-def arms(task: Task) -> dict[str, Arm]:
-    """All arms of a task by name, those that are tuned first."""
-    first = task.arms[0]
-    tuned = [Arm(SCRATCH, first, None), *(Arm(method, method, method) for method in task.arms)]
-    frozen = [Arm(method + FROZEN, method, method, frozen=True) for method in task.frozen]
-    if frozen:
-        frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
-    pools = [
-        Arm(f"{task.pool_method}_pool{name}", f"{task.pool_method}_pool{name}", task.pool_method) for name in task.pools
-    ]
-    return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
-
-
-def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
-    """Name, method, pool, steps and learning rate of each, in the order of the runs."""
-    for method in task.arms:
-        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
-    if task.frozen:
-        yield RANDOM, task.arms[0], task.pool, 1, 1e-12
-    for name, pool in task.pools.items():
-        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
 
 
 class Evidence:
@@ -141,12 +79,14 @@ class Evidence:
         line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
         self._logged(f"{task.number}_preprocess", line)
 
-    def pretrain(self, runs: list[tuple[Task, str, str, Pool, int, float]]) -> None:
+    def pretrain(self, runs: list[tuple]) -> None:
         """Several pretrainings, of the form of `pretrainings`."""
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(lambda run: self._pretrain(*run), runs))
 
-    def _pretrain(self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float) -> None:
+    def _pretrain(
+        self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float, more: Sequence[str] = ()
+    ) -> None:
         folder = self.encoder_file(task, name).parent
         if (folder / "finished").exists():
             return
@@ -160,7 +100,7 @@ class Evidence:
             "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "-device", budget.device,
             "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
-        if options := budget.options.get(method):
+        if options := (*budget.options.get(method, ()), *more):
             line += ["--set", *options]
         if (folder / "run.json").exists():
             line.append("--c")
@@ -171,10 +111,10 @@ class Evidence:
         """Of a pretraining."""
         return self.output / f"{task.number}_pretrain_{name}" / "encoder.safetensors"
 
-    def tune(self, task: Task) -> None:
-        """Chooses each arm's learning rate by Dice of the tuning fold."""
+    def tune(self, task: Task, names: Collection[str]) -> None:
+        """Chooses learning rates by Dice of the tuning fold, of the named arms that have one of their own."""
         chosen = self.chosen(task)
-        tuned = [arm for arm in arms(task).values() if arm.name == SCRATCH or arm.name in task.arms or arm.frozen]
+        tuned = [arm for arm in arms(task).values() if arm.name in names and arm.rate_of is None]
         found = {
             arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates]
             for arm in tuned
@@ -192,16 +132,36 @@ class Evidence:
         return json.loads(file.read_text()) if file.exists() else {}
 
     def trainings(self, task: Task) -> list[Training]:
-        """Those on test cases, by seed first, so that a run that is stopped has all arms. A further pool's arm has the
-        rate of its method."""
+        """Those on test cases of all arms with a learning rate; by seed first, so that a run that is stopped has all
+        arms."""
         rates = {name: found["lr"] for name, found in self.chosen(task).items()}
-        made = []
-        for seed in SEEDS:
-            for arm in arms(task).values():
-                folds = (ONE_SHOT, ALL) if arm.name == SCRATCH or arm.name in task.arms else (ONE_SHOT,)
-                lr = rates.get(arm.name) or rates[task.pool_method]
-                made += [Training(task, arm, lr, seed, fold) for fold in folds]
-        return made
+        return [
+            Training(task, arm, rates[arm.rate_of or arm.name], seed, fold)
+            for seed in SEEDS
+            for arm in arms(task).values()
+            if (arm.rate_of or arm.name) in rates
+            for fold in arm.folds
+        ]
+
+    def try_remedies(self, task: Task) -> None:
+        """Pretrains and trains what remedies need."""
+        steps, lr = self.budget.steps[task.number], self.budget.pretrain_lr
+        self.pretrain([
+            (task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, remedy.options)
+            for name, remedy in REMEDIES.items()
+            if remedy.steps or remedy.options
+        ])  # fmt: skip
+        self.train(self.remedy_trainings(task))
+
+    def remedy_trainings(self, task: Task) -> list[Training]:
+        """Those of each remedy on the tuning fold, with the learning rate that its method has."""
+        rates = {name: found["lr"] for name, found in self.chosen(task).items()}
+        return [
+            Training(task, arm, rates[arm.rate_of or arm.name], seed, TUNING)
+            for seed in REMEDY_SEEDS
+            for arm in remedies(task)
+            if (arm.rate_of or arm.name) in rates
+        ]
 
     def train(self, trainings: list[Training]) -> None:
         """Plans, arrays and nnU-Net's training of all that is not finished."""
@@ -218,7 +178,7 @@ class Evidence:
             return
         options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **self.budget.finetuning}
         encoder = self.encoder_file(task, arm.encoder)
-        options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen}
+        options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen, **dict(arm.finetuning)}
         planned = plan(task.number, encoder, plans_name=training.plans, **options)
         # plans of one dataset with the same settings share their arrays
         if any("nnUNetv2_preprocess" in line for line in planned.next_commands):
@@ -255,11 +215,24 @@ def mean_dice(fold: Path) -> float:
     return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
 
 
+def _end_with_parent() -> None:
+    with suppress(ProcessLookupError):
+        while True:
+            os.kill(multiprocessing.parent_process().pid, 0)
+            time.sleep(1)
+    os._exit(1)
+
+
 def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: bool, device: str, log: str) -> None:
     """`nnUNetv2_train` in a child of a process that has imported nnU-Net already, its pools children of this one."""
     import torch
     from nnunetv2.run.run_training import run_training
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
+    # a training that outlives its run would meet the next one's in the same folder
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # a picture of the curves after each epoch would be a sixth of a run
+    MetaLogger.plot_progress_png = lambda *_: None
     own_context = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: own_context("fork")
     with Path(log).open("a") as file:
@@ -278,6 +251,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of the datasets")
     parser.add_argument("output", type=Path)
     parser.add_argument("--tasks", type=int, nargs="+", default=[task.number for task in TASKS])
+    parser.add_argument("--arms", nargs="+", help="only these (default: all)")
+    parser.add_argument("--remedies", action="store_true", help="also those, on the tuning fold")
     parser.add_argument("--budget", choices=BUDGETS, default="cpu")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="at the same time")
     args = parser.parse_args()
@@ -287,14 +262,15 @@ def main() -> None:
     evidence.note_versions()
     for task in (task for task in TASKS if task.number in args.tasks):
         evidence.prepare(task)
+        chosen = [arm for arm in arms(task).values() if not args.arms or arm.name in args.arms]
         # further pools last: arms are compared without them
-        last = {name for name in arms(task) if "_pool" in name}
-        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] not in last])
-        evidence.tune(task)
-        trainings = evidence.trainings(task)
-        evidence.train([training for training in trainings if training.arm.name not in last])
-        evidence.pretrain([(task, *each) for each in pretrainings(task, evidence.budget) if each[0] in last])
-        evidence.train(trainings)
+        for group in ([a for a in chosen if "_pool" not in a.name], [a for a in chosen if "_pool" in a.name]):
+            names, encoders = {arm.name for arm in group}, {arm.encoder for arm in group}
+            evidence.pretrain([(task, *run) for run in pretrainings(task, evidence.budget) if run[0] in encoders])
+            evidence.tune(task, names)
+            evidence.train([training for training in evidence.trainings(task) if training.arm.name in names])
+        if args.remedies:
+            evidence.try_remedies(task)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """docs/evidence.md: numbers are those of the committed files, statistics are right, the protocol leaks nothing."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,9 +11,11 @@ from scipy import stats
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples" / "evidence"))
+import arms  # noqa: E402
 import datasets  # noqa: E402
 import protocol  # noqa: E402
 import report  # noqa: E402
+import run  # noqa: E402
 
 TASK, CT_TASK = protocol.TASKS[:2]
 SCRATCH, PERSONS = protocol.SCRATCH, list(TASK.test)
@@ -121,3 +124,41 @@ def test_datasets_are_links_with_folds_and_pools(tmp_path):
     assert folds["val"].tolist() == [["A_z2"], ["B"], ["B"]]
     assert folds["train"].tolist() == [["A_z1"], ["A_z2"], ["A_z2", "A_z1", "A_z0"]]
     assert len(list((raw / datasets.pool_name(CT_TASK.pool) / "imagesTr").iterdir())) == 5
+
+
+def test_every_arm_has_its_turn_before_the_next_seed(tmp_path):
+    evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
+    assert evidence.trainings(TASK) == [] == evidence.remedy_trainings(TASK)
+    rates = {name: {"lr": 0.001 * (1 + i)} for i, name in enumerate((SCRATCH, *TASK.arms, "hiendmae_frozen"))}
+    (tmp_path / "503_learning_rates.json").write_text(json.dumps(rates))
+    found = evidence.trainings(TASK)
+    of_seed = [(t.arm.name, t.fold) for t in found if t.seed == 0]
+    # two folds of five arms, one of the frozen arm and of three pools; arms without a rate are not ready
+    assert len(found) == 5 * len(of_seed) == 5 * (2 * 5 + 1 + 3) and [t.seed for t in found] == sorted(
+        t.seed for t in found
+    )
+    assert {t.lr for t in found if "pool" in t.arm.name} == {rates["hiendmae"]["lr"]}
+    # plans and trainers as nnU-Net names them, one for each arm, rate and seed
+    assert len({(t.plans, t.trainer, t.fold) for t in found}) == len(found)
+    first = found[of_seed.index((SCRATCH, protocol.ALL))]
+    assert (first.plans, first.trainer) == ("Evidence_scratch_lr0.001_seed0", "nnUNetTrainer_ViTUNETR")
+    tried = evidence.remedy_trainings(TASK)
+    assert {t.fold for t in tried} == {protocol.TUNING} and len(tried) == 3 * (3 + len(protocol.REMEDIES))
+    # a name of its own for each, or one would be taken for another's result
+    assert len({(t.plans, t.seed) for t in tried}) == len(tried)
+
+
+def test_what_is_finished_is_not_run_again_and_what_was_interrupted_continues(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(run.Evidence, "_logged", lambda self, name, line: lines.append(line))
+    evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
+    [plain, *_] = [each for each in arms.pretrainings(TASK, evidence.budget) if each[0] == "mae3d"]
+    folder = evidence.encoder_file(TASK, "mae3d").parent
+    folder.mkdir()
+    evidence.pretrain([(TASK, *plain)])
+    evidence.pretrain([(TASK, *plain)])
+    assert len(lines) == 1 and "--c" not in lines[0] and lines[0][lines[0].index("--epochs") + 1] == "60"
+    (folder / "finished").unlink()
+    (folder / "run.json").touch()
+    evidence.pretrain([(TASK, *plain, ("normalize_target=False",))])
+    assert lines[1] == [*lines[0], "normalize_target=False", "--c"]

@@ -11,7 +11,7 @@ import torch
 from primus_util import FULL_PRIMUS
 from run_data import PLANS, TINY_SPEC, tiny_settings, write_preprocessed
 from test_blocks import HYBRID
-from test_loop import SHAPES, cli_arguments, free_port
+from test_loop import SHAPES, cli_arguments
 from test_methods import NoiseVolume, make_batch
 
 from nnunetv2_hiendmae import cli
@@ -156,7 +156,7 @@ def test_two_processes_contrast_the_whole_batch(preprocessed, nnunet, tmp_path, 
     """Losses and gradients are those of one process, but for the order of sums: to 1e-6 of the loss, to 1e-5 of each
     tensor's largest gradient. Each process by itself would find two samples of four."""
     first_step(name, {}, tmp_path / "one")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": forked.free_port()}
     shared |= {**nnunet.environment, "TORCHELASTIC_RUN_ID": "a", "GROUP_RANK": "0"}
     running = [
         forked.SERVER.Process(

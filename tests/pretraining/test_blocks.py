@@ -1,16 +1,15 @@
 """Blocks that are compiled or computed twice: same losses, same files, less memory."""
 
 import shutil
-import subprocess
-import sys
 from functools import partial
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
 from run_data import tiny_settings, write_preprocessed
-from test_loop import SHAPES, cli_arguments, environment, free_port, losses, read_log, run
+from test_loop import SHAPES, cli_arguments, environment, losses, read_log, run
 from torch import nn
 
 from nnunetv2_hiendmae import cli
@@ -139,13 +138,10 @@ def test_the_dry_run_takes_it_too(preprocessed, tmp_path, monkeypatch, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["mim"])
-def test_in_two_processes(preprocessed, nnunet, tmp_path, method):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    launcher += ["--master-addr", "127.0.0.1", "--master-port", free_port(), "-m", "nnunetv2_hiendmae.cli"]
-    command = [*launcher, *cli_arguments(method, tmp_path / "two", "--checkpoint-activations")]
-    subprocess.run(command, env=environment(nnunet), check=True, timeout=300)
-    assert cli.main(cli_arguments(method, tmp_path / "one")) == 0
+def test_in_two_processes(preprocessed, nnunet, tmp_path):
+    more = {"one": (), "two": ("--checkpoint-activations",)}
+    for name, start in (("one", forked.run), ("two", forked.run_together)):
+        start(["hiendmae", *cli_arguments("mim", tmp_path / name, *more[name])], environment(nnunet))
     one, two = (losses(read_log(tmp_path / name)) for name in ("one", "two"))
     assert len(one) == 9 and two == pytest.approx(one, abs=1e-6)
 

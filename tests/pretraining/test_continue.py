@@ -11,13 +11,14 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import stopped
 import torch
 from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_OPTIONS, write_preprocessed
-from test_loop import environment, free_port, read_log, run
+from test_loop import environment, read_log, run
 
 from nnunetv2_hiendmae import cli, load_encoder, pretrain
 from nnunetv2_hiendmae.errors import Stopped, UserError
@@ -177,7 +178,8 @@ def disk_is_full(patch: pytest.MonkeyPatch, writer: str, call: int) -> None:
 @pytest.mark.slow
 def test_several_processes_tell_once_where_they_stopped(nnunet, tmp_path):
     """The signal reaches one of them, and not the first."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher += ["--master-port", forked.free_port()]
     driver = [stopped.__file__, "nnunetv2_hiendmae.pretraining.method:Method.after_step", "2", "hiendmae"]
     command = [*launcher, *driver, *COMMAND, "--epochs", "2", "-o", str(tmp_path / "run")]
     environ = {**environment(nnunet), stopped.STOPPED_BY: "SIGTERM"}

@@ -2,16 +2,15 @@
 
 import re
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 from nnunet_data import save_tiny_encoder
 from run_data import PLANS, TINY_OPTIONS, TINY_SPEC, write_preprocessed
 from test_continue import asked_to_stop
-from test_loop import SHAPES, cli_arguments, environment, free_port
+from test_loop import SHAPES, cli_arguments, environment
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
@@ -145,10 +144,10 @@ def test_from_an_encoder_file(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_several_processes_tell_it_once(nnunet, tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    command = [*launcher, "-m", "nnunetv2_hiendmae.cli", *cli_arguments("mae3d", tmp_path / "run"), "--dry-run"]
-    done = subprocess.run(command, env=environment(nnunet), capture_output=True, encoding="utf-8", check=True)
-    lines = [line for line in done.stdout.splitlines() if line.partition(":")[0] in LINES]
+    said = forked.run_together(
+        ["hiendmae", *cli_arguments("mae3d", tmp_path / "run"), "--dry-run"], environment(nnunet)
+    )
+    lines = [line for line in "".join(said).splitlines() if line.partition(":")[0] in LINES]
     assert [line.partition(":")[0] for line in lines] == LINES
     named = by_name("\n".join(lines))
     assert "4 samples = 1 micro-batch x 2 processes x 2" in named["step"] and "each of 2 proc" in named["memory"]

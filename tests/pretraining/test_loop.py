@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +14,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_labelled, write_preprocessed
-from stopped import run_and_kill
+from stopped import run_and_kill, run_until_killed
 
 from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
@@ -135,43 +134,34 @@ def cli_arguments(method: str, run_dir: Path, *more: str) -> list[str]:
 
 
 def environment(nnunet) -> dict[str, str]:
-    return {**os.environ, **nnunet.environment}
+    return {**os.environ, **nnunet.environment, forked.UNDRAWN: "1"}
 
 
-def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+def two_machines(arguments: list[str], env: dict[str, str]) -> None:
+    """By torchrun, one process on each."""
+    launcher = ["-m", "torch.distributed.run", "--master-addr", "127.0.0.1", "--master-port", forked.free_port()]
+    module = ["--nnodes", "2", "-m", "nnunetv2_hiendmae.cli", *arguments]
+    launches = [[sys.executable, *launcher, "--node-rank", rank, *module] for rank in "01"]
+    running = [subprocess.Popen(launch, env=env) for launch in launches]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+
+
+def one_machine(arguments: list[str], env: dict[str, str]) -> None:
+    forked.run_together(["hiendmae", *arguments], env)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("method", "shapes"),
-    [
-        *(pytest.param(name, [["--nproc-per-node", "2"]], id=f"{name}-one-node") for name in APART),
-        pytest.param("mae3d", [["--nnodes", "2", "--node-rank", rank] for rank in "01"], id="mae3d-two-nodes"),
-    ],
+    ("method", "launch"),
+    [*((pytest.param(name, one_machine, id=name)) for name in APART), pytest.param("mae3d", two_machines, id="mae3d")],
 )
-def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, shapes):
+def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, launch):
     """Same global batch: gradients are averaged in another order, losses agree to 1e-6 (relative to about 1). The first
     process probes while the others wait."""
     write_labelled(nnunet.preprocessed, SHAPES, [{"train": ["a"], "val": ["b"]}])
-    one, probe = tmp_path / "one", ("--probe", "2", "--probe-every", "1")
+    one, two, probe = tmp_path / "one", tmp_path / "two", ("--probe", "2", "--probe-every", "1")
     forked.run(["hiendmae", *cli_arguments(method, one, *probe)], environment(nnunet))
-    two = tmp_path / "two"
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--master-addr",
-        "127.0.0.1",
-        "--master-port",
-        free_port(),
-    ]
-    module = ["-m", "nnunetv2_hiendmae.cli", *cli_arguments(method, two, *probe)]
-    launches = [[*launcher, *shape, *module] for shape in shapes]
-    running = [subprocess.Popen(launch, env=environment(nnunet)) for launch in launches]
-    assert [process.wait(timeout=300) for process in running] == [0] * len(shapes)
+    launch(cli_arguments(method, two, *probe), environment(nnunet))
     starts, steps = zip(*((start, steps) for start, *steps in map(read_log, (one, two))), strict=True)
     assert losses(steps[1]) == pytest.approx(losses(steps[0]), abs=1e-6)
     assert starts[0]["probe_dice"] == starts[1]["probe_dice"] and len(steps[1]) == 9
@@ -179,17 +169,22 @@ def test_two_processes_agree_with_one(preprocessed, nnunet, tmp_path, method, sh
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", APART)
-def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnunet, tmp_path, method):
+@pytest.mark.parametrize(
+    ("method", "kill", "start"),
+    [
+        ("hiendmae", run_and_kill, forked.spawn),
+        *((method, run_until_killed, forked.Process) for method in APART if method != "hiendmae"),
+    ],
+)
+def test_kill_and_continue_gives_the_same_encoder_to_the_bit(preprocessed, nnunet, tmp_path, method, kill, start):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    long = ("--epochs", "8", "--steps-per-epoch", "6")
+    long = ("--epochs", "4", "--steps-per-epoch", "4")
     forked.run(["hiendmae", *cli_arguments(method, undisturbed, *long)], environment(nnunet))
     # between checkpoints: after the first one, with some steps of the next epoch done
     steps = "nnunetv2_hiendmae.pretraining.progress:StepLog.step"
-    run_and_kill(steps, 8, ["hiendmae", *cli_arguments(method, killed, *long)], environment(nnunet))
-    assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == 6 < len(read_log(killed)) < 48
-    continued = ["hiendmae", *cli_arguments(method, killed, *long, "--c")]
-    forked.run(continued, environment(nnunet), start=forked.spawn)
+    kill(steps, 6, ["hiendmae", *cli_arguments(method, killed, *long)], environment(nnunet))
+    assert torch.load(killed / CHECKPOINT, weights_only=True)["step"] == 4 < len(read_log(killed)) < 16
+    forked.run(["hiendmae", *cli_arguments(method, killed, *long, "--c")], environment(nnunet), start=start)
     assert (killed / ENCODER).read_bytes() == (undisturbed / ENCODER).read_bytes()
     without_speed = [[{**line, "samples_per_second": 0} for line in read_log(d)] for d in (killed, undisturbed)]
     assert without_speed[0] == without_speed[1]

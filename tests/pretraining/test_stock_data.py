@@ -14,12 +14,12 @@ from nnunetv2_hiendmae.environment import dataset_name
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("channels", "start"), [(("CT",), forked.spawn), (("CT", "MR"), forked.Process)])
-def test_from_stock_plans_to_fine_tuning_plans(nnunet, tmp_path, capsys, channels, start):
+@pytest.mark.parametrize("channels", [("CT",), ("CT", "MR")])
+def test_from_stock_plans_to_fine_tuning_plans(nnunet, tmp_path, capsys, channels):
     name = make_dataset(nnunet, 1, cases=3, channels=channels)
     once = ("-np", "1", "-npfp", "1", "-c", "3d_fullres", "2d")
     environment = {**os.environ, **nnunet.environment, "nnUNet_n_proc_DA": "1"}
-    forked.run(["nnUNetv2_plan_and_preprocess", "-d", "1", *once], environment, start=start)
+    forked.run(["nnUNetv2_plan_and_preprocess", "-d", "1", *once], environment)
     stock = json.loads((nnunet.preprocessed / name / "nnUNetPlans.json").read_text())
     options = [f"{k}={v}" for k, v in TINY_OPTIONS["hiendmae"].items()]
     pretrain = ["pretrain", "-d", "1", "-p", "nnUNetPlans", "--encoder", "vit_nano_p8", "--crop-size", *["24"] * 3]

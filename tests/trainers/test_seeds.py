@@ -11,7 +11,6 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunet_data import make_dataset, write_fingerprint
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
-from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from workplace import make_workplace, prepare
 
@@ -87,8 +86,6 @@ def train(place, tmp_path, monkeypatch):
     for variable, value in place.workplace.environment.items():
         monkeypatch.setenv(variable, value)
     planned = place.planned
-    # half of the time
-    monkeypatch.setattr(MetaLogger, "plot_progress_png", lambda *_: None)
     monkeypatch.setattr(nnUNetTrainer, "plot_network_architecture", lambda _: None)
 
     def run(results, workers=0, stop_after=None, continued=False):

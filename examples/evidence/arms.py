@@ -1,0 +1,108 @@
+"""The arms of a task, and their trainings as nnU-Net knows them."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SCRATCH, Budget, Pool, Task
+
+from nnunetv2_hiendmae.recipes import TRAINERS
+
+CONFIGURATION = "3d_fullres"
+FINISHED = "validation/summary.json"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How fine-tuning starts.
+
+    Args:
+        encoder: name of a pretraining.
+        method: its method; None: from scratch.
+        rate_of: arm that it shares the learning rate with; None: it has its own.
+        folds: of test cases.
+        finetuning: fields of `PlanOptions` that differ from the budget's.
+    """
+
+    name: str
+    encoder: str
+    method: str | None
+    frozen: bool = False
+    rate_of: str | None = None
+    folds: tuple[int, ...] = (ONE_SHOT,)
+    finetuning: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Training:
+    """One fold of one arm."""
+
+    task: Task
+    arm: Arm
+    lr: float
+    seed: int
+    fold: int
+
+    @property
+    def plans(self) -> str:
+        """Name of its plans."""
+        return f"Evidence_{self.arm.name}_lr{self.lr:g}_seed{self.seed}"
+
+    @property
+    def trainer(self) -> str:
+        """nnU-Net's name of its trainer class."""
+        return TRAINERS[self.arm.method]
+
+    def folder(self) -> Path:
+        """Of its results."""
+        results = nnunet_folder("results") / dataset_name(self.task.number)
+        return results / f"{self.trainer}__{self.plans}__{CONFIGURATION}" / f"fold_{self.fold}"
+
+
+def nnunet_folder(kind: str) -> Path:
+    """Folder for raw, preprocessed or results."""
+    return Path(os.environ[f"nnUNet_{kind}"])
+
+
+def dataset_name(number: int) -> str:
+    """Of a dataset in nnUNet_raw."""
+    return next(nnunet_folder("raw").glob(f"Dataset{number:03d}_*")).name
+
+
+def arms(task: Task) -> dict[str, Arm]:
+    """All arms of a task by name, those that are tuned first."""
+    first, both = task.arms[0], (ONE_SHOT, ALL)
+    tuned = [Arm(SCRATCH, first, None, folds=both), *(Arm(name, name, name, folds=both) for name in task.arms)]
+    frozen = [Arm(name + FROZEN, name, name, frozen=True) for name in task.frozen]
+    if frozen:
+        frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
+    method = task.pool_method
+    pools = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
+    return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
+
+
+def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
+    """Name, method, pool, steps and learning rate of each, in the order of the runs."""
+    for method in task.arms:
+        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
+    if task.frozen:
+        yield RANDOM, task.arms[0], task.pool, 1, 1e-12
+    for name, pool in task.pools.items():
+        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
+
+
+def remedies(task: Task) -> list[Arm]:
+    """An arm for each remedy, and those that they are compared with."""
+    known, made = arms(task), []
+    for name, remedy in REMEDIES.items():
+        encoder = plain(name) if remedy.steps or remedy.options else remedy.method
+        arm = Arm(plain(name), encoder, remedy.method, rate_of=remedy.method)
+        made.append(replace(arm, finetuning=tuple(remedy.finetuning.items())))
+    return [known[SCRATCH], *(known[name] for name in sorted({remedy.method for remedy in REMEDIES.values()})), *made]
+
+
+def plain(name: str) -> str:
+    """A remedy's name as that of an arm."""
+    return name.replace(" ", "_")
