@@ -243,7 +243,6 @@ def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: boo
 
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2_hiendmae.trainers"])
 
 
 def main() -> None:
@@ -258,6 +257,7 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s  %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.WARNING)
+    SERVER.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2_hiendmae.trainers"])
     evidence = Evidence(args.data, args.output, args.jobs, BUDGETS[args.budget])
     evidence.note_versions()
     for task in (task for task in TASKS if task.number in args.tasks):
