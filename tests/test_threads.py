@@ -91,13 +91,21 @@ def test_trainers_take_the_cores_that_they_may_use(machine, monkeypatch, own, nu
     assert asked == [number]
 
 
-def test_commands_wait_passively_before_torch_is_there():
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({}, "PASSIVE 1000 0"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7 0"),
+        # a number of turns would undo it
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None None"),
+    ],
+)
+def test_commands_wait_passively_before_torch_is_there(own, said):
     """Unless the user says otherwise."""
     code = (
-        "import os, sys; from nnunetv2_hiendmae import cli; cli.main(['env']);"
-        "print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'], os.environ['KMP_BLOCKTIME'])"
+        "import os, sys; from nnunetv2_hiendmae import cli, threads; cli.main(['env']);"
+        "print('torch' in sys.modules, *map(os.environ.get, threads.PASSIVE))"
     )
-    for own, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        plain = {k: v for k, v in os.environ.items() if k not in threads.PASSIVE}
-        done = subprocess.run([sys.executable, "-c", code], env={**plain, **own}, capture_output=True, encoding="utf-8")
-        assert done.stdout.splitlines()[-1] == f"False {policy} 0"
+    plain = {k: v for k, v in os.environ.items() if k not in threads.PASSIVE}
+    done = subprocess.run([sys.executable, "-c", code], env={**plain, **own}, capture_output=True, encoding="utf-8")
+    assert done.stdout.splitlines()[-1] == f"False {said}"

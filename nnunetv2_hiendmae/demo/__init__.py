@@ -18,7 +18,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import ENCODER, write_text
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
 from nnunetv2_hiendmae.recipes import DEFAULT_METHOD, RECIPES, trainer_of
-from nnunetv2_hiendmae.threads import PASSIVE
+from nnunetv2_hiendmae.threads import passively
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +221,7 @@ def _environment(output: Path, num_processes: int) -> dict[str, str]:
     # 0: for a few small images, nnU-Net's loader processes take longer to start than to work
     ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
     # nnU-Net computes on all cores: its threads should at least not spin
-    return {**PASSIVE, **os.environ, **ours}
+    return {**os.environ, **passively(os.environ), **ours}
 
 
 def _pretrain(demo: _Demo, method: str, samples_per_step: int, views_per_sample: int, options: dict[str, Any]) -> Path:
