@@ -10,8 +10,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 CHOSEN_BY_USER = "OMP_NUM_THREADS"
-# of GNU's OpenMP, which torch has on Linux, and of LLVM's and Intel's. The count is of turns before a thread sleeps: with
-# none a small network trains at two thirds of the speed on quiet cores, and 1000 cost little on busy ones
+# of GNU's OpenMP, which torch has on Linux, and of LLVM's and Intel's. The count is of turns before a thread sleeps:
+# with none a small network trains at two thirds of the speed on quiet cores, and 1000 cost little on busy ones
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}
 # floating-point operations of a step for every thread: with less, threads wait for each other rather than work
 WORK_PER_THREAD = 2e9
