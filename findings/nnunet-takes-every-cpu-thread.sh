@@ -2,7 +2,7 @@
 # `nnUNetv2_train -device cpu` and `nnUNetv2_predict -device cpu` set torch's threads to all CPUs of the machine, whatever
 # OMP_NUM_THREADS, taskset or a container's limit say.
 #
-# Versions: nnunetv2 2.8.1, torch 2.8.0 (Python 3.11, Linux)
+# Versions: nnunetv2 2.8.1, torch 2.14.1 (Python 3.11, Linux)
 # Why it matters: on a shared machine, in a job of a few cores of a large node, or with several trainings side by side,
 #   threads outnumber the cores that they may use, and OpenMP's spinning ones wait for each other: a tiny training of ours took
 #   four times the CPU time on two busy cores. Our trainers set the number again when training starts; prediction keeps
@@ -16,8 +16,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 venv=${FINDINGS_VENV:-$folder/venv}
 [ -x "$venv/bin/python" ] || python3 -m venv "$venv"
-"$venv/bin/pip" install --quiet nnunetv2==2.8.1 torch==2.8.0
-mkdir "$folder/raw" "$folder/preprocessed" "$folder/results"
+"$venv/bin/pip" install --quiet nnunetv2==2.8.1 torch==2.14.1
+mkdir -p "$folder/raw/Dataset001_Any" "$folder/preprocessed" "$folder/results"
 export nnUNet_raw=$folder/raw nnUNet_preprocessed=$folder/preprocessed nnUNet_results=$folder/results
 OMP_NUM_THREADS=1 "$venv/bin/python" -W ignore - <<'PYTHON'
 import multiprocessing

@@ -144,14 +144,16 @@ class Evidence:
         ]
 
     def try_remedies(self, task: Task) -> None:
-        """Pretrains and trains what remedies need."""
+        """Pretrains and trains what remedies need, those first that need no other pretraining."""
         steps, lr = self.budget.steps[task.number], self.budget.pretrain_lr
+        trainings = self.remedy_trainings(task)
+        self.train([training for training in trainings if self.encoder_file(task, training.arm.encoder).exists()])
         self.pretrain([
             (task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, remedy.options)
             for name, remedy in REMEDIES.items()
             if remedy.steps or remedy.options
         ])  # fmt: skip
-        self.train(self.remedy_trainings(task))
+        self.train(trainings)
 
     def remedy_trainings(self, task: Task) -> list[Training]:
         """Those of each remedy on the tuning fold, with the learning rate that its method has."""
