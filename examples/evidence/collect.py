@@ -72,6 +72,15 @@ def curve(training: Training) -> Iterator[dict[str, Any]]:
         yield {**key(training), "epoch": epoch, **values}
 
 
+def earlier(file: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
+    """Rows of an earlier `cases.csv` by training: surfaces take seconds, and a finished training stays as it is."""
+    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    if file.exists():
+        for row in csv.DictReader(file.read_text().splitlines()):
+            rows.setdefault((row["task"], row["arm"], row["seed"], row["fold"]), []).append(row)
+    return rows
+
+
 def key(training: Training) -> dict[str, Any]:
     """What names a training in all files."""
     fold = FOLDS[training.fold]
@@ -178,14 +187,15 @@ def main() -> None:
     args = parser.parse_args()
     evidence, folder = Evidence(Path(), args.runs, 1, BUDGETS[args.budget]), args.folder
     tables: dict[str, list] = {name: [] for name in ("cases", "curves", "trainings", "pretraining", "probes")}
-    rates, data = {}, {}
+    rates, data, known = {}, {}, earlier(folder / "cases.csv")
     for task in TASKS:
         done = finished(evidence, task)
         files = {name: evidence.encoder_file(task, name) for name, *_ in pretrainings(task, evidence.budget)}
         names = [name for name, file in files.items() if (file.parent / "finished").exists()]
         if not done:
             continue
-        tables["cases"] += [row for training in done for row in cases(training)]
+        for training in done:
+            tables["cases"] += known.get(tuple(map(str, key(training).values()))) or cases(training)
         tables["curves"] += [row for training in done for row in curve(training)]
         tables["trainings"] += [about(evidence, training) for training in done]
         tables["pretraining"] += [pretraining(evidence, task, name) for name in names]

@@ -39,6 +39,15 @@ def test_every_number_of_the_page_is_one_of_the_files():
     assert report.with_results(page, ROOT / "docs" / "evidence", "evidence/") == page
 
 
+def test_readme_quotes_the_files():
+    """Mean Dice of scratch and of Hi-End-MAE, 1-shot and all."""
+    values = report.by_seed(pd.read_csv(ROOT / "docs" / "evidence" / "cases.csv"), TASK).mean(axis=1)
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for fold, words in (("1-shot", "one labelled hemisphere"), ("all", "two")):
+        scratch, ours = (f"{values.loc[arm, fold].mean():.3f}".lstrip("0") for arm in (SCRATCH, "hiendmae"))
+        assert f"{words}: {scratch} from scratch, {ours} with Hi-End-MAE" in text
+
+
 def test_differences_are_paired_by_seed_and_tested_over_seeds():
     base = {seed: 0.01 * seed for seed in range(5)}
     gains = np.array([0.02, 0.03, 0.04, 0.05, 0.06])
