@@ -71,6 +71,11 @@ def dataset_name(number: int) -> str:
     return next(nnunet_folder("raw").glob(f"Dataset{number:03d}_*")).name
 
 
+def raw_folder(task: Task) -> Path:
+    """Of its labelled dataset."""
+    return nnunet_folder("raw") / dataset_name(task.number)
+
+
 def arms(task: Task) -> dict[str, Arm]:
     """All arms of a task by name, those that are tuned first."""
     first, both = task.arms[0], (ONE_SHOT, ALL)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from arms import CONFIGURATION, FINISHED, Training, dataset_name, nnunet_folder, pretrainings
+from arms import CONFIGURATION, FINISHED, Training, dataset_name, nnunet_folder, pretrainings, raw_folder
 from protocol import ALL, BUDGETS, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TASKS, TUNING, Task
 from run import Evidence
 
@@ -45,13 +45,12 @@ def finished(evidence: Evidence, task: Task) -> list[Training]:
 def cases(training: Training) -> Iterator[dict[str, Any]]:
     """Dice by nnU-Net and surface Dice of every class that a case's truth holds."""
     summary = json.loads((training.folder() / FINISHED).read_text())
-    labels = json.loads((nnunet_folder("raw") / dataset_name(training.task.number) / "dataset.json").read_text())[
-        "labels"
-    ]
+    raw = raw_folder(training.task)
+    labels = json.loads((raw / "dataset.json").read_text())["labels"]
     for case in summary["metric_per_case"]:
         # the path may be one of another machine
         name = Path(case["prediction_file"]).name
-        reference = nnunet_folder("raw") / dataset_name(training.task.number) / "labelsTr" / name
+        reference = raw / "labelsTr" / name
         truth, predicted = (sitk.ReadImage(str(file)) for file in (reference, training.folder() / "validation" / name))
         arrays = [sitk.GetArrayFromImage(image) for image in (truth, predicted)]
         for label, value in labels.items():
@@ -149,7 +148,7 @@ def digests(task: Task) -> dict[str, dict[str, str]]:
 def pictures(task: Task, done: list[Training], evidence: Evidence, folder: Path) -> None:
     """Truth, scratch and the first method's prediction of the first test case, and both encoders' attention."""
     case = next(iter(task.test.values()))[0]
-    raw = nnunet_folder("raw") / dataset_name(task.number)
+    raw = raw_folder(task)
     image = raw / "imagesTr" / f"{case}_0000.nii.gz"
     shown = {
         t.arm.name: t.folder() / "validation" / f"{case}.nii.gz" for t in done if (t.seed, t.fold) == (SEEDS[0], ALL)

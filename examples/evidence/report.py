@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from arms import plain
 from matplotlib.figure import Figure
-from protocol import RANDOM, REMEDIES, REMEDY_SEEDS, SCRATCH, SEEDS, TASKS, Task
+from protocol import FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SCRATCH, SEEDS, TASKS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -165,9 +165,9 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         for fold in FOLDS:
             for text in comparison(cases, task, fold, list(task.arms), SCRATCH):
                 yield f"End to end, {fold}:\n\n{text}"
-        frozen = [f"{name}_frozen" for name in task.frozen]
+        frozen = [name + FROZEN for name in task.frozen]
         yield from (
-            f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, f"{RANDOM}_frozen")
+            f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)
         )
         pools = [f"{task.pool_method}_pool{name}" for name in task.pools]
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if task.pools else []

@@ -19,6 +19,7 @@ from pathlib import Path
 from arms import (
     CONFIGURATION,
     FINISHED,
+    Arm,
     Training,
     arms,
     dataset_name,
@@ -124,7 +125,7 @@ class Evidence:
             dice = {f"{training.lr:g}": mean_dice(training.folder()) for training in trainings}
             best = max(dice, key=dice.__getitem__)
             chosen[name] = {"lr": float(best), "dice": dice}
-        self._chosen_file(task).write_text(json.dumps(chosen, indent=2) + "\n")
+        write_text(self._chosen_file(task), json.dumps(chosen, indent=2) + "\n")
 
     def chosen(self, task: Task) -> dict[str, dict]:
         """Chosen learning rate of every tuned arm, and the Dice of each rate."""
@@ -134,14 +135,7 @@ class Evidence:
     def trainings(self, task: Task) -> list[Training]:
         """Those on test cases of all arms with a learning rate; by seed first, so that a run that is stopped has all
         arms."""
-        rates = {name: found["lr"] for name, found in self.chosen(task).items()}
-        return [
-            Training(task, arm, rates[arm.rate_of or arm.name], seed, fold)
-            for seed in SEEDS
-            for arm in arms(task).values()
-            if (arm.rate_of or arm.name) in rates
-            for fold in arm.folds
-        ]
+        return self._trainings(task, [(arm, arm.folds) for arm in arms(task).values()], SEEDS)
 
     def try_remedies(self, task: Task) -> None:
         """Pretrains and trains what remedies need, those first that need no other pretraining."""
@@ -157,12 +151,18 @@ class Evidence:
 
     def remedy_trainings(self, task: Task) -> list[Training]:
         """Those of each remedy on the tuning fold, with the learning rate that its method has."""
+        return self._trainings(task, [(arm, (TUNING,)) for arm in remedies(task)], REMEDY_SEEDS)
+
+    def _trainings(
+        self, task: Task, chosen: Sequence[tuple[Arm, Sequence[int]]], seeds: Sequence[int]
+    ) -> list[Training]:
         rates = {name: found["lr"] for name, found in self.chosen(task).items()}
         return [
-            Training(task, arm, rates[arm.rate_of or arm.name], seed, TUNING)
-            for seed in REMEDY_SEEDS
-            for arm in remedies(task)
+            Training(task, arm, rates[arm.rate_of or arm.name], seed, fold)
+            for seed in seeds
+            for arm, folds in chosen
             if (arm.rate_of or arm.name) in rates
+            for fold in folds
         ]
 
     def train(self, trainings: list[Training]) -> None:
@@ -266,7 +266,7 @@ def main() -> None:
         evidence.prepare(task)
         chosen = [arm for arm in arms(task).values() if not args.arms or arm.name in args.arms]
         # further pools last: arms are compared without them
-        for group in ([a for a in chosen if "_pool" not in a.name], [a for a in chosen if "_pool" in a.name]):
+        for group in ([arm for arm in chosen if not arm.rate_of], [arm for arm in chosen if arm.rate_of]):
             names, encoders = {arm.name for arm in group}, {arm.encoder for arm in group}
             evidence.pretrain([(task, *run) for run in pretrainings(task, evidence.budget) if run[0] in encoders])
             evidence.tune(task, names)

@@ -164,9 +164,9 @@ def run_demo(
         "finetuning": {name: report.finetuning_losses(fold) for name, fold in folds.items()},
         "dice": {name: report.dice(folder, found) for name, folder in predictions.items()},
     }
-    # as JSON gives it back, so that what is returned equals what the file holds
     if found.encoder:
         measured["shipped_encoder"] = _plans(demo, report.SHIPPED)[PLANS_KEY]
+    # as JSON gives it back, so that what is returned equals what the file holds
     outcome = json.loads(json.dumps(report.collect(facts, measured, found, runner)))
     report.write_pictures(output, found, predictions, outcome)
     report.write_report(output, outcome)
