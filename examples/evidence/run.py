@@ -117,7 +117,7 @@ class Evidence:
         chosen = self.chosen(task)
         tuned = [arm for arm in arms(task).values() if arm.name in names and arm.rate_of is None]
         found = {
-            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates]
+            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates[task.number]]
             for arm in tuned
         }
         self.train([training for trainings in found.values() for training in trainings])
@@ -178,7 +178,8 @@ class Evidence:
         folder = nnunet_folder("preprocessed") / dataset_name(task.number)
         if (folder / f"{training.plans}.json").exists():
             return
-        options = {"lr": training.lr, "seed": training.seed, "num_processes": 1, **self.budget.finetuning}
+        options = {"lr": training.lr, "seed": training.seed, "num_processes": 1}
+        options |= self.budget.finetuning[task.number]
         encoder = self.encoder_file(task, arm.encoder)
         options |= {"from_scratch": arm.method is None, "freeze_encoder": arm.frozen, **dict(arm.finetuning)}
         planned = plan(task.number, encoder, plans_name=training.plans, **options)

@@ -100,7 +100,8 @@ def test_no_test_person_is_in_pretraining_tuning_or_training(task):
     assert not {"SRI24", "abdomenB", "jointB", "lung2"}.intersection(*pools)
     assert set(task.arms) <= set(protocol.METHODS) and task.tuning[0] in task.train
     for budget in protocol.BUDGETS.values():
-        assert task.number in budget.spacing_mm and budget.steps[task.number] % budget.steps_per_epoch == 0
+        assert {task.number} <= budget.spacing_mm.keys() & budget.learning_rates.keys() & budget.finetuning.keys()
+        assert budget.steps[task.number] % budget.steps_per_epoch == 0
         assert set(protocol.METHODS) == set(budget.samples)
 
 
@@ -130,8 +131,8 @@ def test_datasets_are_links_with_folds_and_pools(tmp_path):
         "B.nii.gz",
     ]
     folds = pd.read_json(preprocessed / source.name / "splits_final.json")
-    assert folds["val"].tolist() == [["A_z2"], ["B"], ["B"]]
-    assert folds["train"].tolist() == [["A_z1"], ["A_z2"], ["A_z2", "A_z1", "A_z0"]]
+    assert folds["val"].tolist() == [["A_z1"], ["B"], ["B"]]
+    assert folds["train"].tolist() == [["A_z2"], ["A_z2"], ["A_z2", "A_z1", "A_z0"]]
     assert len(list((raw / datasets.pool_name(CT_TASK.pool) / "imagesTr").iterdir())) == 5
 
 
