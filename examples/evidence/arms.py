@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SCRATCH, Budget, Pool, Task
+from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SAME_RATE, SCRATCH, Budget, Pool, Task
 
 from nnunetv2_hiendmae.recipes import TRAINERS
 
@@ -84,8 +84,10 @@ def arms(task: Task) -> dict[str, Arm]:
     if frozen:
         frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
     method = task.pool_method
-    pools = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
-    return {arm.name: arm for arm in (*tuned, *frozen, *pools)}
+    others = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
+    if task.same_rate:
+        others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
+    return {arm.name: arm for arm in (*tuned, *frozen, *others)}
 
 
 def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:

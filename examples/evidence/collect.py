@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,6 +33,7 @@ FOLDS = {ONE_SHOT: "1-shot", ALL: "all", TUNING: "tuning"}
 PARTS = 10
 RANDOM_PROBES = 5
 DECIMALS = 6
+KEYS = ("task", "arm", "seed", "fold")
 
 
 def finished(evidence: Evidence, task: Task) -> list[Training]:
@@ -71,19 +73,22 @@ def curve(training: Training) -> Iterator[dict[str, Any]]:
         yield {**key(training), "epoch": epoch, **values}
 
 
-def earlier(file: Path) -> dict[tuple[str, ...], list[dict[str, Any]]]:
-    """Rows of an earlier `cases.csv` by training: surfaces take seconds, and a finished training stays as it is."""
-    rows: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    if file.exists():
-        for row in csv.DictReader(file.read_text().splitlines()):
-            rows.setdefault((row["task"], row["arm"], row["seed"], row["fold"]), []).append(row)
-    return rows
+def earlier(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows of an earlier `cases.csv` by the digest of the result that they were measured on: surfaces take seconds."""
+    if not (folder / "runs.json").exists():
+        return {}
+    table: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in csv.DictReader((folder / "cases.csv").read_text().splitlines()):
+        table.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+    known = json.loads((folder / "runs.json").read_text())["trainings"]
+    rows = {each.get("summary_sha256"): table.get(tuple(str(each[name]) for name in KEYS), []) for each in known}
+    return {digest: found for digest, found in rows.items() if digest}
 
 
 def key(training: Training) -> dict[str, Any]:
     """What names a training in all files."""
     fold = FOLDS[training.fold]
-    return {"task": training.task.number, "arm": training.arm.name, "seed": training.seed, "fold": fold}
+    return dict(zip(KEYS, (training.task.number, training.arm.name, training.seed, fold), strict=True))
 
 
 def about(evidence: Evidence, training: Training) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def about(evidence: Evidence, training: Training) -> dict[str, Any]:
     encoder = evidence.encoder_file(training.task, training.arm.encoder)
     used = None if training.arm.method is None else sha256(encoder)
     made = {"lr": training.lr, "trainer": training.trainer, "plans_sha256": sha256(plans), "encoder_sha256": used}
-    return {**key(training), **made}
+    return {**key(training), **made, "summary_sha256": sha256(training.folder() / FINISHED)}
 
 
 def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
@@ -115,24 +120,28 @@ def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
 
 
 def probes(evidence: Evidence, task: Task, names: list[str], plans: str) -> Iterator[dict[str, Any]]:
-    """Ridge probes fitted on all training cases, tested on the test cases: of every encoder, random ones and voxels.
-    `plans` have the arrays."""
-    found = find_labelled(task.number, plans, CONFIGURATION, ALL)
+    """Ridge probes fitted on training cases, tested on the test cases, of the classes and of their union: of every
+    encoder, random ones and voxels. `plans` have the arrays."""
+    tests = sum(map(len, task.test.values()))
+    # a probe takes as many training cases as there are test cases, by their names
+    found = find_labelled(task.number, plans, CONFIGURATION, ALL if len(task.train) <= tests else ONE_SHOT)
+    union = {"foreground": tuple(value for values in found.classes.values() for value in values)}
     first, _ = load_encoder(evidence.encoder_file(task, names[0]))
-    probe = Probe(found, first.spec)
-    yield {"task": task.number, "encoder": "voxels", "seed": None, "dice": probe.of_voxels(), "effective_rank": None}
+    probe, merged = (Probe(replace(found, classes=classes), first.spec) for classes in (found.classes, union))
+    told: dict[str, Any] = {"task": task.number, "seed": None, "effective_rank": None}
+    yield {**told, "encoder": "voxels", "dice": probe.of_voxels(), "dice_union": merged.of_voxels()}
+
+    def probed(name: str, encoder: torch.nn.Module) -> dict[str, Any]:
+        result = probe.of_encoder(encoder)
+        dice = {"dice": result.dice, "dice_union": merged.of_encoder(encoder).dice}
+        return {**told, "encoder": name, **dice, "effective_rank": result.effective_rank}
+
     for name in names:
         encoder, _ = load_encoder(evidence.encoder_file(task, name))
-        yield _probed(task, probe, name, None, encoder)
+        yield probed(name, encoder)
     for seed in range(RANDOM_PROBES):
         torch.manual_seed(seed)
-        yield _probed(task, probe, RANDOM, seed, build_encoder(first.spec).eval())
-
-
-def _probed(task: Task, probe: Probe, name: str, seed: int | None, encoder: torch.nn.Module) -> dict[str, Any]:
-    result = probe.of_encoder(encoder)
-    named = {"task": task.number, "encoder": name, "seed": seed}
-    return {**named, "dice": result.dice, "effective_rank": result.effective_rank}
+        yield probed(RANDOM, build_encoder(first.spec).eval()) | {"seed": seed}
 
 
 def digests(task: Task) -> dict[str, dict[str, str]]:
@@ -186,7 +195,7 @@ def main() -> None:
     args = parser.parse_args()
     evidence, folder = Evidence(Path(), args.runs, 1, BUDGETS[args.budget]), args.folder
     tables: dict[str, list] = {name: [] for name in ("cases", "curves", "trainings", "pretraining", "probes")}
-    rates, data, known = {}, {}, earlier(folder / "cases.csv")
+    rates, data, known = {}, {}, earlier(folder)
     for task in TASKS:
         done = finished(evidence, task)
         files = {name: evidence.encoder_file(task, name) for name, *_ in pretrainings(task, evidence.budget)}
@@ -194,9 +203,10 @@ def main() -> None:
         if not done:
             continue
         for training in done:
-            tables["cases"] += known.get(tuple(map(str, key(training).values()))) or cases(training)
+            made = about(evidence, training)
+            tables["trainings"].append(made)
+            tables["cases"] += known.get(made["summary_sha256"]) or cases(training)
         tables["curves"] += [row for training in done for row in curve(training)]
-        tables["trainings"] += [about(evidence, training) for training in done]
         tables["pretraining"] += [pretraining(evidence, task, name) for name in names]
         tables["probes"] += probes(evidence, task, [name for name in names if name != RANDOM], done[0].plans)
         rates[str(task.number)], data = evidence.chosen(task), data | digests(task)

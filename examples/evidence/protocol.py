@@ -14,6 +14,7 @@ SCRATCH = "scratch"
 # an encoder that took one step with next to no learning rate, to be frozen
 RANDOM = "random"
 FROZEN = "_frozen"
+SAME_RATE = "_same_rate"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # of the remedies, on the tuning fold
 REMEDY_SEEDS = (100, 101, 102)
@@ -156,6 +157,7 @@ class Task:
         arms: pretraining methods; fine-tuning from scratch is always there.
         pools: further pools for `pool_method`, by name.
         frozen: methods whose encoders are frozen, too, beside a random one.
+        same_rate: also from scratch with the first method's learning rate.
     """
 
     number: int
@@ -169,6 +171,7 @@ class Task:
     pool_method: str = "hiendmae"
     pools: dict[str, Pool] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    same_rate: bool = False
 
 
 # one volume per head; no animals, no abdomen, none of SRI24, which is a labelled case
@@ -198,6 +201,7 @@ TASKS = (
         tuning=("A_z2", "A_z1"),
         test={"B": ("B",)},
         arms=("hiendmae", "mae3d"),
+        same_rate=True,
     ),
     Task(
         505, "CT", 0.25, Pool(541, 512, ("jointA",)),

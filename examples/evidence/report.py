@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from arms import plain
 from matplotlib.figure import Figure
-from protocol import FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SCRATCH, SEEDS, TASKS, Task
+from protocol import FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -122,15 +122,18 @@ def gate(runs: dict, task: Task) -> Iterator[str]:
     found = pd.DataFrame([probe for probe in runs["probes"] if probe["task"] == task.number])
     if found.empty:
         return
-    random = found[found["encoder"] == RANDOM]["dice"]
-    rows = [["voxels, without an encoder", f"{found.set_index('encoder')['dice']['voxels']:.4f}", "", ""]]
-    spread = f"{random.mean():.4f} ({random.min():.4f} to {random.max():.4f})"
-    ranks = found[found["encoder"] == RANDOM]["effective_rank"]
-    rows.append([f"random, {len(random)} seeds", spread, f"{ranks.mean():.1f}", ""])
+    random, voxels = found[found["encoder"] == RANDOM], found.set_index("encoder").loc["voxels"]
+    measured = ("dice", "dice_union")
+    spread = [f"{random[m].mean():.4f} ({random[m].min():.4f} to {random[m].max():.4f})" for m in measured]
+    rows = [
+        ["voxels, without an encoder", *(f"{voxels[m]:.4f}" for m in measured), "", ""],
+        [f"random, {len(random)} seeds", *spread, f"{random['effective_rank'].mean():.1f}", ""],
+    ]
     for _, probe in found[~found["encoder"].isin([RANDOM, "voxels"])].iterrows():
-        passed = "passed" if probe["dice"] > random.max() else "not passed"
-        rows.append([probe["encoder"], f"{probe['dice']:.4f}", f"{probe['effective_rank']:.1f}", passed])
-    yield table(["encoder", "probe Dice", "effective rank", "gate"], rows)
+        passed = "passed" if probe["dice"] > random["dice"].max() else "not passed"
+        dice = [f"{probe[m]:.4f}" for m in measured]
+        rows.append([probe["encoder"], *dice, f"{probe['effective_rank']:.1f}", passed])
+    yield table(["encoder", "probe Dice", "of all classes in one", "effective rank", "gate"], rows)
 
 
 def pretraining(runs: dict, task: Task) -> str:
@@ -165,6 +168,8 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         for fold in FOLDS:
             for text in comparison(cases, task, fold, list(task.arms), SCRATCH):
                 yield f"End to end, {fold}:\n\n{text}"
+        for text in comparison(cases, task, "1-shot", list(task.arms), SCRATCH + SAME_RATE):
+            yield f"End to end, 1-shot, from scratch with {task.arms[0]}'s learning rate:\n\n{text}"
         frozen = [name + FROZEN for name in task.frozen]
         yield from (
             f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)

@@ -152,6 +152,10 @@ def test_every_arm_has_its_turn_before_the_next_seed(tmp_path):
     assert len({(t.plans, t.trainer, t.fold) for t in found}) == len(found)
     first = found[of_seed.index((SCRATCH, protocol.ALL))]
     assert (first.plans, first.trainer) == ("Evidence_scratch_lr0.001_seed0", "nnUNetTrainer_ViTUNETR")
+    # a control that is trained from scratch with another arm's rate, on the 1-shot fold alone
+    (tmp_path / "506_learning_rates.json").write_text(json.dumps({SCRATCH: {"lr": 0.03}, "hiendmae": {"lr": 0.01}}))
+    control = [t for t in evidence.trainings(CT_TASK) if t.arm.name == SCRATCH + protocol.SAME_RATE]
+    assert {(t.trainer, t.lr, t.fold) for t in control} == {("nnUNetTrainer_ViTUNETR", 0.01, protocol.ONE_SHOT)}
     tried = evidence.remedy_trainings(TASK)
     assert {t.fold for t in tried} == {protocol.TUNING} and len(tried) == 3 * (3 + len(protocol.REMEDIES))
     # a name of its own for each, or one would be taken for another's result
