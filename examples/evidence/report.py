@@ -109,12 +109,14 @@ def comparison(
     yield table([*titles, "verdict"], rows)
 
 
-def classes(cases: pd.DataFrame, task: Task, fold: str) -> str:
-    """Mean Dice per class."""
-    own = cases[(cases["task"] == task.number) & (cases["fold"] == fold)]
+def classes(cases: pd.DataFrame, task: Task, fold: str) -> Iterator[str]:
+    """Mean Dice per class of the arms that are trained end to end."""
+    own = cases[(cases["task"] == task.number) & (cases["fold"] == fold) & cases["arm"].isin([SCRATCH, *task.arms])]
+    if own.empty:
+        return
     means = own.groupby(["arm", "class"], sort=False)["dice"].mean().unstack()
     rows = [[arm, *(f"{value:.3f}" for value in values)] for arm, values in means.iterrows()]
-    return table(["arm", *means.columns], rows)
+    yield table(["arm", *means.columns], rows)
 
 
 def gate(runs: dict, task: Task) -> Iterator[str]:
@@ -176,16 +178,13 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         )
         pools = [f"{task.pool_method}_pool{name}" for name in task.pools]
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if task.pools else []
-        if set(pools) & set(cases["arm"]):
-            yield from (
-                f"Size of the pool, 1-shot ({task.pool_method} has {len(task.pool.cases)}):\n\n{t}" for t in found
-            )
+        yield from (f"Size of the pool, 1-shot ({task.pool_method} has {len(task.pool.cases)}):\n\n{t}" for t in found)
         tried = [plain(name) for name in REMEDIES]
         names = [*sorted({remedy.method for remedy in REMEDIES.values()}), *tried]
-        if set(tried) & set(cases["arm"]):
+        if set(tried) & set(cases[cases["task"] == task.number]["arm"]):
             for text in comparison(cases, task, "tuning", names, SCRATCH, len(REMEDY_SEEDS)):
                 yield f"Remedies, tuning fold, {len(REMEDY_SEEDS)} seeds:\n\n{text}"
-        yield f"Dice per class, all training cases:\n\n{classes(cases, task, 'all')}"
+        yield from (f"Dice per class, {fold}:\n\n{text}" for fold in FOLDS for text in classes(cases, task, fold))
         figures = ("dots", "curves", "overlay")
         yield "\n".join(
             f"![{kind}]({where}{kind}_{task.number}.png)"
