@@ -32,6 +32,7 @@ def gpu(monkeypatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(F, "scaled_dot_product_attention", plain_attention)
     monkeypatch.setattr(swinpretexts, "turn", lambda images, turns: images)
     monkeypatch.setattr(NoiseVolume, "shape", (64,) * 3)
+    monkeypatch.setattr(NoiseVolume, "read_stored", lambda *args: torch.from_numpy(NoiseVolume.read(*args)), False)
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     yield FakeTensorMode()
@@ -50,9 +51,9 @@ def move(network: nn.Module, to_gpu: Callable[[Tensor], Tensor]) -> None:
     for module in network.modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:
-                module._parameters[name] = nn.Parameter(to_gpu(tensor.detach()), tensor.requires_grad)
+                module._parameters[name] = nn.Parameter(to_gpu(tensor).detach(), tensor.requires_grad)
         for name, tensor in module._buffers.items():
-            module._buffers[name] = to_gpu(tensor)
+            module._buffers[name] = None if tensor is None else to_gpu(tensor)
 
 
 def check_gradients(network: nn.Module) -> None:
@@ -67,14 +68,14 @@ def check_gradients(network: nn.Module) -> None:
 def test_a_step_mixes_no_devices(gpu, name, kind):
     method = build(name, SPECS[kind])
     views = unresized(method.views())
-    drawn = [views.draw(NoiseVolume(1, seed), np.random.default_rng(seed)) for seed in range(2)]
+    drawn = collate([views.draw(NoiseVolume(1, seed), np.random.default_rng(seed)) for seed in range(2)])
     with gpu:
 
         def to_gpu(tensor: Tensor) -> Tensor:
             return gpu.from_tensor(tensor).to(GPU)
 
         move(method, to_gpu)
-        batch = {k: v._each(to_gpu) if isinstance(v, Boxes) else to_gpu(v) for k, v in collate(drawn).items()}
+        batch = {k: v._each(to_gpu) if isinstance(v, Boxes) else to_gpu(v) for k, v in drawn.items()}
         for part in range(method.num_parts):
             losses = method(batch, part)
             assert {v.device for v in losses.values()} == {GPU}

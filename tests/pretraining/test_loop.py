@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -20,9 +21,9 @@ from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
 from nnunetv2_hiendmae.options.commands import PretrainOptions
-from nnunetv2_hiendmae.pretraining import METHODS, steps
+from nnunetv2_hiendmae.pretraining import METHODS, progress, steps
 from nnunetv2_hiendmae.pretraining.loop import PICTURE_SAMPLES, _picture_samples, prepare, pretrain, run_pretraining
-from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
+from nnunetv2_hiendmae.pretraining.progress import StepLog, draw_progress, running_mean
 from nnunetv2_hiendmae.pretraining.steps import Learner
 from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.training.run import save_state
@@ -315,6 +316,24 @@ def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_pa
     write_preprocessed(nnunet.preprocessed, {"small": (9, 10, 11)})
     assert len(run(tmp_path / "run", tiny_settings(epochs=1))) == 3
     assert "larger along D and H and W than every volume" in caplog.text
+
+
+def test_curves_are_drawn_for_a_fiftieth_of_the_time(tmp_path, monkeypatch):
+    """Drawings of 3 s are 150 s apart, and the first one comes after 20 s."""
+    now, drawn = [0.0], []
+
+    def draw(_):
+        drawn.append(now[0])
+        now[0] += 3
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "draw_progress", draw)
+    log = StepLog(tmp_path, 0, tiny_settings())
+    for seconds in range(0, 400, 10):
+        now[0] = seconds
+        log.end_epoch(last=seconds == 390)
+    log.close()
+    assert drawn == [30, 190, 350, 390]
 
 
 def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
