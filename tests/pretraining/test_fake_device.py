@@ -21,8 +21,14 @@ from nnunetv2_hiendmae.training.views import unresized
 from nnunetv2_hiendmae.training.volumes import Boxes, collate
 
 GPU = torch.device("cuda", 0)
-SPECS = {"vit": TINY_SPEC, "convvit": PRESETS["convvit_tiny"].with_(depth=2), "primus": PRESETS["primus_nano"]}
+SPECS = {
+    "vit": TINY_SPEC,
+    "convvit": PRESETS["convvit_tiny"].with_(depth=1, stem_depths=(1, 1, 1)),
+    "primus": PRESETS["primus_nano"],
+}
 SPECS = {kind: spec.with_(img_size=(32,) * 3) for kind, spec in SPECS.items()}
+# each kind of encoder once: of these methods, the others have a plain one
+KINDS = {"mim": "convvit", "glmae": "primus"}
 
 
 @pytest.fixture
@@ -33,6 +39,7 @@ def gpu(monkeypatch) -> Iterator[FakeTensorMode]:
     monkeypatch.setattr(swinpretexts, "turn", lambda images, turns: images)
     monkeypatch.setattr(NoiseVolume, "shape", (64,) * 3)
     monkeypatch.setattr(NoiseVolume, "read_stored", lambda *args: torch.from_numpy(NoiseVolume.read(*args)), False)
+    masked._fixed_positions.cache_clear()
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     yield FakeTensorMode()
@@ -56,18 +63,9 @@ def move(network: nn.Module, to_gpu: Callable[[Tensor], Tensor]) -> None:
             module._buffers[name] = None if tensor is None else to_gpu(tensor)
 
 
-def check_optimizer(network: nn.Module) -> None:
-    """It takes a step; backward passes want a GPU that is there."""
-    for parameter in network.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    adamw(parameter_groups(network, 0.05), 1e-3).step()
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [*((name, "vit") for name in METHODS), ("mim", "convvit"), ("glmae", "primus")]
-)
-def test_a_step_mixes_no_devices(gpu, name, kind):
-    method = build(name, SPECS[kind])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_mixes_no_devices(gpu, name):
+    method = build(name, SPECS[KINDS.get(name, "vit")])
     views = unresized(method.views())
     drawn = collate([views.draw(NoiseVolume(1, seed), np.random.default_rng(seed)) for seed in range(2)])
     with gpu:
@@ -82,7 +80,6 @@ def test_a_step_mixes_no_devices(gpu, name, kind):
             assert {v.device for v in losses.values()} == {GPU}
         method.synchronize(torch.clone)
         method.after_step(0.5)
-        check_optimizer(method)
 
 
 @pytest.mark.parametrize("kind", SPECS)
@@ -96,4 +93,7 @@ def test_segmentation_networks_mix_no_devices(gpu, kind):
             move(network, lambda tensor: gpu.from_tensor(tensor).to(GPU))
             logits = network(gpu.from_tensor(image).to(GPU))
             assert logits.device == GPU and logits.shape == (2, 3, 64, 64, 64)
-            check_optimizer(network)
+            # backward passes want a GPU that is there, an optimizer does not
+            for parameter in network.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            adamw(parameter_groups(network, 0.05), 1e-3).step()
