@@ -236,8 +236,12 @@ def _nnunet_train(dataset: str, fold: int, trainer: str, plans: str, resume: boo
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # a picture of the curves after each epoch would be a sixth of a run
     MetaLogger.plot_progress_png = lambda *_: None
-    own_context = multiprocessing.get_context
-    multiprocessing.get_context = lambda method=None: own_context("fork")
+    if device == "cpu":
+        own_context = multiprocessing.get_context
+        multiprocessing.get_context = lambda method=None: own_context("fork")
+    else:
+        # as nnU-Net's command does. No fork here: a child of a process that computes on a GPU may wait for ever
+        torch.set_num_threads(1)
     with Path(log).open("a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

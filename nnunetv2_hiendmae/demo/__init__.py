@@ -220,6 +220,8 @@ def _environment(output: Path, num_processes: int) -> dict[str, str]:
     ours[EXT_TRAINER_VARIABLE] = with_discovery(os.environ.get(EXT_TRAINER_VARIABLE))
     # 0: for a few small images, nnU-Net's loader processes take longer to start than to work
     ours |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": str(num_processes), "PYTHONUNBUFFERED": "1"}
+    # on a GPU nnU-Net compiles the network, which takes longer than so few steps
+    ours |= {"nnUNet_compile": "f"}
     # nnU-Net computes on all cores: its threads should at least not spin
     return {**os.environ, **passively(os.environ), **ours}
 

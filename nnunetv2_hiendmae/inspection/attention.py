@@ -141,7 +141,7 @@ def decoder_cross_attention(
     layers = [method.cross_blocks[i].cross_attn for i in blocks]
     with _recording(layers, row) as rows:
         method.predict(image, ids_shuffle)
-    seen = torch.cat([torch.arange(prefix), prefix + keep[0]])
+    seen = torch.cat([torch.arange(prefix, device=keep.device), prefix + keep[0]])
     length, seeing = prefix + ids_shuffle.shape[1], [rows[layer] for layer in layers]
     return [weights.new_zeros(len(weights), length).index_copy(1, seen, weights) for weights in seeing]
 

@@ -154,7 +154,8 @@ class MiM(DeclaredMiM, Method):
         start, stop = chosen.start, chosen.stop
         if level == 2:
             return views["level2"][:, start:stop], views["ids_shuffle2"][:, start:stop]
-        crops = views["level2"][:, self._parents(chosen)].flatten(0, 1)
+        # not indexed by the list itself, which would be copied to a GPU, and the CPU waits for that
+        crops = torch.stack([views["level2"][:, parent] for parent in self._parents(chosen)], 1).flatten(0, 1)
         patches = views["patches"].flatten(1)[:, start:stop]
         blocks = cut_blocks(crops, patches.reshape(-1, 1), self.spec.patch_size)[:, 0]
         images = resize(blocks, self.spec.img_size).unflatten(0, patches.shape)
@@ -181,7 +182,8 @@ class MiM(DeclaredMiM, Method):
         coarser = torch.cat(self._regions[level - 1], dim=1)
         parents = [0] * len(chosen) if level == 2 else self._parents(chosen)
         origin = views["octants"] if level == 2 else views["patches"].flatten(1)
-        return coarser[:, parents].flatten(0, 1), origin[:, chosen.start : chosen.stop].flatten()
+        regions = torch.stack([coarser[:, parent] for parent in parents], 1).flatten(0, 1)
+        return regions, origin[:, chosen.start : chosen.stop].flatten()
 
     def current_weights(self) -> dict[str, Tensor | float]:
         """Loss weights at the present state of the curriculum."""

@@ -29,7 +29,8 @@ PROBE_KEYS = PROBE_DICE, PROBE_VOXELS, PROBE_RANK = ("probe_dice", "probe_dice_v
 PROBE_COSTS = PROBE_SECONDS, PROBE_SHARE = ("probe_seconds", "probe_share")
 # log lines without a terminal: at least this many seconds apart
 PLAIN_LINE_SECONDS = 30
-DRAW_SECONDS = 20
+# between two drawings of the curves at least so long, and of a run's time they take at most this share: a GPU waits
+DRAW_SECONDS, MOST_DRAW_SHARE = 20, 0.02
 # a figure has about 1000 pixels across, a run has up to millions of steps
 CURVE_POINTS = 2000
 # of a picture's grey scale, in normalised intensities: a constant patch (air, padding) is predicted to about 1e-3, the
@@ -43,7 +44,7 @@ class StepLog(RunLog):
 
     def __init__(self, run_dir: Path, first_step: int, settings: "PretrainSettings"):
         super().__init__(run_dir, "step", first_step, settings.total_steps, settings.to_dict())
-        self._settings = settings
+        self._settings, self._drawing = settings, 0.0
         self._started = self._last = self._told = self._drawn = time.monotonic()
 
     def before_steps(self, values: dict[str, float]) -> None:
@@ -71,9 +72,11 @@ class StepLog(RunLog):
     def end_epoch(self, last: bool) -> None:
         """Redraws progress.png, but not several times a minute, and leaves the time since the last step (pictures,
         checkpoints) out of samples/s."""
-        if last or time.monotonic() - self._drawn > DRAW_SECONDS:
+        begun = time.monotonic()
+        if last or begun - self._drawn > max(DRAW_SECONDS, self._drawing / MOST_DRAW_SHARE):
             draw_progress(self.run_dir)
             self._drawn = time.monotonic()
+            self._drawing = self._drawn - begun
         self._last = time.monotonic()
 
 

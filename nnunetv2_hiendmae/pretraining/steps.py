@@ -1,7 +1,7 @@
 """What one optimizer step of pretraining does, on Lightning Fabric (devices, DDP, precision, accumulation)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -114,22 +114,29 @@ class Learner:
         return {**losses, "lr": lr}
 
     def _backward(self, batches: Iterator[Batch], step: int) -> dict[str, float]:
-        """Gradients; losses summed over the method's parts, mean over micro-batches and processes."""
+        """Gradients; losses summed over the method's parts, mean over micro-batches and processes.
+
+        They are looked at once, after the last backward pass: each look makes the CPU wait for the GPU and, as Fabric
+        reduces, for all processes.
+        """
         fabric, accumulate = self.fabric, self.settings.accumulate
         totals: dict[str, Tensor] = {}
+        seen: list[tuple[Tensor, Sequence[str]]] = []
         parts = range(self.method.num_parts)
         left = accumulate * len(parts)
         for batch, part in ((batch, part) for batch in batches for part in parts):
             left -= 1
             with fabric.no_backward_sync(self.model, enabled=left > 0):
                 losses = self.model(batch, part)
-                mean = {k: _mean_over_processes(fabric, v.detach()) for k, v in losses.items()}
-                if not math.isfinite(mean["loss"].item()):
-                    raise _not_finite(losses["loss"].item(), batch, f"at step {step}, weights are unchanged")
                 fabric.backward(losses["loss"] / accumulate)
-            for key, value in mean.items():
-                totals[key] = totals.get(key, 0.0) + value / accumulate
-        return {k: round(v.item(), 7) for k, v in totals.items()}
+            seen.append((losses["loss"].detach(), batch["case"]))
+            for key, value in losses.items():
+                totals[key] = totals.get(key, 0.0) + value.detach() / accumulate
+        mean = _mean_over_processes(fabric, torch.stack(list(totals.values())))
+        measured = dict(zip(totals, mean.tolist(), strict=True))
+        if not math.isfinite(measured["loss"]):
+            raise _not_finite(seen, f"at step {step}, weights are unchanged")
+        return {k: round(v, 7) for k, v in measured.items()}
 
 
 def _mean_over_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
@@ -142,10 +149,13 @@ def _of_all_processes(fabric: Fabric, tensor: Tensor) -> Tensor:
     return gathered if fabric.world_size == 1 else gathered.flatten(0, 1)
 
 
-def _not_finite(loss: float, batch: Batch, when: str) -> UserError:
-    if math.isfinite(loss):
+def _not_finite(seen: Sequence[tuple[Tensor, Sequence[str]]], when: str) -> UserError:
+    """`seen`: this process's losses, each with the cases of its batch."""
+    broken = [(loss.item(), cases) for loss, cases in seen if not loss.isfinite()]
+    if not broken:
         return UserError(f"the loss is not finite in another process {when}; see its message")
+    loss, cases = broken[0]
     return UserError(
-        f"the loss is {loss} {when}; cases in this batch: {', '.join(sorted(set(batch['case'])))}; look for broken "
+        f"the loss is {loss} {when}; cases in this batch: {', '.join(sorted(set(cases)))}; look for broken "
         "intensities in them, or lower --lr, or use --precision fp32"
     )

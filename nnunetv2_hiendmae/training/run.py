@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision, Precision
 from torch import nn
 
 from nnunetv2_hiendmae import files
@@ -37,6 +38,19 @@ def num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
 
 
+class _Autocast(MixedPrecision):
+    """Mixed precision that hands a batch over as it is. Fabric's own rounds images to 16 bits before the forward pass,
+    so that losses would compare with rounded ones, and takes no frozen dataclass, which `volumes.Boxes` is."""
+
+    def convert_input(self, data: Any) -> Any:
+        """Nothing: autocast rounds what an operation takes."""
+        return data
+
+
+def _precision(name: str, device: str) -> Precision:
+    return Precision() if name == "fp32" else _Autocast(PRECISIONS[name], device)
+
+
 def launch(device: str, precision: str, work: float, alone: str = "", spare_memory: bool = False) -> Fabric:
     """Fabric for this process, alone or as one of torchrun's or srun's.
 
@@ -54,7 +68,7 @@ def launch(device: str, precision: str, work: float, alone: str = "", spare_memo
     if alone:
         if int(os.environ.get("WORLD_SIZE") or 1) > 1:
             raise UserError(f"{alone} uses one device, got several processes; run it without torchrun")
-        fabric, local = Fabric(accelerator=device, devices=1, precision=PRECISIONS[precision]), 1
+        fabric, local = Fabric(accelerator=device, devices=1, plugins=_precision(precision, device)), 1
     else:
         fabric, local = _launch_all(device, precision)
     if device == "cpu":
@@ -69,7 +83,7 @@ def _launch_all(device: str, precision: str) -> tuple[Fabric, int]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // int(os.environ.get("SLURM_NNODES") or 1)))
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     devices = {"devices": local, "num_nodes": processes // local, "strategy": "ddp" if processes > 1 else "auto"}
-    fabric = Fabric(accelerator=device, precision=PRECISIONS[precision], **devices)
+    fabric = Fabric(accelerator=device, plugins=_precision(precision, device), **devices)
     fabric.launch()
     return fabric, local
 

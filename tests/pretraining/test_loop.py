@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import numpy as np
@@ -20,11 +21,13 @@ from nnunetv2_hiendmae import cli, load_encoder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
 from nnunetv2_hiendmae.options.commands import PretrainOptions
-from nnunetv2_hiendmae.pretraining import METHODS
-from nnunetv2_hiendmae.pretraining.loop import PICTURE_SAMPLES, _picture_samples, pretrain, run_pretraining
-from nnunetv2_hiendmae.pretraining.progress import draw_progress, running_mean
+from nnunetv2_hiendmae.pretraining import METHODS, progress, steps
+from nnunetv2_hiendmae.pretraining.loop import PICTURE_SAMPLES, _picture_samples, prepare, pretrain, run_pretraining
+from nnunetv2_hiendmae.pretraining.progress import StepLog, draw_progress, running_mean
+from nnunetv2_hiendmae.pretraining.steps import Learner
 from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.training.run import save_state
+from nnunetv2_hiendmae.training.views import unresized
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 # the baseline computes as Hi-End-MAE does, with another decoder: slow tests do without one of the two
@@ -250,12 +253,43 @@ def test_bf16_on_the_cpu_runs_and_continues(preprocessed, tmp_path):
     assert losses(run(tmp_path / "stopped", tiny_settings(precision="bf16"), resume=True)) == expected
 
 
+def first_batches(settings, run_dir: Path) -> tuple[Learner, list[dict]]:
+    """A run's learner, and the micro-batches of its first step."""
+    fabric, method = prepare(settings, run_dir)
+    learner = Learner.set_up(fabric, settings, method)
+    return learner, list(learner.batches(find_cases(settings.datasets, PLANS, "3d_fullres"), range(1)))
+
+
+@methods
+def test_half_precision_gets_batches_as_a_gpu_does(preprocessed, tmp_path, monkeypatch, method):
+    """As workers made them: boxes, which no 16 bits are made of, and images with all their bits to compare with."""
+    monkeypatch.setattr(Learner, "views", property(lambda learner: unresized(learner.method.views())))
+    learner, batches = first_batches(tiny_settings(method, precision="bf16"), tmp_path)
+    seen = []
+    learner.method.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert np.isfinite(learner.step(0, iter(batches))["loss"])
+    assert len(seen) == learner.method.num_parts and all(batch is batches[0] for batch in seen)
+
+
+def test_losses_are_looked_at_once_in_a_step(preprocessed, tmp_path, monkeypatch):
+    """However many parts and micro-batches there are: a GPU's work is waited for, and other processes. The loss that is
+    not finite is found again."""
+    looks, mean = [], steps._mean_over_processes
+    monkeypatch.setattr(steps, "_mean_over_processes", lambda *args: looks.append(args[1]) or mean(*args))
+    learner, batches = first_batches(tiny_settings("mim", accumulate=2), tmp_path)
+    batches[1] |= {"level2": batches[1]["level2"] * torch.nan, "case": ["D/broken"] * 2}
+    with pytest.raises(UserError, match=r"the loss is nan at step 0, .*: D/broken; look"):
+        learner._backward(iter(batches), 0)
+    assert len(looks) == 1 and learner.method.num_parts > 2
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_gpu_run_and_continue(preprocessed, tmp_path, precision):
+@pytest.mark.parametrize("method", ["hiendmae", "glmae"])
+def test_gpu_run_and_continue(preprocessed, tmp_path, method, precision):
     """On a GPU kernels may differ in the last bit: losses after continuing agree to 1e-2 in half precision."""
-    settings = tiny_settings(precision=precision, device="cuda")
+    settings = tiny_settings(method, precision=precision, device="cuda")
     data = find_cases(settings.datasets, PLANS, "3d_fullres")
     run_pretraining(settings, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
@@ -282,6 +316,24 @@ def test_crops_larger_than_every_volume_are_padded_with_a_warning(nnunet, tmp_pa
     write_preprocessed(nnunet.preprocessed, {"small": (9, 10, 11)})
     assert len(run(tmp_path / "run", tiny_settings(epochs=1))) == 3
     assert "larger along D and H and W than every volume" in caplog.text
+
+
+def test_curves_are_drawn_for_a_fiftieth_of_the_time(tmp_path, monkeypatch):
+    """Drawings of 3 s are 150 s apart, and the first one comes after 20 s."""
+    now, drawn = [0.0], []
+
+    def draw(_):
+        drawn.append(now[0])
+        now[0] += 3
+
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(progress, "draw_progress", draw)
+    log = StepLog(tmp_path, 0, tiny_settings())
+    for seconds in range(0, 400, 10):
+        now[0] = seconds
+        log.end_epoch(last=seconds == 390)
+    log.close()
+    assert drawn == [30, 190, 350, 390]
 
 
 def test_progress_of_a_very_long_run_is_drawn_at_once(tmp_path):
