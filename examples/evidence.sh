@@ -26,6 +26,9 @@ done
 if [ "$BUDGET" = cpu ]; then
   # one thread each; for small crops loader processes take longer to start than to work
   export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
+else
+  # compiling would take a good part of trainings this short, and each starts processes that only write a few predictions
+  export nnUNet_compile=f nnUNet_def_n_proc=2
 fi
 eval "$(hiendmae env)"
 
