@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from protocol import ALL, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SAME_RATE, SCRATCH, Budget, Pool, Task
+from protocol import ALL, FLAT, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SAME_RATE, SCRATCH, Budget, Pool, Task
 
 from nnunetv2_hiendmae.recipes import TRAINERS
 
@@ -61,6 +61,25 @@ class Training:
         return results / f"{self.trainer}__{self.plans}__{CONFIGURATION}" / f"fold_{self.fold}"
 
 
+@dataclass(frozen=True)
+class Pretraining:
+    """One run of `hiendmae pretrain`.
+
+    Args:
+        crop: voxels.
+        options: of the method, beside the budget's.
+    """
+
+    task: Task
+    name: str
+    method: str
+    pool: Pool
+    steps: int
+    lr: float
+    crop: tuple[int, int, int]
+    options: tuple[str, ...] = ()
+
+
 def nnunet_folder(kind: str) -> Path:
     """Folder for raw, preprocessed or results."""
     return Path(os.environ[f"nnUNet_{kind}"])
@@ -87,17 +106,23 @@ def arms(task: Task) -> dict[str, Arm]:
     others = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
     if task.same_rate:
         others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
+    if task.flat:
+        flat = first + FLAT
+        others += [Arm(SCRATCH + FLAT, flat, None, rate_of=first), Arm(flat, flat, first, rate_of=first)]
     return {arm.name: arm for arm in (*tuned, *frozen, *others)}
 
 
-def pretrainings(task: Task, budget: Budget) -> Iterator[tuple[str, str, Pool, int, float]]:
-    """Name, method, pool, steps and learning rate of each, in the order of the runs."""
+def pretrainings(task: Task, budget: Budget) -> Iterator[Pretraining]:
+    """In the order of the runs."""
+    first, steps, lr = task.arms[0], budget.steps[task.number], budget.pretrain_lr
     for method in task.arms:
-        yield method, method, task.pool, budget.steps[task.number], budget.pretrain_lr
+        yield Pretraining(task, method, method, task.pool, steps, lr, budget.crop)
     if task.frozen:
-        yield RANDOM, task.arms[0], task.pool, 1, 1e-12
+        yield Pretraining(task, RANDOM, first, task.pool, 1, 1e-12, budget.crop)
     for name, pool in task.pools.items():
-        yield f"{task.pool_method}_pool{name}", task.pool_method, pool, budget.steps[task.number], budget.pretrain_lr
+        yield Pretraining(task, f"{task.pool_method}_pool{name}", task.pool_method, pool, steps, lr, budget.crop)
+    if task.flat:
+        yield Pretraining(task, first + FLAT, first, task.pool, steps, lr, budget.flat_crop)
 
 
 def remedies(task: Task) -> list[Arm]:

@@ -120,28 +120,29 @@ def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
 
 
 def probes(evidence: Evidence, task: Task, names: list[str], plans: str) -> Iterator[dict[str, Any]]:
-    """Ridge probes fitted on training cases, tested on the test cases, of the classes and of their union: of every
-    encoder, random ones and voxels. `plans` have the arrays."""
+    """Ridge probes of every encoder, of random ones and voxels with their crops: fitted on training cases and tested on
+    the test cases, of the classes and of their union, and on the tuning fold. `plans` have the arrays."""
     tests = sum(map(len, task.test.values()))
     # a probe takes as many training cases as there are test cases, by their names
-    found = find_labelled(task.number, plans, CONFIGURATION, ALL if len(task.train) <= tests else ONE_SHOT)
+    fold = ALL if len(task.train) <= tests else ONE_SHOT
+    found, tuning = (find_labelled(task.number, plans, CONFIGURATION, chosen) for chosen in (fold, TUNING))
     union = {"foreground": tuple(value for values in found.classes.values() for value in values)}
-    first, _ = load_encoder(evidence.encoder_file(task, names[0]))
-    probe, merged = (Probe(replace(found, classes=classes), first.spec) for classes in (found.classes, union))
-    told: dict[str, Any] = {"task": task.number, "seed": None, "effective_rank": None}
-    yield {**told, "encoder": "voxels", "dice": probe.of_voxels(), "dice_union": merged.of_voxels()}
-
-    def probed(name: str, encoder: torch.nn.Module) -> dict[str, Any]:
-        result = probe.of_encoder(encoder)
-        dice = {"dice": result.dice, "dice_union": merged.of_encoder(encoder).dice}
-        return {**told, "encoder": name, **dice, "effective_rank": result.effective_rank}
-
-    for name in names:
-        encoder, _ = load_encoder(evidence.encoder_file(task, name))
-        yield probed(name, encoder)
-    for seed in range(RANDOM_PROBES):
-        torch.manual_seed(seed)
-        yield probed(RANDOM, build_encoder(first.spec).eval()) | {"seed": seed}
+    of_cases = {"dice": found, "dice_union": replace(found, classes=union), "dice_tuning": tuning}
+    loaded = {name: load_encoder(evidence.encoder_file(task, name))[0] for name in names}
+    for crop, like in {encoder.spec.img_size: encoder.spec for encoder in loaded.values()}.items():
+        all_probes = {measure: Probe(cases, like) for measure, cases in of_cases.items()}
+        told: dict[str, Any] = {"task": task.number, "crop": list(crop), "seed": None, "effective_rank": None}
+        dice = {measure: probe.of_voxels() for measure, probe in all_probes.items()}
+        yield {**told, "encoder": "voxels", **dice}
+        encoders = [(name, None, encoder) for name, encoder in loaded.items() if encoder.spec.img_size == crop]
+        for seed in range(RANDOM_PROBES):
+            torch.manual_seed(seed)
+            encoders.append((RANDOM, seed, build_encoder(like).eval()))
+        for name, seed, encoder in encoders:
+            results = {measure: probe.of_encoder(encoder) for measure, probe in all_probes.items()}
+            dice = {measure: result.dice for measure, result in results.items()}
+            own = {"encoder": name, "seed": seed, "effective_rank": results["dice"].effective_rank}
+            yield {**told, **own, **dice}
 
 
 def digests(task: Task) -> dict[str, dict[str, str]]:
@@ -198,7 +199,7 @@ def main() -> None:
     rates, data, known = {}, {}, earlier(folder)
     for task in TASKS:
         done = finished(evidence, task)
-        files = {name: evidence.encoder_file(task, name) for name, *_ in pretrainings(task, evidence.budget)}
+        files = {run.name: evidence.encoder_file(task, run.name) for run in pretrainings(task, evidence.budget)}
         names = [name for name, file in files.items() if (file.parent / "finished").exists()]
         if not done:
             continue

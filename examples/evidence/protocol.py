@@ -14,7 +14,7 @@ SCRATCH = "scratch"
 # an encoder that took one step with next to no learning rate, to be frozen
 RANDOM = "random"
 FROZEN = "_frozen"
-SAME_RATE = "_same_rate"
+SAME_RATE, FLAT = "_same_rate", "_flat"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # of the remedies, on the tuning fold
 REMEDY_SEEDS = (100, 101, 102)
@@ -55,6 +55,7 @@ class Budget:
     Args:
         encoder: preset.
         crop: voxels, of pretraining and fine-tuning.
+        flat_crop: the same for images of few slices.
         spacing_mm: by task, isotropic, of pretraining and fine-tuning.
         steps: of pretraining, by task.
         samples: per step, by method; together they have equally many views.
@@ -67,6 +68,7 @@ class Budget:
     device: str
     encoder: str
     crop: tuple[int, int, int]
+    flat_crop: tuple[int, int, int]
     spacing_mm: dict[int, float]
     steps: dict[int, int]
     samples: dict[str, int]
@@ -98,6 +100,7 @@ BUDGETS = {
         device="cpu",
         encoder="vit_nano_p8",
         crop=(32, 32, 32),
+        flat_crop=(16, 32, 32),
         spacing_mm={503: 2.5, 506: 3.0, 505: 0.25},
         steps={503: 6000, 506: 8000, 505: 4000},
         samples={"hiendmae": 8, "mim": 2, "glmae": 2, "mae3d": 8},
@@ -121,6 +124,7 @@ BUDGETS = {
         device="cuda",
         encoder="vit_small_p16",
         crop=(96, 96, 96),
+        flat_crop=(32, 96, 96),
         spacing_mm={503: 1.0, 506: 1.5, 505: 0.1214},
         steps={503: 6000, 506: 4000, 505: 4000},
         samples={"hiendmae": 64, "mim": 8, "glmae": 16, "mae3d": 64},
@@ -158,6 +162,7 @@ class Task:
         pools: further pools for `pool_method`, by name.
         frozen: methods whose encoders are frozen, too, beside a random one.
         same_rate: also from scratch with the first method's learning rate.
+        flat: also the first method and scratch with the budget's flat crop.
     """
 
     number: int
@@ -172,6 +177,7 @@ class Task:
     pools: dict[str, Pool] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
     same_rate: bool = False
+    flat: bool = False
 
 
 # one volume per head; no animals, no abdomen, none of SRI24, which is a labelled case
@@ -202,6 +208,7 @@ TASKS = (
         test={"B": ("B",)},
         arms=("hiendmae", "mae3d"),
         same_rate=True,
+        flat=True,
     ),
     Task(
         505, "CT", 0.25, Pool(541, 512, ("jointA",)),

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from arms import plain
 from matplotlib.figure import Figure
-from protocol import FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
+from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -120,22 +120,24 @@ def classes(cases: pd.DataFrame, task: Task, fold: str) -> Iterator[str]:
 
 
 def gate(runs: dict, task: Task) -> Iterator[str]:
-    """The probe of frozen tokens on the test cases."""
-    found = pd.DataFrame([probe for probe in runs["probes"] if probe["task"] == task.number])
-    if found.empty:
-        return
-    random, voxels = found[found["encoder"] == RANDOM], found.set_index("encoder").loc["voxels"]
-    measured = ("dice", "dice_union")
-    spread = [f"{random[m].mean():.4f} ({random[m].min():.4f} to {random[m].max():.4f})" for m in measured]
-    rows = [
-        ["voxels, without an encoder", *(f"{voxels[m]:.4f}" for m in measured), "", ""],
-        [f"random, {len(random)} seeds", *spread, f"{random['effective_rank'].mean():.1f}", ""],
-    ]
-    for _, probe in found[~found["encoder"].isin([RANDOM, "voxels"])].iterrows():
-        passed = "passed" if probe["dice"] > random["dice"].max() else "not passed"
-        dice = [f"{probe[m]:.4f}" for m in measured]
-        rows.append([probe["encoder"], *dice, f"{probe['effective_rank']:.1f}", passed])
-    yield table(["encoder", "probe Dice", "of all classes in one", "effective rank", "gate"], rows)
+    """The probe of frozen tokens on the test cases, by the encoders' crops."""
+    measured = ("dice", "dice_union", "dice_tuning")
+    rows = []
+    of_task = pd.DataFrame([probe for probe in runs["probes"] if probe["task"] == task.number])
+    for _, found in of_task.groupby(of_task["crop"].map(tuple), sort=False) if len(of_task) else ():
+        random, voxels = found[found["encoder"] == RANDOM], found.set_index("encoder").loc["voxels"]
+        spread = [f"{random[m].mean():.4f} ({random[m].min():.4f} to {random[m].max():.4f})" for m in measured]
+        crop = " x ".join(map(str, voxels["crop"]))
+        rows.append(["voxels, without an encoder", crop, *(f"{voxels[m]:.4f}" for m in measured), "", ""])
+        rank = f"{random['effective_rank'].mean():.1f}"
+        rows.append([f"random, {len(random)} seeds", crop, *spread, rank, ""])
+        for _, probe in found[~found["encoder"].isin([RANDOM, "voxels"])].iterrows():
+            passed = "passed" if probe["dice"] > random["dice"].max() else "not passed"
+            dice = [f"{probe[m]:.4f}" for m in measured]
+            rows.append([probe["encoder"], crop, *dice, f"{probe['effective_rank']:.1f}", passed])
+    if rows:
+        titles = ["encoder", "crop", "probe Dice", "of all classes in one", "tuning fold", "effective rank", "gate"]
+        yield table(titles, rows)
 
 
 def pretraining(runs: dict, task: Task) -> str:
@@ -172,6 +174,8 @@ def sections(folder: Path, where: str) -> Iterator[str]:
                 yield f"End to end, {fold}:\n\n{text}"
         for text in comparison(cases, task, "1-shot", list(task.arms), SCRATCH + SAME_RATE):
             yield f"End to end, 1-shot, from scratch with {task.arms[0]}'s learning rate:\n\n{text}"
+        for text in comparison(cases, task, "1-shot", [task.arms[0] + FLAT], SCRATCH + FLAT):
+            yield f"End to end, 1-shot, flat crops:\n\n{text}"
         frozen = [name + FROZEN for name in task.frozen]
         yield from (
             f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)

@@ -20,6 +20,7 @@ from arms import (
     CONFIGURATION,
     FINISHED,
     Arm,
+    Pretraining,
     Training,
     arms,
     dataset_name,
@@ -38,7 +39,6 @@ from protocol import (
     TUNING,
     TUNING_SEED,
     Budget,
-    Pool,
     Task,
 )
 
@@ -80,32 +80,30 @@ class Evidence:
         line = ["hiendmae", "preprocess", "-d", *pools, "-p", PLANS, "--like", like, *spacing, "-np", str(self.jobs)]
         self._logged(f"{task.number}_preprocess", line)
 
-    def pretrain(self, runs: list[tuple]) -> None:
-        """Several pretrainings, of the form of `pretrainings`."""
+    def pretrain(self, runs: list[Pretraining]) -> None:
+        """Several of them."""
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(lambda run: self._pretrain(*run), runs))
+            list(pool.map(self._pretrain, runs))
 
-    def _pretrain(
-        self, task: Task, name: str, method: str, pool: Pool, steps: int, lr: float, more: Sequence[str] = ()
-    ) -> None:
-        folder = self.encoder_file(task, name).parent
+    def _pretrain(self, run: Pretraining) -> None:
+        folder = self.encoder_file(run.task, run.name).parent
         if (folder / "finished").exists():
             return
         budget = self.budget
-        per_epoch = min(steps, budget.steps_per_epoch)
+        per_epoch = min(run.steps, budget.steps_per_epoch)
         line = [
-            "hiendmae", "pretrain", "-d", str(pool.number), "-p", PLANS, "--method", method,
-            "--encoder", budget.encoder, "--crop-size", *map(str, budget.crop), "--lr", str(lr),
-            "--batch-size", str(budget.samples[method]),
-            "--epochs", str(steps // per_epoch), "--steps-per-epoch", str(per_epoch),
-            "--warmup-epochs", str(3 if steps > 3 * per_epoch else 0), "-device", budget.device,
+            "hiendmae", "pretrain", "-d", str(run.pool.number), "-p", PLANS, "--method", run.method,
+            "--encoder", budget.encoder, "--crop-size", *map(str, run.crop), "--lr", str(run.lr),
+            "--batch-size", str(budget.samples[run.method]),
+            "--epochs", str(run.steps // per_epoch), "--steps-per-epoch", str(per_epoch),
+            "--warmup-epochs", str(3 if run.steps > 3 * per_epoch else 0), "-device", budget.device,
             "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
-        if options := (*budget.options.get(method, ()), *more):
+        if options := (*budget.options.get(run.method, ()), *run.options):
             line += ["--set", *options]
         if (folder / "run.json").exists():
             line.append("--c")
-        self._logged(f"{task.number}_pretrain_{name}", line)
+        self._logged(f"{run.task.number}_pretrain_{run.name}", line)
         (folder / "finished").touch()
 
     def encoder_file(self, task: Task, name: str) -> Path:
@@ -139,11 +137,11 @@ class Evidence:
 
     def try_remedies(self, task: Task) -> None:
         """Pretrains and trains what remedies need, those first that need no other pretraining."""
-        steps, lr = self.budget.steps[task.number], self.budget.pretrain_lr
+        steps, lr, crop = self.budget.steps[task.number], self.budget.pretrain_lr, self.budget.crop
         trainings = self.remedy_trainings(task)
         self.train([training for training in trainings if self.encoder_file(task, training.arm.encoder).exists()])
         self.pretrain([
-            (task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, remedy.options)
+            Pretraining(task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, crop, remedy.options)
             for name, remedy in REMEDIES.items()
             if remedy.steps or remedy.options
         ])  # fmt: skip
@@ -273,7 +271,7 @@ def main() -> None:
         # further pools last: arms are compared without them
         for group in ([arm for arm in chosen if not arm.rate_of], [arm for arm in chosen if arm.rate_of]):
             names, encoders = {arm.name for arm in group}, {arm.encoder for arm in group}
-            evidence.pretrain([(task, *run) for run in pretrainings(task, evidence.budget) if run[0] in encoders])
+            evidence.pretrain([run for run in pretrainings(task, evidence.budget) if run.name in encoders])
             evidence.tune(task, names)
             evidence.train([training for training in evidence.trainings(task) if training.arm.name in names])
         if args.remedies:

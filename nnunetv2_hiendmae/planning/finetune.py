@@ -2,6 +2,7 @@
 
 import logging
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from pkgutil import resolve_name
@@ -154,6 +155,7 @@ def plan_finetuning(
         network=network,
     )
     path = save_plans(plans)
+    _warn_of_padding(plans["configurations"][CONFIGURATION]["median_image_size_in_voxels"], spec)
     messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
     number = dataset_id(raw.name)
     preprocess, *commands = _next_commands(
@@ -194,6 +196,27 @@ def _network(spec: EncoderSpec, options: PlanOptions) -> str:
     return name
 
 
+def _step(spec: EncoderSpec) -> tuple[int, ...]:
+    """What each axis of the crop is a multiple of, in voxels."""
+    return tuple(p * KINDS[spec.kind].tokens_per_step for p in spec.patch_size)
+
+
+def _multiple(size: Sequence[float], step: Sequence[int]) -> tuple[int, ...]:
+    """The nearest size that has whole steps, at least one."""
+    return tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
+
+
+def _warn_of_padding(median: Sequence[float], spec: EncoderSpec) -> None:
+    """Says by which crop more of what the encoder sees would be image, where that is half a step or more."""
+    fitting = tuple(map(min, spec.img_size, _multiple(median, _step(spec))))
+    if fitting == spec.img_size:
+        return
+    shape, crop = (" x ".join(f"{n:g}" for n in numbers) for numbers in (median, spec.img_size))
+    mend = f": --patch-size {' '.join(map(str, fitting))} would see less of it" if fitting != _step(spec) else ""
+    told = f"images have a median of {shape} voxels, the crop {crop}: beyond an image the encoder sees padding"
+    logger.warning(f"{told}, which is rare in pretraining on larger ones{mend}")
+
+
 def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dict[str, Any]) -> EncoderSpec:
     """The encoder of the segmentation network: no CLS, trainable positions, the dataset's channels and crop; that of
     the file within the recipe's limit, where none is given."""
@@ -206,9 +229,8 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
     size = tuple(values.get("patch_size", own))
     if len(size) != 3:
         raise ValueError(f"patch size {size} needs three axes D, H, W: 2D is not supported")
-    encoder = KINDS[source.kind]
-    step = tuple(p * encoder.tokens_per_step for p in source.patch_size)
-    fitting = tuple(max(1, round(s / p)) * p for s, p in zip(size, step, strict=True))
+    step = _step(source)
+    fitting = _multiple(size, step)
     if size != fitting:
         raise ValueError(f"patch size {size}: each axis must be a multiple of {step} for this encoder, e.g. {fitting}")
     if size == step:
@@ -219,7 +241,7 @@ def _finetuning_spec(source: EncoderSpec, channels: tuple[str, ...], values: dic
         in_channels=len(channels),
         img_size=size,
         drop_path_rate=values["drop_path_rate"],
-        **encoder.finetuning,
+        **KINDS[source.kind].finetuning,
     )
 
 

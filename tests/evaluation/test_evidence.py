@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,13 +167,13 @@ def test_what_is_finished_is_not_run_again_and_what_was_interrupted_continues(tm
     lines = []
     monkeypatch.setattr(run.Evidence, "_logged", lambda self, name, line: lines.append(line))
     evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
-    [plain, *_] = [each for each in arms.pretrainings(TASK, evidence.budget) if each[0] == "mae3d"]
+    [plain, *_] = [each for each in arms.pretrainings(TASK, evidence.budget) if each.name == "mae3d"]
     folder = evidence.encoder_file(TASK, "mae3d").parent
     folder.mkdir()
-    evidence.pretrain([(TASK, *plain)])
-    evidence.pretrain([(TASK, *plain)])
+    evidence.pretrain([plain])
+    evidence.pretrain([plain])
     assert len(lines) == 1 and "--c" not in lines[0] and lines[0][lines[0].index("--epochs") + 1] == "60"
     (folder / "finished").unlink()
     (folder / "run.json").touch()
-    evidence.pretrain([(TASK, *plain, ("normalize_target=False",))])
+    evidence.pretrain([replace(plain, options=("normalize_target=False",))])
     assert lines[1] == [*lines[0], "normalize_target=False", "--c"]

@@ -71,6 +71,27 @@ def test_intensities_of_stock_plans_are_carried_over(nnunet, toy, tmp_path):
     assert (stats["mean"], stats["std"], stats["percentile_99_5"]) == (-100, 400, 300)
 
 
+@pytest.mark.parametrize(
+    ("slices", "told"),
+    [
+        (24, None),
+        # nearer to 24 than to 16
+        (21, None),
+        (13, r"median of 13 x 34 x 30 voxels, the crop 24 x 24 x 24: .* --patch-size 16 24 24 would"),
+        (3, r"--patch-size 8 24 24 would"),
+    ],
+)
+def test_thin_images_are_told_of_padding(nnunet, toy, tmp_path, caplog, slices, told):
+    write_fingerprint(nnunet, toy, shape=(slices, 34, 30))
+    file = save_tiny_encoder(tmp_path / "encoder.safetensors", spacing_mm=(1.5, 1.5, 1.5))
+    plan_finetuning("1", file)
+    assert ("padding" in caplog.text) == bool(told) and re.search(told or "", caplog.text)
+    # what it says to do is taken, and leaves nothing to say
+    caplog.clear()
+    plan_finetuning("1", file, patch_size=(max(8, min(24, 8 * round(slices / 8))), 24, 24))
+    assert "padding" not in caplog.text
+
+
 def test_channels_must_be_those_of_pretraining(nnunet, tmp_path, caplog):
     swapped = make_dataset(nnunet, 3, cases=3, channels=("MR", "CT"))
     write_fingerprint(nnunet, swapped, channels=2)
