@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -182,7 +183,9 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         )
         pools = [f"{task.pool_method}_pool{name}" for name in task.pools]
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if task.pools else []
-        yield from (f"Size of the pool, 1-shot ({task.pool_method} has {len(task.pool.cases)}):\n\n{t}" for t in found)
+        yield from (
+            f"Size of the pool, 1-shot ({len(task.pool.cases)} volumes without a number):\n\n{t}" for t in found
+        )
         tried = [plain(name) for name in REMEDIES]
         names = [*sorted({remedy.method for remedy in REMEDIES.values()}), *tried]
         if set(tried) & set(cases[cases["task"] == task.number]["arm"]):
@@ -201,12 +204,19 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             yield "\n".join(f"![{name}]({where}{name})" for name in both)
 
 
+def axes_of_folds(own: pd.DataFrame) -> tuple[Figure, list[tuple[Any, str]]]:
+    """A figure with an axis for each fold that has results."""
+    folds = [fold for fold in FOLDS if fold in set(own["fold"])]
+    figure = Figure(figsize=(5 * len(folds), 4), layout="constrained")
+    return figure, list(zip(figure.subplots(1, len(folds), sharey=True, squeeze=False)[0], folds, strict=True))
+
+
 def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
     """A dot per case and seed, a line for the mean, an axis per fold."""
     own = cases[cases["task"] == task.number]
     per_case = own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index()
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, fold in zip(figure.subplots(1, 2, sharey=True), FOLDS, strict=True):
+    figure, axes = axes_of_folds(own)
+    for axis, fold in axes:
         shown = per_case[per_case["fold"] == fold]
         names = list(shown["arm"].unique())
         for place, name in enumerate(names):
@@ -224,8 +234,8 @@ def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
 def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
     """nnU-Net's pseudo Dice by epoch: mean and range over seeds."""
     own = curves[curves["task"] == task.number]
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axis, fold in zip(figure.subplots(1, 2, sharey=True), FOLDS, strict=True):
+    figure, axes = axes_of_folds(own)
+    for axis, fold in axes:
         for number, arm in enumerate((SCRATCH, *task.arms)):
             shown = own[(own["fold"] == fold) & (own["arm"] == arm)].groupby("epoch")["pseudo_dice"]
             if not len(shown):
