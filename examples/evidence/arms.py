@@ -95,6 +95,11 @@ def raw_folder(task: Task) -> Path:
     return nnunet_folder("raw") / dataset_name(task.number)
 
 
+def pool_runs(task: Task) -> dict[str, Pool]:
+    """Further pools by the name of the pretraining, and of the arm, that has each."""
+    return {f"{task.pool_method}_pool{name}": pool for name, pool in task.pools.items()}
+
+
 def arms(task: Task) -> dict[str, Arm]:
     """All arms of a task by name, those that are tuned first."""
     first, both = task.arms[0], (ONE_SHOT, ALL)
@@ -103,7 +108,7 @@ def arms(task: Task) -> dict[str, Arm]:
     if frozen:
         frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
     method = task.pool_method
-    others = [Arm(name, name, method, rate_of=method) for name in (f"{method}_pool{size}" for size in task.pools)]
+    others = [Arm(name, name, method, rate_of=method) for name in pool_runs(task)]
     if task.same_rate:
         others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
     if task.flat:
@@ -119,8 +124,8 @@ def pretrainings(task: Task, budget: Budget) -> Iterator[Pretraining]:
         yield Pretraining(task, method, method, task.pool, steps, lr, budget.crop)
     if task.frozen:
         yield Pretraining(task, RANDOM, first, task.pool, 1, 1e-12, budget.crop)
-    for name, pool in task.pools.items():
-        yield Pretraining(task, f"{task.pool_method}_pool{name}", task.pool_method, pool, steps, lr, budget.crop)
+    for name, pool in pool_runs(task).items():
+        yield Pretraining(task, name, task.pool_method, pool, steps, lr, budget.crop)
     if task.flat:
         yield Pretraining(task, first + FLAT, first, task.pool, steps, lr, budget.flat_crop)
 

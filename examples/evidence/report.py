@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from arms import plain
+from arms import plain, pool_runs
 from matplotlib.figure import Figure
 from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
 from scipy import stats
@@ -181,8 +181,8 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         yield from (
             f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)
         )
-        pools = [f"{task.pool_method}_pool{name}" for name in task.pools]
-        found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if task.pools else []
+        pools = list(pool_runs(task))
+        found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if pools else []
         yield from (
             f"Size of the pool, 1-shot ({len(task.pool.cases)} volumes without a number):\n\n{t}" for t in found
         )
@@ -192,12 +192,8 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             for text in comparison(cases, task, "tuning", names, SCRATCH, len(REMEDY_SEEDS)):
                 yield f"Remedies, tuning fold, {len(REMEDY_SEEDS)} seeds:\n\n{text}"
         yield from (f"Dice per class, {fold}:\n\n{text}" for fold in FOLDS for text in classes(cases, task, fold))
-        figures = ("dots", "curves", "overlay")
-        yield "\n".join(
-            f"![{kind}]({where}{kind}_{task.number}.png)"
-            for kind in figures
-            if kind != "overlay" or (folder / f"overlay_{task.number}.png").exists()
-        )
+        drawn = {kind: f"{kind}_{task.number}.png" for kind in ("dots", "curves", "overlay")}
+        yield "\n".join(f"![{kind}]({where}{name})" for kind, name in drawn.items() if (folder / name).exists())
         both = [f"attention_{task.number}_{name}.png" for name in (task.arms[0], RANDOM)]
         if all((folder / name).exists() for name in both):
             yield f"Attention of the last layer from one voxel, {task.arms[0]} and a random encoder:"
@@ -251,10 +247,11 @@ def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
 
 
 def draw(folder: Path) -> None:
-    """The figures that are made of the tables."""
+    """The figures that are made of the tables, of tasks that have more than their tuning fold."""
     cases, curves = (pd.read_csv(folder / f"{name}.csv") for name in ("cases", "curves"))
     drawings: dict[str, tuple[Callable, pd.DataFrame]] = {"dots": (draw_dots, cases), "curves": (draw_curves, curves)}
-    for task in (task for task in TASKS if task.number in set(cases["task"])):
+    known = set(cases[cases["fold"].isin(FOLDS)]["task"])
+    for task in (task for task in TASKS if task.number in known):
         for kind, (function, values) in drawings.items():
             function(values, task, folder / f"{kind}_{task.number}.png")
 

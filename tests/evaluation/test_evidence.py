@@ -67,6 +67,18 @@ def test_differences_are_paired_by_seed_and_tested_over_seeds():
     assert f"{stats.ttest_rel(gains + 0.1, [0.1] * 5).pvalue:.3f}" in text
 
 
+def test_a_run_that_was_stopped_after_tuning_is_reported(tmp_path):
+    """It has no fold to draw yet."""
+    results({SCRATCH: {100: 0.0}}).assign(fold="tuning", case=TASK.tuning[1]).to_csv(tmp_path / "cases.csv")
+    pd.DataFrame([{"task": TASK.number, "fold": "tuning"}]).to_csv(tmp_path / "curves.csv")
+    rates = {str(TASK.number): {SCRATCH: {"lr": 0.01, "dice": {"0.01": 0.6}}}}
+    runs = {"probes": [], "pretraining": [], "learning_rates": rates}
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    report.draw(tmp_path)
+    assert not list(tmp_path.glob("*.png"))
+    assert "| scratch | 0.6000 | 0.01 |" in report.with_results(f"{report.BEGIN}\n{report.END}", tmp_path)
+
+
 def test_holm_counts_the_methods_of_a_table():
     noise = np.array([-0.02, -0.01, 0.0, 0.01, 0.02])
     arms = {SCRATCH: dict.fromkeys(range(5), 0.0)}
