@@ -15,6 +15,8 @@ SCRATCH = "scratch"
 RANDOM = "random"
 FROZEN = "_frozen"
 SAME_RATE, FLAT = "_same_rate", "_flat"
+# with a network that reads tokens alone
+TOKENS = "_tokens"
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # of the remedies, on the tuning fold
 REMEDY_SEEDS = (100, 101, 102)
@@ -43,6 +45,7 @@ REMEDIES = {
     "layer decay": Remedy(finetuning={"layer_decay": 0.75}),
     "frozen": Remedy(finetuning={"freeze_encoder": True}),
     "short pretraining": Remedy(steps=1000),
+    "long pretraining": Remedy(steps=24000),
     "half masked": Remedy(options=("mask_ratio=0.5",)),
     "plain targets": Remedy(method="mae3d", options=("normalize_target=False",)),
 }
@@ -54,6 +57,7 @@ class Budget:
 
     Args:
         encoder: preset.
+        token_encoder: preset of a kind that has a network which reads tokens alone.
         crop: voxels, of pretraining and fine-tuning.
         flat_crop: the same for images of few slices.
         spacing_mm: by task, isotropic, of pretraining and fine-tuning.
@@ -67,6 +71,7 @@ class Budget:
 
     device: str
     encoder: str
+    token_encoder: str
     crop: tuple[int, int, int]
     flat_crop: tuple[int, int, int]
     spacing_mm: dict[int, float]
@@ -99,6 +104,7 @@ BUDGETS = {
     "cpu": Budget(
         device="cpu",
         encoder="vit_nano_p8",
+        token_encoder="primus_nano",
         crop=(32, 32, 32),
         flat_crop=(16, 32, 32),
         spacing_mm={503: 2.5, 506: 3.0, 505: 0.25},
@@ -123,6 +129,7 @@ BUDGETS = {
     "gpu": Budget(
         device="cuda",
         encoder="vit_small_p16",
+        token_encoder="primus_s",
         crop=(96, 96, 96),
         flat_crop=(32, 96, 96),
         spacing_mm={503: 1.0, 506: 1.5, 505: 0.1214},
@@ -163,6 +170,7 @@ class Task:
         frozen: methods whose encoders are frozen, too, beside a random one.
         same_rate: also from scratch with the first method's learning rate.
         flat: also the first method and scratch with the budget's flat crop.
+        tokens: methods that, like scratch, also have a network which reads tokens alone, trained and frozen.
     """
 
     number: int
@@ -178,6 +186,7 @@ class Task:
     frozen: tuple[str, ...] = ()
     same_rate: bool = False
     flat: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 # one volume per head; no animals, no abdomen, none of SRI24, which is a labelled case
@@ -199,6 +208,7 @@ TASKS = (
         arms=METHODS,
         pools={"2": Pool(522, 511, HEADS[:2]), "6": Pool(523, 511, HEADS[:6]), "18": Pool(524, 511, ALL_BUT_SRI24)},
         frozen=("hiendmae", "mae3d"),
+        tokens=("hiendmae", "mae3d"),
     ),
     # one of the four methods beside the plain one
     Task(

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from arms import plain, pool_runs
 from matplotlib.figure import Figure
-from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
+from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, TOKENS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -121,31 +121,35 @@ def classes(cases: pd.DataFrame, task: Task, fold: str) -> Iterator[str]:
 
 
 def gate(runs: dict, task: Task) -> Iterator[str]:
-    """The probe of frozen tokens on the test cases, by the encoders' crops."""
+    """The probe of frozen tokens on the test cases, by the encoders' presets and crops."""
     measured = ("dice", "dice_union", "dice_tuning")
     rows = []
     of_task = pd.DataFrame([probe for probe in runs["probes"] if probe["task"] == task.number])
-    for _, found in of_task.groupby(of_task["crop"].map(tuple), sort=False) if len(of_task) else ():
+    shapes = [of_task["preset"], of_task["crop"].map(tuple)] if len(of_task) else []
+    for (preset, size), found in of_task.groupby(shapes, sort=False) if len(of_task) else ():
         random, voxels = found[found["encoder"] == RANDOM], found.set_index("encoder").loc["voxels"]
         spread = [f"{random[m].mean():.4f} ({random[m].min():.4f} to {random[m].max():.4f})" for m in measured]
-        crop = " x ".join(map(str, voxels["crop"]))
-        rows.append(["voxels, without an encoder", crop, *(f"{voxels[m]:.4f}" for m in measured), "", ""])
+        shape = (preset, " x ".join(map(str, size)))
+        rows.append(["voxels, without an encoder", *shape, *(f"{voxels[m]:.4f}" for m in measured), "", ""])
         rank = f"{random['effective_rank'].mean():.1f}"
-        rows.append([f"random, {len(random)} seeds", crop, *spread, rank, ""])
+        rows.append([f"random, {len(random)} seeds", *shape, *spread, rank, ""])
         for _, probe in found[~found["encoder"].isin([RANDOM, "voxels"])].iterrows():
             passed = "passed" if probe["dice"] > random["dice"].max() else "not passed"
             dice = [f"{probe[m]:.4f}" for m in measured]
-            rows.append([probe["encoder"], crop, *dice, f"{probe['effective_rank']:.1f}", passed])
+            rows.append([probe["encoder"], *shape, *dice, f"{probe['effective_rank']:.1f}", passed])
     if rows:
-        titles = ["encoder", "crop", "probe Dice", "of all classes in one", "tuning fold", "effective rank", "gate"]
-        yield table(titles, rows)
+        measures = ["probe Dice", "of all classes in one", "tuning fold", "effective rank"]
+        yield table(["encoder", "preset", "crop", *measures, "gate"], rows)
 
 
 def pretraining(runs: dict, task: Task) -> str:
     """Losses by tenths of each run."""
-    found = [run for run in runs["pretraining"] if run["task"] == task.number and run["name"] != RANDOM]
-    rows = [[run["name"], str(run["steps"]), " ".join(f"{loss:.3f}" for loss in run["losses"])] for run in found]
-    return table(["run", "steps", "mean loss of each tenth"], rows)
+    found = [run for run in runs["pretraining"] if run["task"] == task.number and not run["name"].startswith(RANDOM)]
+    rows = [
+        [run["name"], run["preset"], str(run["steps"]), " ".join(f"{loss:.3f}" for loss in run["losses"])]
+        for run in found
+    ]
+    return table(["run", "preset", "steps", "mean loss of each tenth"], rows)
 
 
 def learning_rates(runs: dict, task: Task) -> str:
@@ -181,6 +185,13 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         yield from (
             f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)
         )
+        tokens = [name + TOKENS for name in task.tokens]
+        for fold in FOLDS:
+            for text in comparison(cases, task, fold, tokens, SCRATCH + TOKENS):
+                yield f"Tokens alone, {fold}:\n\n{text}"
+        frozen = [name + FROZEN for name in tokens]
+        for text in comparison(cases, task, "1-shot", frozen, RANDOM + TOKENS + FROZEN):
+            yield f"Tokens alone, frozen encoder, 1-shot:\n\n{text}"
         pools = list(pool_runs(task))
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if pools else []
         yield from (
@@ -200,11 +211,12 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             yield "\n".join(f"![{name}]({where}{name})" for name in both)
 
 
-def axes_of_folds(own: pd.DataFrame) -> tuple[Figure, list[tuple[Any, str]]]:
-    """A figure with an axis for each fold that has results."""
+def axes_of_folds(own: pd.DataFrame, rows: int = 1) -> tuple[Figure, Iterator[tuple[Any, int, str]]]:
+    """A figure with an axis for each row and fold that has results."""
     folds = [fold for fold in FOLDS if fold in set(own["fold"])]
-    figure = Figure(figsize=(5 * len(folds), 4), layout="constrained")
-    return figure, list(zip(figure.subplots(1, len(folds), sharey=True, squeeze=False)[0], folds, strict=True))
+    figure = Figure(figsize=(5 * len(folds), 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, len(folds), sharey="row", squeeze=False)
+    return figure, ((grid[row][place], row, fold) for row in range(rows) for place, fold in enumerate(folds))
 
 
 def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
@@ -212,7 +224,7 @@ def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
     own = cases[cases["task"] == task.number]
     per_case = own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index()
     figure, axes = axes_of_folds(own)
-    for axis, fold in axes:
+    for axis, _, fold in axes:
         shown = per_case[per_case["fold"] == fold]
         names = list(shown["arm"].unique())
         for place, name in enumerate(names):
@@ -230,9 +242,11 @@ def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
 def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
     """nnU-Net's pseudo Dice by epoch: mean and range over seeds."""
     own = curves[curves["task"] == task.number]
-    figure, axes = axes_of_folds(own)
-    for axis, fold in axes:
-        for number, arm in enumerate((SCRATCH, *task.arms)):
+    kinds = [(SCRATCH, *task.arms), tuple(name + TOKENS for name in (SCRATCH, *task.tokens))]
+    kinds = [kind for kind in kinds if set(kind) & set(own["arm"])]
+    figure, axes = axes_of_folds(own, len(kinds))
+    for axis, row, fold in axes:
+        for number, arm in enumerate(kinds[row]):
             shown = own[(own["fold"] == fold) & (own["arm"] == arm)].groupby("epoch")["pseudo_dice"]
             if not len(shown):
                 continue
@@ -241,8 +255,10 @@ def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
             axis.fill_between(mean.index + 1, shown.min(), shown.max(), color=f"C{number}", alpha=0.15)
         axis.set_title(f"{task.number}, {fold}: mean and range over seeds", fontsize=9)
         axis.set_xlabel("epoch of fine-tuning")
-    figure.axes[0].set_ylabel("pseudo Dice on crops of the test cases")
-    figure.axes[0].legend(fontsize=8)
+        axis.set_ylabel("pseudo Dice on crops of the test cases")
+        axis.label_outer(remove_inner_ticks=True)
+        if axis.lines:
+            axis.legend(fontsize=8)
     write_with(path, lambda file: figure.savefig(file, **PNG))
 
 

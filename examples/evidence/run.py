@@ -4,6 +4,7 @@ What is finished is skipped, what was interrupted continues. Use `examples/evide
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 from arms import (
     CONFIGURATION,
@@ -25,14 +27,13 @@ from arms import (
     arms,
     dataset_name,
     nnunet_folder,
-    plain,
     pretrainings,
     remedies,
+    remedy_pretrainings,
 )
 from datasets import make_task
 from protocol import (
     BUDGETS,
-    REMEDIES,
     REMEDY_SEEDS,
     SEEDS,
     TASKS,
@@ -93,7 +94,7 @@ class Evidence:
         per_epoch = min(run.steps, budget.steps_per_epoch)
         line = [
             "hiendmae", "pretrain", "-d", str(run.pool.number), "-p", PLANS, "--method", run.method,
-            "--encoder", budget.encoder, "--crop-size", *map(str, run.crop), "--lr", str(run.lr),
+            "--encoder", run.preset, "--crop-size", *map(str, run.crop), "--lr", str(run.lr),
             "--batch-size", str(budget.samples[run.method]),
             "--epochs", str(run.steps // per_epoch), "--steps-per-epoch", str(per_epoch),
             "--warmup-epochs", str(3 if run.steps > 3 * per_epoch else 0), "-device", budget.device,
@@ -137,14 +138,9 @@ class Evidence:
 
     def try_remedies(self, task: Task) -> None:
         """Pretrains and trains what remedies need, those first that need no other pretraining."""
-        steps, lr, crop = self.budget.steps[task.number], self.budget.pretrain_lr, self.budget.crop
         trainings = self.remedy_trainings(task)
         self.train([training for training in trainings if self.encoder_file(task, training.arm.encoder).exists()])
-        self.pretrain([
-            Pretraining(task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, crop, remedy.options)
-            for name, remedy in REMEDIES.items()
-            if remedy.steps or remedy.options
-        ])  # fmt: skip
+        self.pretrain(remedy_pretrainings(task, self.budget))
         self.train(trainings)
 
     def remedy_trainings(self, task: Task) -> list[Training]:
@@ -212,8 +208,9 @@ class Evidence:
 
 
 def mean_dice(fold: Path) -> float:
-    """nnU-Net's own mean of a fold's validation."""
-    return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
+    """nnU-Net's own means of a fold's validation, without classes that are rightly absent: those have none."""
+    classes = json.loads((fold / FINISHED).read_text())["mean"].values()
+    return fmean(dice for each in classes if not math.isnan(dice := each["Dice"]))
 
 
 def _end_with_parent() -> None:
