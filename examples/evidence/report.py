@@ -155,10 +155,11 @@ def pretraining(runs: dict, task: Task) -> str:
 def learning_rates(runs: dict, task: Task) -> str:
     """Dice of the tuning fold."""
     found = runs["learning_rates"][str(task.number)]
-    rates = list(next(iter(found.values()))["dice"])
-    rows = [
-        [arm, *(f"{tuned['dice'][rate]:.4f}" for rate in rates), f"{tuned['lr']:g}"] for arm, tuned in found.items()
-    ]
+    rates = sorted({rate for tuned in found.values() for rate in tuned["dice"]}, key=float)
+    rows = []
+    for arm, tuned in found.items():
+        dice = [f"{tuned['dice'][rate]:.4f}" if rate in tuned["dice"] else "" for rate in rates]
+        rows.append([arm, *dice, f"{tuned['lr']:g}"])
     return table(["arm", *rates, "chosen"], rows)
 
 
