@@ -48,6 +48,8 @@ from nnunetv2_hiendmae import plan
 from nnunetv2_hiendmae.files import write_text
 
 PLANS = "Evidence"
+# left in the folder of a pretraining that is complete
+PRETRAINED = "finished"
 logger = logging.getLogger("evidence")
 
 
@@ -95,9 +97,9 @@ class Evidence:
             list(pool.map(self._pretrain, runs))
 
     def _pretrain(self, run: Pretraining) -> None:
-        folder = self.encoder_file(run.task, run.name).parent
-        if (folder / "finished").exists():
+        if self.pretrained(run.task, run.name):
             return
+        folder = self.encoder_file(run.task, run.name).parent
         budget = self.budget
         per_epoch = min(run.steps, budget.steps_per_epoch)
         line = [
@@ -113,7 +115,11 @@ class Evidence:
         if (folder / "run.json").exists():
             line.append("--c")
         self._logged(f"{run.task.number}_pretrain_{run.name}", line)
-        (folder / "finished").touch()
+        (folder / PRETRAINED).touch()
+
+    def pretrained(self, task: Task, name: str) -> bool:
+        """Whether a pretraining is complete; one that is under way has an encoder file as well."""
+        return (self.encoder_file(task, name).parent / PRETRAINED).exists()
 
     def encoder_file(self, task: Task, name: str) -> Path:
         """Of a pretraining."""
@@ -150,7 +156,7 @@ class Evidence:
     def try_remedies(self, task: Task) -> None:
         """Pretrains and trains what remedies need, those first that need no other pretraining."""
         trainings = self.remedy_trainings(task)
-        self.train([training for training in trainings if self.encoder_file(task, training.arm.encoder).exists()])
+        self.train([training for training in trainings if self.pretrained(task, training.arm.encoder)])
         self.pretrain(remedy_pretrainings(task, self.budget))
         self.train(trainings)
 

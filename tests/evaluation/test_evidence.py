@@ -205,6 +205,25 @@ def test_a_folder_keeps_to_its_budget(tmp_path):
         evidence.keep_to("smoke")
 
 
+def test_remedies_wait_for_their_pretraining(tmp_path, monkeypatch):
+    """A stopped pretraining has an encoder file, too."""
+    trained = []
+    monkeypatch.setattr(run.Evidence, "train", lambda self, trainings: trained.append({t.arm.name for t in trainings}))
+    monkeypatch.setattr(run.Evidence, "pretrain", lambda self, runs: None)
+    evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
+    rates = {name: {"lr": 0.01} for name in (SCRATCH, "hiendmae", "mae3d")}
+    (tmp_path / "503_learning_rates.json").write_text(json.dumps(rates))
+    for name in ("hiendmae", "mae3d", "half_masked"):
+        file = evidence.encoder_file(TASK, name)
+        file.parent.mkdir()
+        file.touch()
+        if name != "half_masked":
+            (file.parent / run.PRETRAINED).touch()
+    evidence.try_remedies(TASK)
+    assert "half_masked" not in trained[0] and {SCRATCH, "hiendmae", "mae3d", "frozen"} <= trained[0]
+    assert trained[1] > trained[0] and "half_masked" in trained[1]
+
+
 def test_what_is_finished_is_not_run_again_and_what_was_interrupted_continues(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(run.Evidence, "_logged", lambda self, name, line: lines.append(line))
