@@ -45,9 +45,9 @@ REMEDIES = {
     "layer decay": Remedy(finetuning={"layer_decay": 0.75}),
     "frozen": Remedy(finetuning={"freeze_encoder": True}),
     "short pretraining": Remedy(steps=1000),
-    "long pretraining": Remedy(steps=24000),
     "half masked": Remedy(options=("mask_ratio=0.5",)),
     "plain targets": Remedy(method="mae3d", options=("normalize_target=False",)),
+    "long pretraining": Remedy(steps=24000),
 }
 
 
