@@ -12,6 +12,7 @@ from protocol import (
     FROZEN,
     ONE_SHOT,
     RANDOM,
+    RANDOM_SEEDS,
     REMEDIES,
     SAME_RATE,
     SCRATCH,
@@ -84,6 +85,7 @@ class Pretraining:
         preset: of the encoder.
         crop: voxels.
         options: of the method, beside the budget's.
+        seed: of the first weights, and of all that is drawn.
     """
 
     task: Task
@@ -95,6 +97,7 @@ class Pretraining:
     lr: float
     crop: tuple[int, int, int]
     options: tuple[str, ...] = ()
+    seed: int = 0
 
 
 def nnunet_folder(kind: str) -> Path:
@@ -117,6 +120,11 @@ def pool_runs(task: Task) -> dict[str, Pool]:
     return {f"{task.pool_method}_pool{name}": pool for name, pool in task.pools.items()}
 
 
+def other_randoms(task: Task) -> dict[str, int]:
+    """Seeds of further random encoders for a network that reads tokens alone, by name."""
+    return {f"{RANDOM}{seed}{TOKENS}": seed for seed in RANDOM_SEEDS if task.tokens}
+
+
 def arms(task: Task) -> dict[str, Arm]:
     """All arms of a task by name, those that are tuned first."""
     first, both = task.arms[0], (ONE_SHOT, ALL)
@@ -134,6 +142,9 @@ def arms(task: Task) -> dict[str, Arm]:
             frozen.append(arm)
     method = task.pool_method
     others = [Arm(name, name, method, rate_of=method) for name in pool_runs(task)]
+    for name in other_randoms(task):
+        alike = next(arm for arm in frozen if arm.encoder == RANDOM + TOKENS)
+        others.append(replace(alike, name=name + FROZEN, encoder=name, rate_of=alike.name))
     if task.same_rate:
         others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
     if task.flat:
@@ -153,7 +164,9 @@ def pretrainings(task: Task, budget: Budget) -> Iterator[Pretraining]:
     for method in task.tokens:
         yield Pretraining(task, method + TOKENS, method, budget.token_encoder, task.pool, steps, lr, crop)
     if task.tokens:
-        yield Pretraining(task, RANDOM + TOKENS, first, budget.token_encoder, task.pool, 1, 1e-12, crop)
+        random = Pretraining(task, RANDOM + TOKENS, first, budget.token_encoder, task.pool, 1, 1e-12, crop)
+        yield random
+        yield from (replace(random, name=name, seed=seed) for name, seed in other_randoms(task).items())
     for name, pool in pool_runs(task).items():
         yield Pretraining(task, name, task.pool_method, preset, pool, steps, lr, crop)
     if task.flat:

@@ -17,6 +17,8 @@ FROZEN = "_frozen"
 SAME_RATE, FLAT = "_same_rate", "_flat"
 # with a network that reads tokens alone
 TOKENS = "_tokens"
+# of further random encoders that such a network reads
+RANDOM_SEEDS = (1, 2, 3, 4)
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # of the remedies, on the tuning fold
 REMEDY_SEEDS = (100, 101, 102)

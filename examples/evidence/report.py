@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from arms import plain, pool_runs
+from arms import other_randoms, plain, pool_runs
 from matplotlib.figure import Figure
 from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, TOKENS, Task
 from scipy import stats
@@ -193,6 +193,9 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         frozen = [name + FROZEN for name in tokens]
         for text in comparison(cases, task, "1-shot", frozen, RANDOM + TOKENS + FROZEN):
             yield f"Tokens alone, frozen encoder, 1-shot:\n\n{text}"
+        others = [name + FROZEN for name in other_randoms(task)]
+        for text in comparison(cases, task, "1-shot", others, RANDOM + TOKENS + FROZEN):
+            yield f"Tokens alone, random encoders of other seeds, frozen, 1-shot:\n\n{text}"
         pools = list(pool_runs(task))
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if pools else []
         yield from (

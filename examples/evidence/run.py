@@ -108,7 +108,7 @@ class Evidence:
             "--batch-size", str(budget.samples[run.method]),
             "--epochs", str(run.steps // per_epoch), "--steps-per-epoch", str(per_epoch),
             "--warmup-epochs", str(3 if run.steps > 3 * per_epoch else 0), "-device", budget.device,
-            "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
+            "--pictures-every", "1000", "--seed", str(run.seed), "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
         if options := (*budget.options.get(run.method, ()), *run.options):
             line += ["--set", *options]

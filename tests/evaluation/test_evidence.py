@@ -181,13 +181,17 @@ def test_every_arm_has_its_turn_before_the_next_seed(tmp_path):
 def test_arms_that_read_tokens_alone_have_their_own_network_encoder_and_rate():
     budget, found = protocol.BUDGETS["cpu"], {n: a for n, a in arms.arms(TASK).items() if protocol.TOKENS in n}
     # trained from scratch and from two encoders, and frozen: both and a random one
-    assert len(found) == 2 * len(TASK.tokens) + 2
-    assert all(dict(arm.finetuning)["network"] == "primus" and arm.rate_of is None for arm in found.values())
+    others = arms.other_randoms(TASK)
+    assert len(found) == 2 * len(TASK.tokens) + 2 + len(others)
+    assert all(dict(arm.finetuning)["network"] == "primus" for arm in found.values())
+    shared = {arm.encoder: arm.rate_of for arm in found.values() if arm.rate_of}
+    assert shared == dict.fromkeys(others, protocol.RANDOM + protocol.TOKENS + protocol.FROZEN)
     made = {each.name: each for each in arms.pretrainings(TASK, budget)}
     assert {made[arm.encoder].preset for arm in found.values()} == {budget.token_encoder}
     assert {made[arm.encoder].method for arm in found.values() if arm.method} == set(TASK.tokens)
     assert {arm.encoder for arm in found.values() if arm.frozen} >= {protocol.RANDOM + protocol.TOKENS}
-    assert made[protocol.RANDOM + protocol.TOKENS].steps == 1
+    randoms = [made[name] for name in (protocol.RANDOM + protocol.TOKENS, *others)]
+    assert {each.steps for each in randoms} == {1} and len({each.seed for each in randoms}) == len(randoms)
 
 
 def test_a_class_that_is_rightly_absent_spoils_no_mean(tmp_path):
