@@ -154,6 +154,7 @@ def test_light_at_import(module):
 def test_commands_that_read_tables_import_nothing_heavy(arguments):
     heavy, printed = heavy_after(f"from {NAME}.cli import main; sys.exit(main())", *arguments)
     assert heavy == set() and printed
+    assert "--help" not in arguments or printed.startswith("usage: hiendmae")
 
 
 @pytest.mark.parametrize("arguments", [["env"], ["doctor", "--help"], ["compare", "--help"], ["splits", "--help"]])
