@@ -14,6 +14,7 @@ class Settings:
     edge: int | tuple[int, int, int] | None = option(None, "in voxels; ours", ours=True)
     flip: bool = option(False, ours=True)
     kind: str = option("a", choices=("a", "b"))
+    count: int = option(1)
     no_option: int = 0
 
 
@@ -25,7 +26,7 @@ def test_texts_become_what_the_annotations_say():
     assert parse_assignments(Settings, ["edge=8", "shares=1"], "tests") == {"edge": 8, "shares": (1.0,)}
 
 
-@pytest.mark.parametrize("text", ["shares=0.25,x", "edge=1.5", "flip=1", "kind", "no_option=1"])
+@pytest.mark.parametrize("text", ["shares=0.25,x", "edge=1.5", "flip=1", "kind", "count=16,24", "no_option=1"])
 def test_other_texts_are_refused(text):
     key, _, value = text.partition("=")
     with pytest.raises(UserError, match=rf"^--set {key}\b.*{value.rpartition(',')[2]}"):
@@ -34,4 +35,10 @@ def test_other_texts_are_refused(text):
 
 def test_ours_is_said_once():
     notes = {name: about.note for name, (_, about) in declared(Settings).items()}
-    assert notes == {"shares": "of the volume, ours", "edge": "in voxels; ours", "flip": "ours", "kind": ""}
+    assert notes == {
+        "shares": "of the volume, ours",
+        "edge": "in voxels; ours",
+        "flip": "ours",
+        "kind": "",
+        "count": "",
+    }
