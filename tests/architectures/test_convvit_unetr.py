@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from authors_names import CONVVIT_UNETR_STAGES, convvit_unetr_state, outputs, statistics
+from authors_names import CONVVIT_UNETR_STAGES, convvit_unetr_state, mim_sizes, outputs, statistics
 from fixtures_util import Fixture
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -38,21 +38,8 @@ def finetune(request):
     """The fixture, our network with its weights, and what every stage of ours puts out."""
     fixture = Fixture(request.param)
     config = fixture.meta["config"]
-    *stem_dims, embed_dim, _ = config["embed"]
-    *stem_depths, depth = config["depth"]
-    network = ConvViTUNETR(
-        1,
-        config["out_channels"],
-        decoder_width=config["feature_size"],
-        kind="convvit",
-        img_size=config["roi"],
-        patch_size=(16, 16, 16),
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=config["heads"],
-        stem_dims=stem_dims,
-        stem_depths=stem_depths,
-    ).eval()
+    sizes = mim_sizes(config)
+    network = ConvViTUNETR(1, config["out_channels"], decoder_width=config["feature_size"], **sizes).eval()
     network.load_state_dict(convvit_unetr_state(fixture.finetune_state()))
     return fixture, network, outputs(network, fixture.image, CONVVIT_UNETR_STAGES)
 
