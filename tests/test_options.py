@@ -1,11 +1,13 @@
-"""How options are declared: what is read from texts, and what is said of them."""
+"""How options are declared: what is read from texts and from the command line, and what is said of them."""
 
-from dataclasses import dataclass
+import argparse
+from dataclasses import dataclass, is_dataclass
 
 import pytest
 
+from nnunetv2_hiendmae.commands.arguments import add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options import declared, option, parse_assignments
+from nnunetv2_hiendmae.options import commands, declared, option, parse_assignments
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,15 @@ class Settings:
     kind: str = option("a", choices=("a", "b"))
     count: int = option(1)
     no_option: int = 0
+
+
+@dataclass(frozen=True)
+class Asked:
+    rate: float | None = option(None, flag="-r")
+    size_mm: tuple[float, float] | None = option(None, flag="--size")
+    names: tuple[str, ...] | None = option(None)
+    fast: bool = option(True)
+    slow_start: bool = option(False)
 
 
 def test_texts_become_what_the_annotations_say():
@@ -31,6 +42,24 @@ def test_other_texts_are_refused(text):
     key, _, value = text.partition("=")
     with pytest.raises(UserError, match=rf"^--set {key}\b.*{value.rpartition(',')[2]}"):
         parse_assignments(Settings, [text], "tests")
+
+
+def test_arguments_become_the_settings():
+    parser = argparse.ArgumentParser()
+    add_options(parser, Asked)
+    args = parser.parse_args(
+        ["-r", "1", "--size", "-5", "6", "--names", "a", "b", "--names", "c", "--no-fast", "--slow-start"]
+    )
+    assert from_arguments(Asked, args) == Asked(1.0, (-5.0, 6.0), ("a", "b", "c"), fast=False, slow_start=True)
+
+
+@pytest.mark.parametrize(
+    "cls", [cls for name, cls in vars(commands).items() if name.endswith("Options") and is_dataclass(cls)]
+)
+def test_without_arguments_settings_are_the_default(cls):
+    parser = argparse.ArgumentParser()
+    add_options(parser, cls)
+    assert from_arguments(cls, parser.parse_args([])) == cls()
 
 
 def test_ours_is_said_once():

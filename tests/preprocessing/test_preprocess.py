@@ -1,13 +1,11 @@
 """Raw images, with labels, without, and broken, become the arrays that pretraining reads."""
 
-import argparse
 import gzip
 import json
 import logging
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import struct
@@ -27,8 +25,6 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
 from nnunetv2_hiendmae import cli
-from nnunetv2_hiendmae.commands import preprocess as command
-from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
@@ -303,18 +299,6 @@ def test_ct_is_not_mr(nnunet):
     make_dataset(nnunet, 2, cases=1, channels=("MR",))
     with pytest.raises(UserError, match=r"--window .* --like mri"):
         run(2, like="mri", window_hu=(-100, 200))
-
-
-def test_the_command_line_gives_the_same_options():
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    line = "-d 1 Dataset002_Toy -p P --like mim --spacing 1 2 3 --window -5 6 --interpolation cubic --part 1/2 -np 2"
-    args = parser.parse_args(shlex.split(line))
-    assert args.datasets == ["1", "Dataset002_Toy"]
-    assert from_arguments(PreprocessOptions, args) == PreprocessOptions(
-        "P", "mim", (1.0, 2.0, 3.0), (-5.0, 6.0), "cubic", "1/2", 2
-    )
-    assert from_arguments(PreprocessOptions, parser.parse_args(["-d", "1"])) == PreprocessOptions()
 
 
 def test_options_may_be_an_object_with_changes_over_it(nnunet):
