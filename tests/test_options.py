@@ -1,13 +1,16 @@
 """How options are declared: what is read from texts and from the command line, and what is said of them."""
 
 import argparse
+import math
+import re
 from dataclasses import dataclass, is_dataclass
+from typing import get_origin
 
 import pytest
 
 from nnunetv2_hiendmae.commands.arguments import add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.options import commands, declared, option, parse_assignments
+from nnunetv2_hiendmae.options import Option, commands, declared, flag, kinds_of, option, parse_assignments
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,33 @@ def test_arguments_become_the_settings():
     assert from_arguments(Asked, args) == Asked(1.0, (-5.0, 6.0), ("a", "b", "c"), fast=False, slow_start=True)
 
 
-@pytest.mark.parametrize(
-    "cls", [cls for name, cls in vars(commands).items() if name.endswith("Options") and is_dataclass(cls)]
-)
+OF_COMMANDS = [cls for name, cls in vars(commands).items() if name.endswith("Options") and is_dataclass(cls)]
+
+
+@pytest.mark.parametrize("cls", OF_COMMANDS)
 def test_without_arguments_settings_are_the_default(cls):
     parser = argparse.ArgumentParser()
     add_options(parser, cls)
     assert from_arguments(cls, parser.parse_args([])) == cls()
+
+
+def beyond(about: Option) -> list[object]:
+    """What an option must refuse: a value beyond each bound, NaN and infinity; none where nothing is declared."""
+    wrong = [about.at_least - 1] if about.at_least is not None else []
+    wrong += [about.at_most + 1] if about.at_most is not None else []
+    wrong += [bound for bound in (about.above, about.below) if bound is not None]
+    wrong += ["no such choice"] if about.choices else []
+    return [*wrong, math.nan, math.inf] if wrong else []
+
+
+@pytest.mark.parametrize("cls", OF_COMMANDS)
+def test_every_declared_range_is_checked(cls):
+    for name, (_, about) in declared(cls).items():
+        for wrong in beyond(about):
+            value = (wrong,) * 3 if get_origin(kinds_of(cls, name)[0]) is tuple else wrong
+            told = re.escape(f"{flag(name, about)} is {value}, needed {about.needed}")
+            with pytest.raises(UserError, match=f"^{told}$"):
+                cls(**{name: value})
 
 
 def test_ours_is_said_once():

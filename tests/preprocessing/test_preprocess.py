@@ -316,7 +316,6 @@ def test_options_may_be_an_object_with_changes_over_it(nnunet):
         ({"spacing": (3, 0, 3)}, r"spacing_mm is \(3, 0, 3\).*--spacing"),
         ({"spacing": (3, 3)}, r"spacing_mm is \(3, 3\).*--spacing"),
         ({"window_hu": (250, -175)}, r"window_hu is \(250, -175\).*--window"),
-        ({"processes": 0}, r"-np is 0, .* 1\b"),
         ({"plans_name": "a/b"}, "'a/b'.*-p"),
     ],
 )
