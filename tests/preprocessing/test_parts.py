@@ -80,20 +80,8 @@ def test_a_broken_case_is_named_by_the_part_that_has_it(nnunet):
     assert summary.done == 0 and [case for _, case, _ in summary.broken] == ["case_001"]
 
 
-COMMAND = (
-    sys.executable,
-    "-m",
-    "nnunetv2_hiendmae.cli",
-    "preprocess",
-    "-d",
-    "1",
-    "-np",
-    "1",
-    "--spacing",
-    "3",
-    "3",
-    "3",
-)
+COMMAND = [sys.executable, "-m", "nnunetv2_hiendmae.cli"]
+COMMAND += ["preprocess", "-d", "1", "-np", "1", "--spacing", "3", "3", "3"]
 
 
 @pytest.mark.slow
