@@ -342,8 +342,6 @@ def test_frozen_plans_have_a_name_and_a_rate_of_their_own(toy, tmp_path):
     assert read(frozen)[2].recipe.freeze_encoder and not read(end_to_end)[2].recipe.freeze_encoder
     assert any(m.startswith("given") and "encoder frozen" in m for m in frozen.messages)
     assert read(plan_finetuning(toy, file, freeze_encoder=True, lr=0.5))[2].recipe.lr == 0.5
-    with pytest.raises(UserError, match="--from-scratch and --freeze-encoder"):
-        plan_finetuning(toy, file, freeze_encoder=True, from_scratch=True)
 
 
 def test_glmae_files_of_global_views_get_a_crop_that_fits(toy, tmp_path):
