@@ -215,7 +215,7 @@ def main() -> None:
     for task in TASKS:
         done = finished(evidence, task)
         runs = [*pretrainings(task, evidence.budget), *remedy_pretrainings(task, evidence.budget)]
-        runs = [run for run in runs if (evidence.encoder_file(task, run.name).parent / "finished").exists()]
+        runs = [run for run in runs if evidence.pretrained(task, run.name)]
         if not done:
             continue
         for training in done:

@@ -155,10 +155,11 @@ def pretraining(runs: dict, task: Task) -> str:
 def learning_rates(runs: dict, task: Task) -> str:
     """Dice of the tuning fold."""
     found = runs["learning_rates"][str(task.number)]
-    rates = list(next(iter(found.values()))["dice"])
-    rows = [
-        [arm, *(f"{tuned['dice'][rate]:.4f}" for rate in rates), f"{tuned['lr']:g}"] for arm, tuned in found.items()
-    ]
+    rates = sorted({rate for tuned in found.values() for rate in tuned["dice"]}, key=float)
+    rows = []
+    for arm, tuned in found.items():
+        dice = [f"{tuned['dice'][rate]:.4f}" if rate in tuned["dice"] else "" for rate in rates]
+        rows.append([arm, *dice, f"{tuned['lr']:g}"])
     return table(["arm", *rates, "chosen"], rows)
 
 
@@ -211,21 +212,22 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             yield "\n".join(f"![{name}]({where}{name})" for name in both)
 
 
-def axes_of_folds(own: pd.DataFrame, rows: int = 1) -> tuple[Figure, Iterator[tuple[Any, int, str]]]:
-    """A figure with an axis for each row and fold that has results."""
+def panels(own: pd.DataFrame) -> tuple[Figure, list[tuple[Any, str, pd.DataFrame]]]:
+    """A figure with an axis and the rows of each fold that has results; networks that read tokens alone below."""
+    alone = own["arm"].str.contains(TOKENS, regex=False)
+    kinds = [rows for rows in (own[~alone], own[alone]) if set(rows["fold"]) & set(FOLDS)]
     folds = [fold for fold in FOLDS if fold in set(own["fold"])]
-    figure = Figure(figsize=(5 * len(folds), 4 * rows), layout="constrained")
-    grid = figure.subplots(rows, len(folds), sharey="row", squeeze=False)
-    return figure, ((grid[row][place], row, fold) for row in range(rows) for place, fold in enumerate(folds))
+    figure = Figure(figsize=(5 * len(folds), 4 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), len(folds), sharey="row", squeeze=False).flat
+    shown = [(fold, rows[rows["fold"] == fold]) for rows in kinds for fold in folds]
+    return figure, [(axis, fold, rows) for axis, (fold, rows) in zip(axes, shown, strict=True)]
 
 
 def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
     """A dot per case and seed, a line for the mean, an axis per fold."""
     own = cases[cases["task"] == task.number]
-    per_case = own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index()
-    figure, axes = axes_of_folds(own)
-    for axis, _, fold in axes:
-        shown = per_case[per_case["fold"] == fold]
+    figure, axes = panels(own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index())
+    for axis, fold, shown in axes:
         names = list(shown["arm"].unique())
         for place, name in enumerate(names):
             values = shown[shown["arm"] == name]
@@ -235,29 +237,25 @@ def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
             axis.hlines(values["dice"].mean(), place - 0.35, place + 0.35, color="black")
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
         axis.set_title(f"{task.number}, {fold}: a dot per seed, a colour per test case", fontsize=9)
-    figure.axes[0].set_ylabel("mean Dice over classes")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("mean Dice over classes")
     write_with(path, lambda file: figure.savefig(file, **PNG))
 
 
 def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
     """nnU-Net's pseudo Dice by epoch: mean and range over seeds."""
-    own = curves[curves["task"] == task.number]
-    kinds = [(SCRATCH, *task.arms), tuple(name + TOKENS for name in (SCRATCH, *task.tokens))]
-    kinds = [kind for kind in kinds if set(kind) & set(own["arm"])]
-    figure, axes = axes_of_folds(own, len(kinds))
-    for axis, row, fold in axes:
-        for number, arm in enumerate(kinds[row]):
-            shown = own[(own["fold"] == fold) & (own["arm"] == arm)].groupby("epoch")["pseudo_dice"]
-            if not len(shown):
-                continue
-            mean = shown.mean()
-            axis.plot(mean.index + 1, mean, color=f"C{number}", label=arm)
-            axis.fill_between(mean.index + 1, shown.min(), shown.max(), color=f"C{number}", alpha=0.15)
+    figure, axes = panels(curves[curves["task"] == task.number])
+    for axis, fold, shown in axes:
+        for number, start in enumerate((SCRATCH, *task.arms)):
+            for arm in {start, start + TOKENS} & set(shown["arm"]):
+                dice = shown[shown["arm"] == arm].groupby("epoch")["pseudo_dice"]
+                mean = dice.mean()
+                axis.plot(mean.index + 1, mean, color=f"C{number}", label=arm)
+                axis.fill_between(mean.index + 1, dice.min(), dice.max(), color=f"C{number}", alpha=0.15)
         axis.set_title(f"{task.number}, {fold}: mean and range over seeds", fontsize=9)
         axis.set_xlabel("epoch of fine-tuning")
-        axis.set_ylabel("pseudo Dice on crops of the test cases")
-        axis.label_outer(remove_inner_ticks=True)
-        if axis.lines:
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("pseudo Dice on crops of the test cases")
             axis.legend(fontsize=8)
     write_with(path, lambda file: figure.savefig(file, **PNG))
 
