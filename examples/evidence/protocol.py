@@ -240,5 +240,6 @@ TASKS = (
         tuning=("jointA_t0", "jointA_t1"),
         test={"jointB": ("jointB_t0", "jointB_t1", "jointB_t2", "jointB_t3")},
         arms=("hiendmae", "mae3d"),
+        tokens=("hiendmae", "mae3d"),
     ),
 )  # fmt: skip
