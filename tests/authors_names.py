@@ -1,6 +1,7 @@
 """The authors' networks under our names, one explicit rule per tensor, and what the fixtures recorded of them."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,21 @@ def _convvit_name(name: str) -> str | None:
         if name.startswith(theirs):
             return ours + name.removeprefix(theirs)
     return None
+
+
+def mim_sizes(config: dict[str, Any]) -> dict[str, Any]:
+    """What an EncoderSpec is made of, from the config of a MiM fixture."""
+    (*stem_dims, embed_dim), (*stem_depths, depth) = config["embed"][:4], config["depth"]
+    return {
+        "kind": "convvit",
+        "img_size": config["roi"] if "roi" in config else config["img_size"],
+        "patch_size": (16, 16, 16),
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": config["heads"],
+        "stem_dims": stem_dims,
+        "stem_depths": stem_depths,
+    }
 
 
 def _decoder(name: str, tensor: Tensor, stages: dict[str, str]) -> dict[str, Tensor]:

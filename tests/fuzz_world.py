@@ -25,27 +25,8 @@ from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extract
 from nnunetv2_hiendmae import cli
 
 # values that stand where another kind, or another size, is needed
-WRONG = (
-    None,
-    True,
-    "",
-    "x",
-    "CT",
-    -1,
-    0,
-    1,
-    0.5,
-    96.0,
-    10**7,
-    2**40,
-    1e39,
-    math.nan,
-    math.inf,
-    -math.inf,
-    [],
-    [1, 2],
-    {},
-)
+WRONG = (None, True, "", "x", "CT", -1, 0, 1, 0.5, 96.0, 10**7, 2**40, 1e39, math.nan, math.inf, -math.inf)
+WRONG += ([], [1, 2], {})
 WRONG += ({"a": None}, "\x1b[31m", "../x", "a" * 5000)
 
 

@@ -90,13 +90,13 @@ def make_dataset(
         for channel, channel_name in enumerate(channels):
             scale, offset = (100.0, -900.0) if channel_name == "CT" else (10.0, 100.0)
             image = offset + scale * rng.standard_normal(shape) + 10 * scale * (seg > 0) + 3 * scale * (seg == LESION)
-            _write(image.astype(np.float32), folder / "imagesTr" / f"case_{case:03d}_{channel:04d}.nii.gz", spacing)
+            write_image(folder / "imagesTr" / f"case_{case:03d}_{channel:04d}.nii.gz", image, spacing)
             if case == 0:
-                _write(image.astype(np.float32), folder / "imagesTs" / f"test_000_{channel:04d}.nii.gz", spacing)
+                write_image(folder / "imagesTs" / f"test_000_{channel:04d}.nii.gz", image, spacing)
         if paint_ignore:
             seg[:, :, :3] = IGNORE
         if with_labels:
-            _write(seg, folder / "labelsTr" / f"case_{case:03d}.nii.gz", spacing)
+            write_image(folder / "labelsTr" / f"case_{case:03d}.nii.gz", seg, spacing)
     dataset_json = {
         "channel_names": {str(i): c for i, c in enumerate(channels)},
         "labels": labels or {"background": 0, "organ": ORGAN, "lesion": LESION},
@@ -156,7 +156,17 @@ def save_tiny_encoder(
     return path
 
 
-def _write(array: np.ndarray, path: Path, spacing: tuple[float, float, float]) -> None:
-    image = sitk.GetImageFromArray(array)
+def write_image(path: Path, array: np.ndarray, spacing: tuple[float, float, float] = (1.5, 1.5, 1.5)) -> None:
+    """A file of an array (D, H, W) with that spacing; numbers that are not whole in float32."""
+    image = sitk.GetImageFromArray(array.astype(np.float32) if array.dtype.kind == "f" else array)
     image.SetSpacing([float(s) for s in reversed(spacing)])
     sitk.WriteImage(image, str(path))
+
+
+def read_arrays(folders: Folders, dataset_name: str, plans: str = "HiEndMAEPretrain") -> dict[str, np.ndarray]:
+    """Preprocessed cases, read by nnU-Net as its trainers do."""
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+    folder = str(folders.preprocessed / dataset_name / f"{plans}_3d_fullres")
+    data = infer_dataset_class(folder)(folder)
+    return {case: data.load_case(case)[0][:] for case in sorted(data.identifiers)}

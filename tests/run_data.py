@@ -11,6 +11,7 @@ from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 
 PLANS = "TinyPlans"
+SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 TINY_SPEC = EncoderSpec((16, 16, 16), (8, 8, 8), embed_dim=24, depth=4, num_heads=2)
 # a method that is not named here gets its defaults
 TINY_OPTIONS = defaultdict(

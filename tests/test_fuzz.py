@@ -30,25 +30,8 @@ FEW, MANY = 18, 52
 NAME, RAW = "Dataset001_Tiny", "nnUNet_raw/Dataset001_Tiny"
 PREPROCESSED, RESULTS = "nnUNet_preprocessed/Dataset001_Tiny", "nnUNet_results/Dataset001_Tiny"
 SUMMARY = f"{RESULTS}/T__P__3d_fullres/fold_0/validation/summary.json"
-PRETRAIN = [
-    *[
-        "pretrain",
-        "-d",
-        "1",
-        "--method",
-        "mae3d",
-        "--encoder",
-        "vit_nano_p8",
-        "--crop-size",
-        "16",
-        "16",
-        "16",
-        "-device",
-        "cpu",
-        "--workers",
-        "0",
-    ]
-]
+PRETRAIN = ["pretrain", "-d", "1", "--method", "mae3d", "--encoder", "vit_nano_p8", "--crop-size", "16", "16", "16"]
+PRETRAIN += ["-device", "cpu", "--workers", "0"]
 PRETRAIN += ["-p", PLANS, "--set", "decoder_dim=24", "decoder_depth=1", "decoder_heads=2", "--batch-size", "2"]
 PRETRAIN += ["--epochs", "2", "--steps-per-epoch", "1", "--checkpoint-every", "1", "--pictures-every", "9"]
 RUN_SETTINGS = {"epochs": 2, "steps_per_epoch": 1, "batch_size": 2, "checkpoint_epochs": 1, "picture_epochs": 9}

@@ -3,30 +3,21 @@
 import json
 import re
 import subprocess
-import sys
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from nnunetv2_hiendmae.cli import COMMANDS
 from nnunetv2_hiendmae.demo import Budget
 from nnunetv2_hiendmae.demo.datasets import EMBEDDED_DATA
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nnunetv2_hiendmae"
 TEXT = {".py", ".md", ".toml", ".cff", ".yml", ".yaml", ".json", ".sh", ".cfg", ".txt", ""}
-SKIPPED = {
-    ".git",
-    ".venv",
-    ".ruff_cache",
-    ".pytest_cache",
-    ".hypothesis",
-    "build",
-    "dist",
-    "demo_output",
-    "__pycache__",
-}
+SKIPPED = {".git", ".venv", ".ruff_cache", ".pytest_cache", ".hypothesis"}
+SKIPPED |= {"build", "dist", "demo_output", "__pycache__"}
 MEGABYTE = 1_000_000
 LONGEST_MODULE = 350
 # spelled in pieces, so that this file passes its own test
@@ -90,10 +81,7 @@ def test_modules_are_short():
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
 def test_commands_in_the_docs_exist(page):
     used = set(re.findall(r"(?:^|[`(]|\$\()hiendmae ([a-z]+)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE))
-    shown = subprocess.run(
-        [sys.executable, "-m", "nnunetv2_hiendmae.cli", "--help"], capture_output=True, encoding="utf-8", check=True
-    ).stdout
-    assert not {command for command in used if not re.search(rf"\b{command}\b", shown)}
+    assert used <= set(COMMANDS)
 
 
 def test_stock_trainers_and_planners_in_the_docs_exist():

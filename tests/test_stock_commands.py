@@ -84,11 +84,6 @@ def test_continuing_needs_no_encoder_file_and_keeps_the_schedule(workplace, plan
     assert checkpoint["logging"]["lrs"] == [learning_rate(e, LR, EPOCHS, WARMUP) for e in range(EPOCHS)]
 
 
-def test_a_fresh_start_without_the_encoder_file_says_so(workplace, planned, continued):
-    said = workplace.train(planned, "all", fails=True)
-    assert "does not exist" in said and "run: hiendmae plan" in said
-
-
 def test_validation_alone_then_the_best_configuration(workplace, planned, fold_1, continued):
     validation = workplace.results(planned, 0) / "validation"
     assert not list(validation.glob("*.npz"))

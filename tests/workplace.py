@@ -74,10 +74,10 @@ class Workplace:
         self.run(*predict[:place], "-o", output, "-device", "cpu", "--disable_tta", "-npp", 0, "-nps", 0)
         return said, self.read(output / "test_000.nii.gz")
 
-    def train(self, planned: PlannedFinetuning, fold: object, *options: str, fails: bool = False) -> str:
+    def train(self, planned: PlannedFinetuning, fold: object, *options: str) -> str:
         """The last but one of the printed commands, on the CPU, for any fold."""
         script, dataset, configuration, _, *rest = planned.next_commands[-2].split()
-        return self.run(script, dataset, configuration, fold, *rest, "-device", "cpu", *options, fails=fails)
+        return self.run(script, dataset, configuration, fold, *rest, "-device", "cpu", *options)
 
     def results(self, planned: PlannedFinetuning, fold: object) -> Path:
         """Folder of a trained fold."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nnunetv2_hiendmae.architectures.kinds import Kind
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec
-from nnunetv2_hiendmae.architectures.tokens import resample_positions, sincos_positions
+from nnunetv2_hiendmae.architectures.tokens import resample_positions, sincos_positions, token_grid
 
 
 class Axes(Enum):
@@ -71,6 +71,13 @@ class Encoder(Kind, nn.Module):
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: 1 with CLS, else 0."""
         return int(self.spec.cls_token)
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """Where all maps have one resolution: the taps, then the normed output, the order in which a UNETR decoder uses
+        them."""
+        tokens, taps = self(x)
+        grid = token_grid(x.shape[2:], self.spec.patch_size)
+        return [t[:, self.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid) for t in [*taps, tokens]]
 
     def positions(self, grid: Sequence[int]) -> Tensor:
         """Position table (1, N, E) of a grid, resampled where it is not the spec's."""

@@ -96,9 +96,3 @@ class PrimusEncoder(Primus, Encoder):
             if i in self.spec.taps:
                 outputs[i] = tokens[:, registers:]
         return self.norm(tokens[:, registers:]), [outputs[i] for i in self.spec.taps]
-
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """Dense maps (B, E, d, h, w) for segmentation, all of one resolution: the taps, then the normed output."""
-        tokens, taps = self(x)
-        grid = token_grid(x.shape[2:], self.spec.patch_size)
-        return [t.transpose(1, 2).unflatten(2, grid) for t in [*taps, tokens]]

@@ -49,13 +49,3 @@ class ViTEncoder(ViT, Encoder):
             if i in self.spec.taps:
                 outputs[i] = tokens
         return self.norm(tokens), [outputs[i] for i in self.spec.taps]
-
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """Dense maps (B, E, d, h, w) for segmentation, fine to coarse: the taps, then the normed output.
-
-        A plain ViT has one resolution; "fine to coarse" is the order in which a UNETR decoder uses them.
-        """
-        tokens, taps = self(x)
-        grid = token_grid(x.shape[2:], self.spec.patch_size)
-        prefix = self.num_prefix_tokens
-        return [t[:, prefix:].transpose(1, 2).unflatten(2, grid) for t in [*taps, tokens]]

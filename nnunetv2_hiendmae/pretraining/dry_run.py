@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.files import STEP
 from nnunetv2_hiendmae.options.commands import PretrainOptions
-from nnunetv2_hiendmae.pretraining.loop import prepare
+from nnunetv2_hiendmae.pretraining.loop import check, decide, prepare
 from nnunetv2_hiendmae.pretraining.method import Batch
-from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, extended, run_name, warn_if_seen
+from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.training import run
-from nnunetv2_hiendmae.training.grids import warn_if_turned
 from nnunetv2_hiendmae.training.runlog import check_wandb
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, warn_if_padded
+from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset
 
 # the first is slower: memory is claimed, kernels are chosen, loaders start
 STEPS = 3
@@ -146,21 +145,15 @@ def dry_run(datasets: Iterable[str | int], options: PretrainOptions | None = Non
     Raises:
         UserError: as `pretrain`.
     """
-    options = replace(options or PretrainOptions(), **changes)
-    settings, data = build_settings(datasets, options)
-    run_dir = run.choose_run_dir(settings, "pretraining", run_name(settings))
-    settings = extended(settings, options, run_dir)
+    settings, data, run_dir = decide(datasets, options, changes)
     fabric, method = prepare(settings, run_dir)
 
-    def check() -> None:
-        warn_if_padded(data.cases, method.views().padded_below)
-        warn_if_turned(data.cases)
-        warn_if_seen(settings, data)
-        run.check_free_disk(run_dir, method)
+    def check_all() -> None:
+        check(settings, data, method, run_dir)
         run.check_claimable(run_dir, settings, data.digest())
         check_wandb()
 
-    run.on_first_process(fabric, check)
+    run.on_first_process(fabric, check_all)
     with telling_full_memory(settings):
         found = _measure(Learner.set_up(fabric, settings, method), data, run_dir)
     part_processes(fabric)

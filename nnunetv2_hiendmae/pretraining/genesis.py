@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.architectures import tokens as tk
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.pretraining.declared import DeclaredGenesis
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
-from nnunetv2_hiendmae.training.views import MaskedCrop, Volume
+from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
 
 # points of an intensity curve
 CURVE_POINTS = 1000
@@ -58,17 +58,11 @@ def _box(shape: Sequence[int], edges: Callable[[int], tuple[int, int]], rng: np.
 
 
 @dataclass(frozen=True)
-class DistortedCrop:
+class DistortedCrop(OfCrop):
     """A crop, "image" (C, D, H, W) with its "lower" corner, and what became of it, "distorted", as the method's options
     say. Intensities that leave [0, 1] are taken there and back, by each channel's least and largest in the crop."""
 
-    crop: MaskedCrop
     options: DeclaredGenesis.Options
-
-    @property
-    def padded_below(self) -> tuple[int, int, int]:
-        """The crop, (D, H, W) voxels."""
-        return self.crop.padded_below
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""

@@ -57,10 +57,17 @@ def pretrain(datasets: Iterable[str | int], options: PretrainOptions | None = No
         UserError: bad options or data, a folder in use, a full disk, or a loss that is not finite.
         Stopped: Ctrl-C or SIGTERM ended it; the last step is saved.
     """
+    return run_pretraining(*decide(datasets, options, changes))
+
+
+def decide(
+    datasets: Iterable[str | int], options: PretrainOptions | None, changes: dict[str, Any]
+) -> tuple[PretrainSettings, CaseSet, Path]:
+    """Settings, data and folder of a run; see `pretrain`."""
     options = replace(options or PretrainOptions(), **changes)
     settings, data = build_settings(datasets, options)
     run_dir = run.choose_run_dir(settings, "pretraining", run_name(settings))
-    return run_pretraining(extended(settings, options, run_dir), data, run_dir)
+    return extended(settings, options, run_dir), data, run_dir
 
 
 def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) -> Path | None:
@@ -69,10 +76,7 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
     with ExitStack() as held:
 
         def claim() -> None:
-            warn_if_padded(data.cases, method.views().padded_below)
-            warn_if_turned(data.cases)
-            warn_if_seen(settings, data)
-            run.check_free_disk(run_dir, method)
+            check(settings, data, method, run_dir)
             held.enter_context(run.claimed(run_dir, settings, data.digest()))
 
         run.on_first_process(fabric, claim)
@@ -110,6 +114,14 @@ def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
     work = 6.0 * trained * settings.spec.num_tokens * samples
     spare = settings.checkpoint_activations
     return run.launch(settings.device, settings.precision, work, spare_memory=spare), method
+
+
+def check(settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:
+    """Warns of data that may not be meant; raises UserError where the disk is too full for a run."""
+    warn_if_padded(data.cases, method.views().padded_below)
+    warn_if_turned(data.cases)
+    warn_if_seen(settings, data)
+    run.check_free_disk(run_dir, method)
 
 
 def _run(fabric: Fabric, settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:

@@ -1,6 +1,5 @@
 """SimCLR: two crops of one volume are told from those of all others (docs/methods.md, "Baselines of the papers")."""
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,32 +11,19 @@ from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSimCLR
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method
-from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner
+from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume, draw_corner
 
 
-@dataclass(frozen=True)
-class CropPair:
-    """Two crops of one volume, each augmented in its own way: "images" (2, C, D, H, W) float32.
-
-    Args:
-        foreground_share, augmentation: as of a `MaskedCrop`.
-    """
-
-    crop_size: tuple[int, int, int]
-    foreground_share: float = 0.75
-    augmentation: Augmentation | None = field(default_factory=Augmentation)
-
-    @property
-    def padded_below(self) -> tuple[int, int, int]:
-        """The crop, (D, H, W) voxels."""
-        return self.crop_size
+class CropPair(OfCrop):
+    """Two such crops of one volume, each augmented in its own way: "images" (2, C, D, H, W) float32."""
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""
-        corners = [draw_corner(volume, self.crop_size, self.foreground_share, rng) for _ in range(2)]
-        images = torch.stack([torch.from_numpy(volume.read(corner, self.crop_size)) for corner in corners])
-        if self.augmentation is not None:
-            images = self.augmentation.apply(images, volume.spacing_mm, rng)
+        crop = self.crop
+        corners = [draw_corner(volume, crop.crop_size, crop.foreground_share, rng) for _ in range(2)]
+        images = torch.stack([torch.from_numpy(volume.read(corner, crop.crop_size)) for corner in corners])
+        if crop.augmentation is not None:
+            images = crop.augmentation.apply(images, volume.spacing_mm, rng)
         return {"images": images}
 
 
@@ -69,7 +55,7 @@ class SimCLR(DeclaredSimCLR, Method):
         init_transformer(self.head)
 
     def views(self) -> CropPair:
-        return CropPair(self.spec.img_size)
+        return CropPair(MaskedCrop(self.spec.img_size, 1))
 
     def forward(self, views: Batch, part: int = 0) -> LossDict:
         """ "accuracy" is the share of crops whose partner is the most similar one."""

@@ -18,11 +18,11 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.crops import block_tokens
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSimMIM
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.training.views import MaskedCrop, Volume
+from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
 
 
 @dataclass(frozen=True)
-class CubeMaskedCrop:
+class CubeMaskedCrop(OfCrop):
     """A crop whose tokens are shown and hidden in cubes: as `MaskedCrop`, "ids_shuffle" holds tokens, cube by cube.
 
     Args:
@@ -30,14 +30,8 @@ class CubeMaskedCrop:
         grid: of tokens; `edge`: of a cube, in tokens.
     """
 
-    crop: MaskedCrop
     grid: Sequence[int]
     edge: int
-
-    @property
-    def padded_below(self) -> tuple[int, int, int]:
-        """The crop, (D, H, W) voxels."""
-        return self.crop.padded_below
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""

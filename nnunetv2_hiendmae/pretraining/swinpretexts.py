@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSwinPretexts
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.simclr import nt_xent
-from nnunetv2_hiendmae.training.views import MaskedCrop, Volume
+from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
 
 VIEWS, TURNS = 2, 4
 # edges of a box that is cut out, as shares of the crop's: ours, none are published
@@ -37,17 +37,11 @@ def draw_cutout(shape: tuple[int, int, int], share: float, rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class CutoutPair:
+class CutoutPair(OfCrop):
     """A crop, "image" (C, D, H, W) with its "lower" corner, and what makes two views of it: quarter turns in the plane
     of the last two axes, "turns" (2,) int64, and what is then cut out, "hidden" (2, D, H, W) bool."""
 
-    crop: MaskedCrop
     share: float
-
-    @property
-    def padded_below(self) -> tuple[int, int, int]:
-        """The crop, (D, H, W) voxels."""
-        return self.crop.padded_below
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""

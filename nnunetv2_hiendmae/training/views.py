@@ -173,6 +173,18 @@ class MaskedCrop:
         return {"image": image, "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
 
 
+@dataclass(frozen=True)
+class OfCrop:
+    """Views that are made from a crop."""
+
+    crop: MaskedCrop
+
+    @property
+    def padded_below(self) -> tuple[int, int, int]:
+        """The crop, (D, H, W) voxels."""
+        return self.crop.padded_below
+
+
 def step_keys(
     steps: range, batch_size: int, accumulate: int, rank: int, world_size: int
 ) -> Iterator[list[tuple[int, int]]]:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from authors_names import convvit_state, statistics
+from authors_names import convvit_state, mim_sizes, statistics
 from fixtures_util import Fixture
 
 from nnunetv2_hiendmae.architectures import PRESETS, ConvViTEncoder, EncoderSpec, ViTEncoder, build_encoder
@@ -32,18 +32,7 @@ def pretrain():
     """The fixture, our encoder with its weights, the kept tokens, and our outputs by the names of the recording."""
     fixture = Fixture("mim_pretrain")
     config = fixture.meta["config"]
-    *stem_dims, embed_dim = config["embed"]
-    *stem_depths, depth = config["depth"]
-    spec = EncoderSpec(
-        config["img_size"],
-        (16, 16, 16),
-        embed_dim,
-        depth,
-        config["heads"],
-        kind="convvit",
-        stem_dims=stem_dims,
-        stem_depths=stem_depths,
-    )
+    spec = EncoderSpec(**mim_sizes(config))
     encoder = build_encoder(spec)
     encoder.load_state_dict(convvit_state(fixture.state_dict()))
     keep = fixture["noise"].argsort(dim=1)[:, : num_visible(spec.num_tokens, config["mask_ratio"])]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from authors_names import CONVVIT_UNETR_STAGES, convvit_unetr_state, outputs, statistics
+from authors_names import CONVVIT_UNETR_STAGES, convvit_unetr_state, mim_sizes, outputs, statistics
 from fixtures_util import Fixture
+from network_checks import check_bfloat16, check_channels_last, devices, without_gradient
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_hiendmae.architectures import PRESETS, ConvViTUNETR
@@ -38,21 +39,8 @@ def finetune(request):
     """The fixture, our network with its weights, and what every stage of ours puts out."""
     fixture = Fixture(request.param)
     config = fixture.meta["config"]
-    *stem_dims, embed_dim, _ = config["embed"]
-    *stem_depths, depth = config["depth"]
-    network = ConvViTUNETR(
-        1,
-        config["out_channels"],
-        decoder_width=config["feature_size"],
-        kind="convvit",
-        img_size=config["roi"],
-        patch_size=(16, 16, 16),
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=config["heads"],
-        stem_dims=stem_dims,
-        stem_depths=stem_depths,
-    ).eval()
+    sizes = mim_sizes(config)
+    network = ConvViTUNETR(1, config["out_channels"], decoder_width=config["feature_size"], **sizes).eval()
     network.load_state_dict(convvit_unetr_state(fixture.finetune_state()))
     return fixture, network, outputs(network, fixture.image, CONVVIT_UNETR_STAGES)
 
@@ -102,13 +90,8 @@ def test_gradient_reaches_every_parameter(decoder_width):
     logits = network(torch.randn(2, 2, 32, 32, 64))
     assert logits.shape == (2, 3, 32, 32, 64)
     logits.square().mean().backward()
-    without = [
-        name
-        for name, p in network.named_parameters()
-        if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()
-    ]
     # a batch norm follows, which takes any constant out
-    assert without in ([], ["bottleneck.0.bias"])
+    assert without_gradient(network) in ([], ["bottleneck.0.bias"])
 
 
 def test_another_crop_than_the_specs():
@@ -173,39 +156,16 @@ def test_refuses_what_it_is_not():
 
 
 def test_channels_last_changes_nothing():
-    network = tiny().eval()
-    x = torch.randn(1, 1, 32, 32, 64)
-    with torch.no_grad():
-        expected = network(x)
-        network = network.to(memory_format=torch.channels_last_3d)
-        ours = network(x.to(memory_format=torch.channels_last_3d))
-    # other kernels, other summation order: float32 rounding through some twenty layers
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    check_channels_last(tiny(), torch.randn(1, 1, 32, 32, 64))
 
 
-def autocast_agrees(device):
+@devices
+def test_bfloat16_autocast(device):
     # no stage of two slices: PyTorch's gradients of these are wrong on some CPUs, see findings/
     size = (96, 32, 32)
     network = tiny(img_size=size).to(device).eval()
     torch.nn.init.normal_(network.encoder.rel_pos_bias)
-    x = torch.randn(1, 1, *size, device=device)
-    expected = network(x)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        logits = network(x)
-    # bfloat16 has 8 bits of mantissa; on average over the volume a few roundings remain
-    assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-    logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in network.parameters())
-
-
-def test_bfloat16_autocast_on_cpu():
-    autocast_agrees("cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_autocast_on_cuda():
-    autocast_agrees("cuda")
+    check_bfloat16(network, torch.randn(1, 1, *size, device=device))
 
 
 def test_layer_decay_spares_what_pretraining_has_not():

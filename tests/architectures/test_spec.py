@@ -4,11 +4,10 @@ import dataclasses
 import json
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec, build_encoder
+from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.architectures.spec import default_taps
 
 CUBE = {"img_size": (32, 32, 32), "patch_size": (8, 8, 8), "embed_dim": 24, "depth": 12, "num_heads": 4}
@@ -118,16 +117,6 @@ def test_from_dict_names_unknown_and_missing_fields():
         EncoderSpec.from_dict(data)
 
 
-def num_parameters(preset):
-    with torch.device("meta"):
-        encoder = build_encoder(PRESETS[preset])
-    return sum(p.numel() for name, p in encoder.named_parameters() if name != "pos_embed")
-
-
-def test_presets_have_the_published_sizes():
-    # docs/methods.md counts the encoder without its position table
-    assert num_parameters("vit_hiend_p12") == 342_638_592
-    # the other patch changes the patch embedding, and nothing else
-    assert num_parameters("vit_hiend_p16") == 342_638_592 + 1536 * (16**3 - 12**3)
+def test_presets_survive_json():
     for name, spec in PRESETS.items():
         assert EncoderSpec.from_dict(spec.to_dict()) == spec, name

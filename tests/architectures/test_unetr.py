@@ -8,6 +8,7 @@ import pytest
 import torch
 from authors_names import UNETR_STAGES, block_outputs, outputs, statistics, unetr_state
 from fixtures_util import Fixture
+from network_checks import check_bfloat16, check_channels_last, devices, without_gradient
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_hiendmae.architectures import ViTUNETR, build_encoder
@@ -148,12 +149,7 @@ def test_any_patch_gives_logits_of_the_crop_and_a_gradient_to_every_parameter(pa
     logits = network(torch.randn(2, 2, *crop))
     assert logits.shape == (2, 3, *crop)
     logits.square().mean().backward()
-    without = [
-        name
-        for name, p in network.named_parameters()
-        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or not p.grad.any())
-    ]
-    assert without == []
+    assert without_gradient(network) == []
 
 
 @pytest.mark.parametrize("patch_size", [(8, 8, 8), (12, 12, 6)])
@@ -210,36 +206,13 @@ def test_refuses_deep_supervision_and_a_wrong_number_of_taps():
 
 @pytest.mark.parametrize("patch_size", [(8, 8, 8), (12, 12, 12)])
 def test_channels_last_changes_nothing(patch_size):
-    network = tiny(patch_size, (24, 24, 24)).eval()
-    x = torch.randn(1, 1, 24, 24, 24)
-    with torch.no_grad():
-        expected = network(x)
-        network = network.to(memory_format=torch.channels_last_3d)
-        ours = network(x.to(memory_format=torch.channels_last_3d))
-    # other kernels, other summation order: float32 rounding through some twenty layers
-    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    check_channels_last(tiny(patch_size, (24, 24, 24)), torch.randn(1, 1, 24, 24, 24))
 
 
-def autocast_agrees(device):
+@devices
+def test_bfloat16_autocast(device):
     network = tiny((12, 12, 12), (24, 24, 24)).to(device)
-    x = torch.randn(1, 1, 24, 24, 24, device=device)
-    expected = network(x)
-    with torch.autocast(device, dtype=torch.bfloat16):
-        logits = network(x)
-    # bfloat16 has 8 bits of mantissa; on average over the volume a few roundings remain
-    assert (logits.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
-    logits.float().square().mean().backward()
-    assert all(p.grad.isfinite().all() for p in network.parameters() if p.requires_grad)
-
-
-def test_bfloat16_autocast_on_cpu():
-    autocast_agrees("cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_bfloat16_autocast_on_cuda():
-    autocast_agrees("cuda")
+    check_bfloat16(network, torch.randn(1, 1, 24, 24, 24, device=device))
 
 
 @pytest.mark.slow

@@ -1,16 +1,13 @@
-"""ViTEncoder: parity with the authors' encoders, masking, dense maps, initialisation."""
+"""ViTEncoder (parity is in pretraining/test_parity.py): masking, dense maps, initialisation."""
 
 import math
 
 import pytest
 import torch
-from authors_names import block_outputs
-from fixtures_util import Fixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_hiendmae.architectures import EncoderSpec, build_encoder
-from nnunetv2_hiendmae.architectures.spec import num_visible
 from nnunetv2_hiendmae.architectures.tokens import patchify
 
 SPEC = EncoderSpec((8, 8, 12), (4, 4, 4), embed_dim=12, depth=4, num_heads=2)
@@ -19,54 +16,6 @@ SPEC = EncoderSpec((8, 8, 12), (4, 4, 4), embed_dim=12, depth=4, num_heads=2)
 def encoder_of(spec):
     torch.manual_seed(0)
     return build_encoder(spec).eval()
-
-
-# ---- parity -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["hiendmae_pretrain_p12", "hiendmae_pretrain_p16", "hiendmae_pretrain_2ch"])
-def test_equals_the_authors_hiendmae_encoder(name):
-    fixture = Fixture(name)
-    config = fixture.meta["config"]
-    spec = EncoderSpec(
-        config["img_size"],
-        config["patch_size"],
-        embed_dim=config["encoder"]["embed"],
-        depth=config["encoder"]["depth"],
-        num_heads=config["encoder"]["heads"],
-        in_channels=config["in_chans"],
-    )
-    encoder = build_encoder(spec)
-    weights = fixture.state_dict("module.encoder.")
-    encoder.load_state_dict({**weights, "pos_embed": fixture.state_dict("module.")["encoder_pos_embed"]})
-    visible = num_visible(spec.num_tokens, config["mask_ratio"])
-    assert visible == config["sel_length"]
-    keep = fixture["shuffle_indices"][:, :visible]
-    with torch.no_grad():
-        out, taps = encoder(fixture.image, keep)
-    fixture.check("enc_out", out)
-    fixture.check("enc_hidden", torch.stack(block_outputs(encoder, fixture.image, keep)))
-    for i, tap in zip((3, 6, 9), taps, strict=True):
-        fixture.check("enc_hidden", tap, fixture["enc_hidden"][i])
-
-
-def test_equals_the_authors_mae3d_encoder():
-    fixture = Fixture("mae3d_pretrain")
-    config = fixture.meta["config"]
-    spec = EncoderSpec(config["img_size"], config["patch_size"], config["embed"], config["depth"], config["heads"])
-    encoder = build_encoder(spec)
-    theirs = fixture.state_dict()
-    assert not theirs["pos_embed"][:, 0].any()
-    weights = {k: theirs[k] for k in encoder.state_dict()}
-    weights["pos_embed"] = theirs["pos_embed"][:, 1:]  # their table has a row for CLS
-    encoder.load_state_dict(weights)
-    keep = fixture["noise"].argsort(dim=1)[:, : num_visible(spec.num_tokens, config["mask_ratio"])]
-    with torch.no_grad():
-        out, _ = encoder(fixture.image, keep)
-    fixture.check("latent", out)
-
-
-# ---- behaviour --------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=20)

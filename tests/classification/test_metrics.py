@@ -40,12 +40,6 @@ def test_by_hand():
     assert found["auc"] == 0.75 and found["accuracy"] == found["balanced_accuracy"] == found["macro_f1"] == 0.5
 
 
-def test_macro_auc_is_the_mean_of_one_against_rest():
-    targets, probabilities = drawn(3)
-    single = [metrics.roc_auc_score(targets == k, probabilities[:, k]) for k in range(3)]
-    assert evaluate(targets, probabilities)["auc"] == pytest.approx(np.mean(single), abs=1e-12)
-
-
 def test_without_a_case_of_some_class_there_is_no_auc():
     targets, probabilities = drawn(3)
     kept = targets != 1

@@ -346,8 +346,3 @@ def test_any_stock_run_stands_beside_ours(tree):
     perfect = report.others["hd95"].settings[0].runs.set_index("run")["mean_over_cases"]
     assert perfect[RESENC] == perfect[PRIMUS] == 0 < perfect[OURS]
     assert {*report.settings[0].comparisons["second"]} == {OURS}
-
-
-def test_an_unknown_metric_from_python(tree):
-    with pytest.raises(UserError, match="'assd'"):
-        compare(7, metrics=["assd"])

@@ -129,29 +129,29 @@ def test_repeats_that_would_be_none(folder, capsys, arguments, told):  # noqa: F
 
 def write_patients(root, groups):
     root.mkdir(exist_ok=True)
-    (root / "patients.json").write_text(groups if isinstance(groups, str) else json.dumps(groups))
+    (root / "patients.json").write_text(json.dumps(groups))
 
 
 def test_nnunets_own_folds_keep_patients_together(toy, folder):  # noqa: F811
     """Pairs of cases are six patients; patients of one case each give nnU-Net's folds."""
+
+    def begin_anew(groups):
+        (folder / "splits_final.json").unlink()
+        (folder / "splits_hiendmae.json").unlink()
+        write_patients(toy.raw / NAME, groups)
+
     plain = append_folds(7, [shots(1)])[0].folds
-    (folder / "splits_final.json").unlink()
-    (folder / "splits_hiendmae.json").unlink()
-    write_patients(toy.raw / NAME, {case: [case] for case in CASES})
+    begin_anew({case: [case] for case in CASES})
     assert append_folds(7, [shots(1)])[0].folds == plain
-    (folder / "splits_final.json").unlink()
-    (folder / "splits_hiendmae.json").unlink()
     groups = {f"p{i}": CASES[2 * i : 2 * i + 2] for i in range(6)}
-    write_patients(toy.raw / NAME, groups)
+    begin_anew(groups)
     patients = patients_of(groups)
     folds = append_folds(7, [shots(1)])[0].folds[:5]
     assert sorted(case for fold in folds for case in fold["val"]) == CASES
     for fold in folds:
         assert sorted([*fold["train"], *fold["val"]]) == CASES
         assert not {patients[c] for c in fold["train"]} & {patients[c] for c in fold["val"]}
-    (folder / "splits_final.json").unlink()
-    (folder / "splits_hiendmae.json").unlink()
-    write_patients(toy.raw / NAME, {f"p{i}": CASES[3 * i : 3 * i + 3] for i in range(4)})
+    begin_anew({f"p{i}": CASES[3 * i : 3 * i + 3] for i in range(4)})
     with pytest.raises(UserError, match=r"has 4 patients, .*\b5; "):
         append_folds(7, [shots(1)])
 
@@ -179,8 +179,6 @@ def test_a_draw_that_patients_json_changed_is_not_taken_for_nested(folder):  # n
 @pytest.mark.parametrize(
     "groups, told",
     [
-        ("{", r"patients.json is damaged"),
-        ('["case_000"]', r"patients.json is damaged"),
         ({}, r"patients.json is damaged"),
         ({"a": "case_000"}, r"patients.json is damaged: a: "),
         ({"a": []}, r"patients.json is damaged: a: "),

@@ -1,24 +1,17 @@
 """Plans for encoders that other programs pretrained, and for Primus' own network."""
 
-import json
-
 import pytest
 import torch
 from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
 from primus_util import FULL_PRIMUS
+from test_finetune import read
 
 from nnunetv2_hiendmae import trainers
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning import plan_finetuning
-from nnunetv2_hiendmae.plans_section import PlansSection
 
 # a program that z-scores every image, whatever its channel is called
 ALIKE = {"method": "nnssl", "window_hu": None, "normalization_schemes": ("ZScoreNormalization",), "channel_names": ()}
-
-
-def read(planned):
-    plans = json.loads(planned.path.read_text())
-    return plans, plans["configurations"]["3d_fullres"], PlansSection.from_dict(plans["hiendmae"])
 
 
 @pytest.fixture

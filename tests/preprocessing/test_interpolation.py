@@ -7,7 +7,7 @@ import logging
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunet_data import make_dataset, save_tiny_encoder
+from nnunet_data import make_dataset, read_arrays, save_tiny_encoder, write_image
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -26,28 +26,16 @@ AIR, BODY = -1000.0, 0.0
 LABELS = {"background": 0, "organ": 1, "lesion": 2, "small": 3}
 
 
-def write(path, array, spacing):
-    image = sitk.GetImageFromArray(array)
-    image.SetSpacing(tuple(map(float, spacing[::-1])))
-    sitk.WriteImage(image, str(path))
-
-
 def images_only(nnunet, volumes, number=1):
     """A dataset of given (array, spacing) without labels."""
     name = f"Dataset{number:03d}_Given"
     folder = nnunet.raw / name / "imagesTr"
     folder.mkdir(parents=True)
     for case, (array, spacing) in enumerate(volumes):
-        write(folder / f"case_{case:03d}_0000.nii.gz", array.astype(np.float32), spacing)
+        write_image(folder / f"case_{case:03d}_0000.nii.gz", array.astype(np.float32), spacing)
     described = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
     (folder.parent / "dataset.json").write_text(json.dumps(described))
     return name
-
-
-def arrays(nnunet, name, plans="HiEndMAEPretrain"):
-    folder = str(nnunet.preprocessed / name / f"{plans}_3d_fullres")
-    data = infer_dataset_class(folder)(folder)
-    return {case: data.load_case(case)[0][:] for case in data.identifiers}
 
 
 def centres(made, stored):
@@ -85,7 +73,7 @@ def noise(request, tmp_path_factory):
             patch.setattr(f"nnunetv2.paths.{variable}", path, raising=False)
         name = images_only(folders, volumes)
         preprocess_datasets([1], spacing_mm=(TARGET_MM,) * 3, interpolation=request.param, num_processes=1)
-        return request.param, volumes, list(arrays(folders, name).values())
+        return request.param, volumes, list(read_arrays(folders, name).values())
 
 
 def test_no_slice_is_its_neighbours_twin(noise):
@@ -123,7 +111,7 @@ def test_nnunets_own_repeats_thick_slices(nnunet):
     image = np.random.default_rng(0).uniform(-170, 240, (8, 30, 30))
     name = images_only(nnunet, [(image, (5.0, 1.5, 1.5))])
     preprocess_datasets([1], spacing_mm=(TARGET_MM,) * 3, interpolation="nnunet", num_processes=1)
-    (array,) = arrays(nnunet, name).values()
+    (array,) = read_arrays(nnunet, name).values()
     twins = [np.array_equal(a, b) for a, b in itertools.pairwise(array[0])]
     assert np.mean(twins) > 0.5
 
@@ -166,9 +154,9 @@ def phantom(spacing, offset_mm, size_mm=(110.0, 80.0, 80.0)):
 def labelled(nnunet, segs, spacing, number=1):
     name = make_dataset(nnunet, number, cases=len(segs), labels=LABELS)
     for case, seg in enumerate(segs):
-        write(nnunet.raw / name / "labelsTr" / f"case_{case:03d}.nii.gz", seg, spacing)
+        write_image(nnunet.raw / name / "labelsTr" / f"case_{case:03d}.nii.gz", seg, spacing)
         image = np.where(seg > 0, BODY, AIR).astype(np.float32)
-        write(nnunet.raw / name / "imagesTr" / f"case_{case:03d}_0000.nii.gz", image, spacing)
+        write_image(nnunet.raw / name / "imagesTr" / f"case_{case:03d}_0000.nii.gz", image, spacing)
     return name
 
 

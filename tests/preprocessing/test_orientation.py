@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from nnunet_data import make_dataset, save_tiny_encoder
+from nnunet_data import make_dataset, read_arrays, save_tiny_encoder
 
 from nnunetv2_hiendmae import pretrain
 from nnunetv2_hiendmae.planning.finetune import plan_finetuning
@@ -52,13 +52,6 @@ def run(*names, **settings):
     return preprocess_datasets(names, **{"spacing_mm": (1.5,) * 3, "num_processes": 1, **settings})
 
 
-def arrays(nnunet, name):
-    import blosc2
-
-    folder = nnunet.preprocessed / name / f"{PLANS}_3d_fullres"
-    return [blosc2.open(str(p), mode="r")[:] for p in sorted(folder.glob("case_???.b2nd"))]
-
-
 def reader(nnunet, name):
     return json.loads((nnunet.preprocessed / name / f"{PLANS}.json").read_text())["image_reader_writer"]
 
@@ -72,7 +65,7 @@ def test_cases_that_lie_differently_are_turned_and_this_is_said(nnunet, caplog):
     assert "1 LPS (Dataset001_Toy/case_000), 2 RAS (" in caplog.text and "1 PIR" in caplog.text
     assert "NibabelIOWithReorient turns them all to RAS" in caplog.text
     assert reader(nnunet, name) == "NibabelIOWithReorient"
-    first, *others = arrays(nnunet, name)
+    first, *others = read_arrays(nnunet, name).values()
     for other in others:
         np.testing.assert_allclose(other, first, atol=1e-6)
     # nnU-Net's (z, y, x) of RAS
@@ -87,14 +80,16 @@ def test_where_all_agree_arrays_stay_as_stored(nnunet, caplog, axes):
         run(name)
     assert "directions" not in caplog.text and reader(nnunet, name) == "SimpleITKIO"
     stored = np.asarray(turned(axes).dataobj).T
-    np.testing.assert_allclose(arrays(nnunet, name)[0][0], (np.clip(stored, -175, 250) + 175) / 425, atol=1e-6)
+    np.testing.assert_allclose(
+        read_arrays(nnunet, name)["case_000"][0], (np.clip(stored, -175, 250) + 175) / 425, atol=1e-6
+    )
 
 
 def test_directions_are_compared_over_all_datasets_of_a_run(nnunet):
     one, other = dataset(nnunet, [turned("LPS")] * 2), dataset(nnunet, [turned("RAS")] * 2, 2)
     run(one, other)
     assert [reader(nnunet, name) for name in (one, other)] == ["NibabelIOWithReorient"] * 2
-    np.testing.assert_allclose(arrays(nnunet, one)[0], arrays(nnunet, other)[0], atol=1e-6)
+    np.testing.assert_allclose(read_arrays(nnunet, one)["case_000"], read_arrays(nnunet, other)["case_000"], atol=1e-6)
 
 
 def test_pretraining_warns_where_datasets_were_preprocessed_one_by_one(nnunet, caplog):

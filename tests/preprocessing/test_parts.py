@@ -60,8 +60,9 @@ def test_whole_and_parts_refuse_each_other(nnunet, monkeypatch):
     name = make_dataset(nnunet, 1, cases=2, with_labels=False)
     place = nnunet.preprocessed / name
     place.mkdir()
-    with FileLock(place / f".{PLANS}.lock"), pytest.raises(UserError, match=f"another process .*{name}"):
-        run("1/2")
+    for part in (None, "1/2"):
+        with FileLock(place / f".{PLANS}.lock"), pytest.raises(UserError, match=f"another process .*{name} .*{PLANS}"):
+            run(part)
     with FileLock(place / f".{PLANS}.part-1-of-2.lock"):
         with pytest.raises(UserError, match=f"another process .*{name}"):
             run()
@@ -80,20 +81,8 @@ def test_a_broken_case_is_named_by_the_part_that_has_it(nnunet):
     assert summary.done == 0 and [case for _, case, _ in summary.broken] == ["case_001"]
 
 
-COMMAND = (
-    sys.executable,
-    "-m",
-    "nnunetv2_hiendmae.cli",
-    "preprocess",
-    "-d",
-    "1",
-    "-np",
-    "1",
-    "--spacing",
-    "3",
-    "3",
-    "3",
-)
+COMMAND = [sys.executable, "-m", "nnunetv2_hiendmae.cli"]
+COMMAND += ["preprocess", "-d", "1", "-np", "1", "--spacing", "3", "3", "3"]
 
 
 @pytest.mark.slow

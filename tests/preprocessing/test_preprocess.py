@@ -1,13 +1,11 @@
 """Raw images, with labels, without, and broken, become the arrays that pretraining reads."""
 
-import argparse
 import gzip
 import json
 import logging
 import os
 import re
 import resource
-import shlex
 import shutil
 import signal
 import struct
@@ -21,14 +19,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from filelock import FileLock
-from nnunet_data import TINY, make_dataset, save_tiny_encoder, write_fingerprint
+from nnunet_data import TINY, make_dataset, read_arrays, save_tiny_encoder, write_fingerprint, write_image
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
 from nnunetv2_hiendmae import cli
-from nnunetv2_hiendmae.commands import preprocess as command
-from nnunetv2_hiendmae.commands.arguments import from_arguments
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import read_raw_dataset
@@ -62,19 +56,6 @@ def folder(nnunet, name, plans=PLANS):
     return nnunet.preprocessed / name / f"{plans}_3d_fullres"
 
 
-def arrays(nnunet, name, plans=PLANS):
-    """Case -> array, read by nnU-Net as its trainers do."""
-    data = infer_dataset_class(str(folder(nnunet, name, plans)))(str(folder(nnunet, name, plans)))
-    assert isinstance(data, nnUNetDatasetBlosc2)
-    return {case: data.load_case(case)[0][:] for case in data.identifiers}
-
-
-def write_image(path, array, spacing=(1.5, 1.5, 1.5)):
-    volume = sitk.GetImageFromArray(array.astype(np.float32))
-    volume.SetSpacing(spacing[::-1])
-    sitk.WriteImage(volume, str(path))
-
-
 def edit_json(nnunet, name, **changes):
     path = nnunet.raw / name / "dataset.json"
     content = {**json.loads(path.read_text()), **changes}
@@ -100,10 +81,10 @@ def test_a_label_free_fingerprint_gives_way_once_there_are_labels(nnunet):
     for case in (0, 1):
         seg = sitk.Cast(sitk.ReadImage(str(image(nnunet, name, case))) > 0, sitk.sitkUInt8)
         sitk.WriteImage(seg, str(labels / f"case_{case:03d}.nii.gz"))
-    before = arrays(nnunet, name)
+    before = read_arrays(nnunet, name)
     assert run(1).skipped == 2
     assert set(json.loads(path.read_text())) == FINGERPRINT_KEYS
-    assert all(np.array_equal(array, before[case]) for case, array in arrays(nnunet, name).items())
+    assert all(np.array_equal(array, before[case]) for case, array in read_arrays(nnunet, name).items())
 
 
 def test_unlabelled_ct(nnunet):
@@ -116,7 +97,7 @@ def test_unlabelled_ct(nnunet):
     assert fingerprint["hiendmae_label_free"] is True
     assert fingerprint["spacings"] == [[1.5, 3.0, 1.5]] * 2
     assert fingerprint["shapes_after_crop"] == [[32, 34, 30]] * 2
-    cases = arrays(nnunet, name)
+    cases = read_arrays(nnunet, name)
     assert set(cases) == {"case_000", "case_001"}
     for array in cases.values():
         assert array.shape == (1, 16, 34, 15)
@@ -125,7 +106,7 @@ def test_unlabelled_ct(nnunet):
     source, _ = SimpleITKIO().read_images([str(image(nnunet, name))])
     run(1, spacing=(1.5, 3.0, 1.5), plans_name="Same")
     expected = (np.clip(source, -175, 250) + 175) / 425
-    np.testing.assert_allclose(arrays(nnunet, name, "Same")["case_000"], expected, atol=1e-6)
+    np.testing.assert_allclose(read_arrays(nnunet, name, "Same")["case_000"], expected, atol=1e-6)
     # imagesTs is never touched, nothing but cases lies in the folder, no temporary is left
     assert {p.name for p in folder(nnunet, name).iterdir()} == {
         f"case_{i:03d}{end}" for i in range(2) for end in (".b2nd", "_seg.b2nd", ".pkl")
@@ -176,7 +157,7 @@ def test_labels_change_nothing(nnunet, channels):
     ]
     assert "hiendmae_label_free" in fingerprints[0]
     assert set(fingerprints[1]) == FINGERPRINT_KEYS
-    without, with_labels = arrays(nnunet, one), arrays(nnunet, other)
+    without, with_labels = read_arrays(nnunet, one), read_arrays(nnunet, other)
     for case in ("case_000", "case_001"):
         np.testing.assert_array_equal(without[case], with_labels[case])
         assert without[case].shape[1:] == (10, 11, 9)
@@ -249,7 +230,7 @@ def test_paths_listed_in_dataset_json(nnunet):
         run(1)
     edit_json(nnunet, name, dataset={"scan": {**entry, "label": ""}})
     assert run(1) == PreprocessSummary(1, 0, ())
-    assert set(arrays(nnunet, name)) == {"scan"}
+    assert set(read_arrays(nnunet, name)) == {"scan"}
 
 
 # ---- settings
@@ -291,7 +272,7 @@ def test_mr_is_z_scored_at_1_mm_in_one_orientation(nnunet, caplog, capsys):
     configuration = plans["configurations"]["3d_fullres"]
     assert (configuration["spacing"], configuration["patch_size"]) == ([1, 1, 1], [160, 192, 160])
     assert plans["image_reader_writer"] == "NibabelIOWithReorient"
-    (array,) = arrays(nnunet, name, "P").values()
+    (array,) = read_arrays(nnunet, name, "P").values()
     # of voxels before they were resampled
     assert array.shape == (1, 24, 27, 30) and abs(array.mean()) < 0.05 and 0.8 < array.std() < 1.05
 
@@ -303,18 +284,6 @@ def test_ct_is_not_mr(nnunet):
     make_dataset(nnunet, 2, cases=1, channels=("MR",))
     with pytest.raises(UserError, match=r"--window .* --like mri"):
         run(2, like="mri", window_hu=(-100, 200))
-
-
-def test_the_command_line_gives_the_same_options():
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    line = "-d 1 Dataset002_Toy -p P --like mim --spacing 1 2 3 --window -5 6 --interpolation cubic --part 1/2 -np 2"
-    args = parser.parse_args(shlex.split(line))
-    assert args.datasets == ["1", "Dataset002_Toy"]
-    assert from_arguments(PreprocessOptions, args) == PreprocessOptions(
-        "P", "mim", (1.0, 2.0, 3.0), (-5.0, 6.0), "cubic", "1/2", 2
-    )
-    assert from_arguments(PreprocessOptions, parser.parse_args(["-d", "1"])) == PreprocessOptions()
 
 
 def test_options_may_be_an_object_with_changes_over_it(nnunet):
@@ -332,7 +301,6 @@ def test_options_may_be_an_object_with_changes_over_it(nnunet):
         ({"spacing": (3, 0, 3)}, r"spacing_mm is \(3, 0, 3\).*--spacing"),
         ({"spacing": (3, 3)}, r"spacing_mm is \(3, 3\).*--spacing"),
         ({"window_hu": (250, -175)}, r"window_hu is \(250, -175\).*--window"),
-        ({"processes": 0}, r"-np is 0, .* 1\b"),
         ({"plans_name": "a/b"}, "'a/b'.*-p"),
     ],
 )
@@ -347,7 +315,7 @@ def test_other_channels_keep_nnunets_normalisation_and_this_is_said_once(nnunet,
     run(1, 2)
     assert [r.levelname for r in caplog.records if "nnU-Net's normalisation stays for: T1" in r.message] == ["WARNING"]
     for name in (one, other):
-        ct, t1 = arrays(nnunet, name)["case_000"]
+        ct, t1 = read_arrays(nnunet, name)["case_000"]
         assert ct.min() == 0 and ct.max() == 1
         assert abs(t1.mean()) < 0.1 and t1.min() < -0.8
 
@@ -376,8 +344,8 @@ def test_parallel_equals_serial_and_names_what_is_broken(nnunet):
     parallel = run(1, processes=2, plans_name="Parallel")
     assert (parallel.done, [case for _, case, _ in parallel.broken]) == (3, ["case_001"])
     assert run(1) == parallel
-    for case, array in arrays(nnunet, name).items():
-        np.testing.assert_array_equal(array, arrays(nnunet, name, "Parallel")[case])
+    for case, array in read_arrays(nnunet, name).items():
+        np.testing.assert_array_equal(array, read_arrays(nnunet, name, "Parallel")[case])
 
 
 def test_an_interrupted_run_goes_on(nnunet):
@@ -395,7 +363,7 @@ def test_an_interrupted_run_goes_on(nnunet):
     assert run(1) == PreprocessSummary(2, 1, ())
     assert kept.stat().st_mtime_ns == stamp
     assert not partial.exists()
-    assert set(arrays(nnunet, name)) == {"case_000", "case_001", "case_002"}
+    assert set(read_arrays(nnunet, name)) == {"case_000", "case_001", "case_002"}
     assert run(1) == PreprocessSummary(0, 3, ())
 
 
@@ -438,16 +406,6 @@ def test_plans_of_others_are_left_alone(nnunet, foreign):
     with pytest.raises(UserError, match=rf"{PLANS}\.json .* -p"):
         run(1)
     assert json.loads(plans.read_text()) == content
-
-
-def test_two_processes_do_not_share_a_folder(nnunet):
-    name = make(nnunet)
-    (nnunet.preprocessed / name).mkdir()
-    with (
-        FileLock(nnunet.preprocessed / name / f".{PLANS}.lock"),
-        pytest.raises(UserError, match=f"another process .*{name} .*{PLANS}"),
-    ):
-        run(1)
 
 
 def test_full_disk(nnunet):
@@ -534,7 +492,7 @@ def test_a_broken_case_is_named_and_the_rest_goes_on(nnunet, caplog, capfd, kind
     assert "\n" not in told
     assert [r.levelno for r in caplog.records if told in r.getMessage()] == [logging.WARNING]
     assert "Traceback" not in capfd.readouterr().err
-    assert set(arrays(nnunet, name)) == {"case_001", "case_002"}
+    assert set(read_arrays(nnunet, name)) == {"case_001", "case_002"}
     again = run(1)
     assert (again.done, again.skipped, len(again.broken)) == (0, 2, 1)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from primus_util import FULL_PRIMUS
-from run_data import PLANS, TINY_SPEC, tiny_settings, write_preprocessed
+from run_data import PLANS, TINY_SPEC, tiny_settings
 from test_blocks import HYBRID
-from test_loop import SHAPES, cli_arguments
+from test_loop import cli_arguments
 from test_methods import NoiseVolume, make_batch
 
 from nnunetv2_hiendmae import cli
@@ -24,7 +24,6 @@ from nnunetv2_hiendmae.pretraining.loop import prepare
 from nnunetv2_hiendmae.pretraining.simclr import nt_xent
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes
 from nnunetv2_hiendmae.pretraining.swinpretexts import draw_cutout, turn
-from nnunetv2_hiendmae.recipes import MAIN_METHODS
 from nnunetv2_hiendmae.training.views import unaugmented
 from nnunetv2_hiendmae.training.volumes import find_cases
 
@@ -96,11 +95,6 @@ def test_simmim_refuses(preset, options, message):
 
 
 CONTRASTED = [name for name, method in METHODS.items() if method.compares_samples]
-
-
-@pytest.fixture
-def preprocessed(nnunet):
-    return write_preprocessed(nnunet.preprocessed, SHAPES)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5])
@@ -280,19 +274,6 @@ def test_genesis_restores_every_voxel():
     torch.testing.assert_close(tk.patchify(made.reconstruction, (8, 8, 8)), method.head(tokens))
     expected = sum(((r - i) ** 2).sum() for r, i in zip(made.reconstruction, made.input, strict=True)) / (2 * 16**3)
     torch.testing.assert_close(method(batch)["loss"], expected)
-
-
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in MAIN_METHODS])
-def test_what_is_drawn_follows_from_the_generator_alone(name):
-    views, volume = build(name, WIDE).views(), NoiseVolume(1, 0)
-    drawn = []
-    for number in range(2):
-        np.random.seed(number)  # noqa: NPY002
-        torch.manual_seed(number)
-        drawn.append(views.draw(volume, np.random.default_rng(5)))
-    other = views.draw(volume, np.random.default_rng(6))
-    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in other)
-    assert any(not torch.equal(drawn[0][key], other[key]) for key in other)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9])

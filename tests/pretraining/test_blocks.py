@@ -8,8 +8,8 @@ import forked
 import numpy as np
 import pytest
 import torch
-from run_data import tiny_settings, write_preprocessed
-from test_loop import SHAPES, cli_arguments, environment, losses, read_log, run
+from run_data import tiny_settings
+from test_loop import cli_arguments, environment, losses, read_log, run
 from torch import nn
 
 from nnunetv2_hiendmae import cli
@@ -28,11 +28,6 @@ kinds = pytest.mark.parametrize(
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="torch.compile on a CPU needs a C++ compiler"
 )
-
-
-@pytest.fixture
-def preprocessed(nnunet):
-    return write_preprocessed(nnunet.preprocessed, SHAPES)
 
 
 def batch_of(method: Method) -> dict[str, torch.Tensor]:

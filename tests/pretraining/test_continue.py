@@ -32,14 +32,10 @@ from nnunetv2_hiendmae.training.runlog import read_log as read_lines
 from nnunetv2_hiendmae.training.stopping import noting_stop_signals
 from nnunetv2_hiendmae.weights.checkpoint_io import tensors_in
 
+pytestmark = pytest.mark.usefixtures("preprocessed")
 COMMAND = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu", "--workers", "0", "--batch-size", "2", "--lr", "1e-3"]
 COMMAND += ["--method", "mae3d", "--encoder", "vit_nano_p8", "--crop-size", "16", "16", "16", "--steps-per-epoch", "3"]
 COMMAND += ["--set", *(f"{k}={v}" for k, v in TINY_OPTIONS["mae3d"].items())]
-
-
-@pytest.fixture(autouse=True)
-def preprocessed(nnunet):
-    return write_preprocessed(nnunet.preprocessed, {"a": (20, 24, 28), "b": (18, 20, 22)})
 
 
 def each_step(patch: pytest.MonkeyPatch, do: Callable[[int], None]) -> None:

@@ -8,21 +8,17 @@ from pathlib import Path
 import forked
 import pytest
 from nnunet_data import save_tiny_encoder
-from run_data import PLANS, TINY_OPTIONS, TINY_SPEC, write_preprocessed
+from run_data import PLANS, TINY_OPTIONS, TINY_SPEC
 from test_continue import asked_to_stop
-from test_loop import SHAPES, cli_arguments, environment
+from test_loop import cli_arguments, environment
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, LOCK, locked
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.dry_run import dry_run
 
+pytestmark = pytest.mark.usefixtures("preprocessed")
 LINES = ["encoder", "data", "step", "run", "speed", "time", "memory", "disk"]
-
-
-@pytest.fixture(autouse=True)
-def preprocessed(nnunet):
-    return write_preprocessed(nnunet.preprocessed, SHAPES)
 
 
 def content(folder: Path) -> dict[str, bytes | None]:

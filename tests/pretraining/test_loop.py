@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from run_data import PLANS, TINY_OPTIONS, tiny_settings, write_labelled, write_preprocessed
+from run_data import PLANS, SHAPES, TINY_OPTIONS, tiny_settings, write_labelled, write_preprocessed
 from stopped import run_and_kill, run_until_killed
 
 from nnunetv2_hiendmae import cli, load_encoder
@@ -35,13 +35,7 @@ APART = [method for method in MAIN_METHODS if method != "mae3d"]
 
 # of methods that see more than one masked crop
 PICTURES = {"mim": ["level1", "level2", "level3"], "glmae": ["global", "local"], "simclr": []}
-SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22)}
 methods = pytest.mark.parametrize("method", list(METHODS))
-
-
-@pytest.fixture
-def preprocessed(nnunet):
-    return write_preprocessed(nnunet.preprocessed, SHAPES)
 
 
 def run(
@@ -491,18 +485,14 @@ def test_a_disk_that_is_too_small_is_refused_before_training(preprocessed, tmp_p
     [
         (["--crop-size", "20", "16", "16"], r"20, 16, 16.*8, 8, 8.*--crop-size"),
         (["--method", "nope"], r"--method is nope, .*hiendmae, mim, glmae, mae3d"),
-        (["--encoder", "nope"], r"--encoder is nope, .*vit_nano_p8.*convvit_base"),
         (["--batch-size", "3", "--accumulate", "2"], r"--batch-size 3 .*1 processes x 2 .*2$"),
-        (["--epochs", "0"], r"--epochs is 0, needed at least 1"),
         (["--set", "colour=1"], r"--set colour=1 .*mask_ratio"),
         (["--set", "decoder_dim=50", "decoder_heads=4"], r"decoder_dim\D*50.*decoder_heads\D*4"),
         (["--set", "decoder_dim=-6"], r"decoder_dim\D*-6"),
         (["--set", "self_depth=-3"], r"self_depth\D*-3"),
         (["--set", "mask_ratio=1.0"], r"mask_ratio\D*1\.0"),
         (["--crop-size", "8", "8", "8"], r"mask_ratio.* 1 token.*--crop-size"),
-        (["--workers", "-1"], r"--workers is -1, needed at least 0"),
         (["--lr", "nan"], r"--lr is nan, needed more than 0"),
-        (["--seed", str(2**65)], rf"--seed is {2**65}, needed 0 to {2**63 - 1}"),
         (["--precision", "fp16"], r"fp16 .*-device cuda"),
         (["-device", "mps"], r"-device mps.*-device cpu"),
         (["-d", "9"], r"'9' .*Dataset001_Tiny"),
@@ -525,12 +515,8 @@ def test_bad_arguments_are_one_line_and_exit_2(preprocessed, tmp_path, capsys, a
     [
         ("mim", ["--crop-size", "24", "16", "16"], r"\(3, 2, 2\).*--crop-size"),
         ("mim", ["--set", "crops_level3=6"], r"crops_level3\D*6\D*1 to 5"),
-        ("mim", ["--set", "curriculum=easy"], r"curriculum\W+\w* ?easy.*concurrent"),
         ("mim", ["--set", "tau=nan"], r"tau\W+\w* ?nan"),
-        ("glmae", ["--set", "local_views=0"], r"local_views\D*0\D*1"),
         ("glmae", ["--set", "global_size=20"], r"global_size\D*20"),
-        ("glmae", ["--set", "teacher_temperature=nan"], r"teacher_temperature\W+\w* ?nan"),
-        ("glmae", ["--set", "augment=yes"], r"augment\W+\w* ?yes.*true"),
         ("hiendmae", ["--encoder", "convvit_tiny", "--crop-size", "32", "32", "32"], r"hiendmae .*'convvit'"),
     ],
 )

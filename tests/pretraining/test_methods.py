@@ -1,6 +1,7 @@
 """What every method must hold, whatever it does inside."""
 
 import math
+import re
 from dataclasses import FrozenInstanceError
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from primus_util import FULL_PRIMUS
 from run_data import TINY_OPTIONS, TINY_SPEC
+from test_options import beyond
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
@@ -135,6 +137,23 @@ def test_autocast_gives_a_finite_loss_close_to_float32(name):
 
 
 @methods
+def test_what_is_drawn_follows_from_the_generator_alone(name):
+    """And the global generators are left as they were."""
+    views = METHODS[name](TINY_SPEC, **TINY_OPTIONS[name], **({"augment": True} if name == "glmae" else {})).views()
+    volume, drawn = NoiseVolume(1, 0), []
+    for number in range(2):
+        np.random.seed(number)  # noqa: NPY002
+        torch.manual_seed(number)
+        before = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+        drawn.append(views.draw(volume, np.random.default_rng(5)))
+        after = torch.get_rng_state(), np.random.get_state()  # noqa: NPY002
+        assert torch.equal(before[0], after[0]) and str(before[1]) == str(after[1])
+    other = views.draw(volume, np.random.default_rng(6))
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in other)
+    assert any(not torch.equal(drawn[0][key], other[key]) for key in other)
+
+
+@methods
 def test_options_are_typed(name):
     method, wrong = METHODS[name], ["no_such_option=1"]
     for option in method.defaults():
@@ -149,16 +168,13 @@ def test_options_are_typed(name):
 
 @methods
 def test_options_are_checked_and_cannot_be_changed_afterwards(name):
-    """Every declared bound, by a value beyond it and by NaN; what is no option is no argument either."""
+    """Every declared bound; what is no option is no argument either."""
     options = METHODS[name].Options
     assert options() == options(**METHODS[name].defaults())
     for option, (_, about) in declared(options).items():
-        beyond = [about.at_least - 1] if about.at_least is not None else []
-        beyond += [about.above] if about.above is not None else []
-        beyond += [about.at_most + 1] if about.at_most is not None else []
-        beyond += ["no such choice"] if about.choices else []
-        for wrong in [*beyond, math.nan] if beyond else []:
-            with pytest.raises(UserError, match=rf"^{option} \S+ {wrong}\b.*--set {option}=…$"):
+        for wrong in beyond(about):
+            told = rf"^{option} is {wrong}, needed {re.escape(about.needed)}.*--set {option}=…$"
+            with pytest.raises(UserError, match=told):
                 options(**{option: wrong})
         with pytest.raises(FrozenInstanceError):
             setattr(options(), option, 1)

@@ -150,13 +150,6 @@ def test_small_volumes_are_padded_and_said_to_be():
     assert sample["level1"].shape == (1, *SPEC.img_size) and (sample["level2"] == 0).any()
 
 
-def test_samples_depend_on_the_generator_alone():
-    method = method_of()
-    first, second, other = draw(method, 5), draw(method, 5), draw(method, 6)
-    assert all(torch.equal(first[k], second[k]) for k in first)
-    assert not torch.equal(first["ids_shuffle2"], other["ids_shuffle2"])
-
-
 def test_octants_and_patches_are_chosen_uniformly():
     """Each octant is a level-2 view in half of 1500 samples, each token of 8 a level-3 patch in a quarter of 6000
     draws of 2; both within 4 standard deviations (.052, .023)."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from authors_names import convvit_state
+from authors_names import block_outputs, convvit_state, mim_sizes
 from fixtures_util import Fixture
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
@@ -100,6 +100,7 @@ def test_hiendmae_forward(hiendmae):
     assert method.visible == visible
     tokens, taps = method.encoder(fixture.image, ids_shuffle[:, :visible])
     fixture.check("enc_out", tokens)
+    fixture.check("enc_hidden", torch.stack(block_outputs(method.encoder, fixture.image, ids_shuffle[:, :visible])))
     for layer, tap, embed in zip((3, 6, 9), taps, method.tap_embeds, strict=True):
         fixture.check("enc_hidden", tap, fixture["enc_hidden"][layer])
         fixture.check(f"dec_in_{layer}", embed(tap))
@@ -184,19 +185,9 @@ def mim(name: str, **options):
     """A MiM fixture, our method with its weights, and the authors' names → ours."""
     fixture = Fixture(name)
     config = fixture.meta["config"]
-    decoder, (*stem_dims, embed_dim), (*stem_depths, depth) = (config[k] for k in ("decoder", "embed", "depth"))
-    spec = EncoderSpec(
-        config["img_size"],
-        (16, 16, 16),
-        embed_dim,
-        depth,
-        config["heads"],
-        kind="convvit",
-        stem_dims=stem_dims,
-        stem_depths=stem_depths,
-    )
+    decoder = config["decoder"]
     sizes = {f"decoder_{ours}": decoder[theirs] for ours, theirs in (("dim", "embed"), ("depth",) * 2, ("heads",) * 2)}
-    method = MiM(spec, **sizes, alignment="none", **options)
+    method = MiM(EncoderSpec(**mim_sizes(config)), **sizes, alignment="none", **options)
     names, state = {}, {}
     for theirs, tensor in fixture.state_dict().items():
         # their alignment heads belong to a loss of theirs that is not rebuilt here

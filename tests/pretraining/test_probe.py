@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_data import PLANS, TINY_SPEC, tiny_settings, write_case, write_labelled, write_preprocessed
+from run_data import PLANS, SHAPES, TINY_SPEC, tiny_settings, write_case, write_labelled, write_preprocessed
 from test_continue import asked_to_stop, each_step
-from test_loop import SHAPES, _interrupt, cli_arguments, read_log, run
+from test_loop import _interrupt, cli_arguments, read_log, run
 
 from nnunetv2_hiendmae import cli, load_encoder, load_report
 from nnunetv2_hiendmae.architectures import PRESETS, build_encoder

@@ -1,7 +1,7 @@
 """Defaults of `hiendmae pretrain` that depend on what else was asked for."""
 
 import pytest
-from run_data import PLANS, tiny_settings, write_preprocessed
+from run_data import PLANS, tiny_settings
 
 from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.cli import build_parser
@@ -11,6 +11,7 @@ from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings, build_settings, run_name
 
+pytestmark = pytest.mark.usefixtures("preprocessed")
 ANY = ["pretrain", "-d", "1", "-p", PLANS, "-device", "cpu"]
 BASE = [*ANY, "--encoder", "vit_nano_p8", "--method", "mim"]
 
@@ -34,24 +35,18 @@ def settings_of(arguments: list[str]):
         (["--accumulate", "3"], 1, 3),
     ],
 )
-def test_micro_batches_are_the_methods_where_the_batch_can_be_split(nnunet, monkeypatch, asked, processes, accumulate):
-    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
-    (nnunet.raw / "Dataset001_Tiny").mkdir()
+def test_micro_batches_are_the_methods_where_the_batch_can_be_split(monkeypatch, asked, processes, accumulate):
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert settings_of([*BASE, *asked]).accumulate == accumulate
 
 
-def test_options_may_be_set_at_once_or_one_by_one(nnunet):
-    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
-    (nnunet.raw / "Dataset001_Tiny").mkdir()
+def test_options_may_be_set_at_once_or_one_by_one():
     asked = ["--set", "crops_level2=2", "tau=0.2", "--set", "crops_level3=3"]
     assert settings_of([*BASE, *asked]).options == {"crops_level2": 2, "tau": 0.2, "crops_level3": 3}
     assert settings_of(BASE).options == {}
 
 
-def test_options_of_a_method_may_be_a_mapping(nnunet):
-    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
-    (nnunet.raw / "Dataset001_Tiny").mkdir()
+def test_options_of_a_method_may_be_a_mapping():
     given = {"plans_name": PLANS, "device": "cpu", "encoder": "vit_nano_p8", "method": "mim"}
     asked = {"crops_level2": 2, "tau": 0.2}
     assert build_settings([1], PretrainOptions(**given, method_options=asked))[0].options == asked
@@ -59,7 +54,7 @@ def test_options_of_a_method_may_be_a_mapping(nnunet):
         build_settings([1], PretrainOptions(**given, method_options={"colour": 1}))
 
 
-def test_settings_are_read_as_they_were_written(nnunet):
+def test_settings_are_read_as_they_were_written():
     settings = tiny_settings("glmae")
     assert PretrainSettings.from_dict(settings.to_dict()).to_dict() == settings.to_dict()
     without = {k: v for k, v in settings.to_dict().items() if k != "lr"}
@@ -68,9 +63,7 @@ def test_settings_are_read_as_they_were_written(nnunet):
             PretrainSettings.from_dict(changed)
 
 
-def test_encoder_is_the_methods_unless_given(nnunet):
-    write_preprocessed(nnunet.preprocessed, {"a": (16, 16, 16)})
-    (nnunet.raw / "Dataset001_Tiny").mkdir()
+def test_encoder_is_the_methods_unless_given():
     settings = {}
     for method in METHODS:
         settings[method] = settings_of([*ANY, "--method", method])

@@ -1,6 +1,7 @@
 """Checkpoints as other programs write them, made from random encoders of ours: any size, no fixture needed."""
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -124,4 +125,17 @@ def nnssl_plan(crop: tuple[int, int, int] = (16, 16, 16)) -> dict[str, Any]:
 def write_checkpoint(path: Path, kind: str, spec: EncoderSpec | None = None, dtype=torch.float32, **save) -> Path:
     """A file of that kind with random numbers."""
     torch.save(container(kind, authors_state(kind, random_state(spec or SPECS[kind], dtype))), path, **save)
+    return path
+
+
+def write_run(folder: Path, spec: EncoderSpec = VIT, *, teacher: bool = False) -> Path:
+    """checkpoint_latest.pth and run.json, as `hiendmae pretrain` leaves them."""
+    state = {f"encoder.{k}": v for k, v in random_state(spec).items()} | {"head.weight": torch.zeros(3, 3)}
+    if teacher:
+        state |= {f"teacher_encoder.{k}": v for k, v in random_state(spec, seed=1).items()}
+    folder.mkdir()
+    path = folder / "checkpoint_latest.pth"
+    torch.save({"step": 5, "method": state, "optimizer": {"state": {0: torch.zeros(2)}}}, path)
+    settings = {"method": "glmae" if teacher else "mae3d", "spec": spec.to_dict(), "epochs": 3}
+    (folder / "run.json").write_text(json.dumps(settings))
     return path

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from authors_names import convvit_unetr_state, unetr_state
+from authors_names import convvit_unetr_state, mim_sizes, unetr_state
 from fixtures_util import Fixture
 
 from nnunetv2_hiendmae.architectures import ConvViTUNETR, EncoderSpec, ViTUNETR, build_encoder
@@ -49,19 +49,7 @@ def test_whole_network_of_mim(name):
     """Relative positions, depth-wise kernels, bottleneck and decoder."""
     fixture, order = Fixture(name), (2, 1, 0)
     config = fixture.meta["config"]
-    *stem_dims, embed_dim, _ = config["embed"]
-    *stem_depths, depth = config["depth"]
-    spec = {
-        "kind": "convvit",
-        "img_size": config["roi"],
-        "patch_size": (16, 16, 16),
-        "embed_dim": embed_dim,
-        "depth": depth,
-        "num_heads": config["heads"],
-        "stem_dims": stem_dims,
-        "stem_depths": stem_depths,
-    }
-    network = ConvViTUNETR(1, config["out_channels"], decoder_width=config["feature_size"], **spec).eval()
+    network = ConvViTUNETR(1, config["out_channels"], decoder_width=config["feature_size"], **mim_sizes(config)).eval()
     state, _ = permute_axes(convvit_unetr_state(fixture.finetune_state()), network.spec, order)
     network.load_state_dict(state)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from primus_util import FULL_PRIMUS, TINY_PRIMUS, PrimusFixture
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.volume_format import VolumeFormat
-from nnunetv2_hiendmae.weights import EncoderMetadata, convert_checkpoint, load_encoder, save_encoder
+from nnunetv2_hiendmae.weights import ConvertOptions, EncoderMetadata, convert_checkpoint, load_encoder, save_encoder
 from nnunetv2_hiendmae.weights.convert import translate_checkpoint
 
 SEEN = VolumeFormat((1.0, 1.0, 1.0), None, "SimpleITKIO", normalization_schemes=("ZScoreNormalization",))
@@ -41,8 +41,6 @@ def test_there_and_back_is_the_same_encoder(tmp_path, spec):
     assert known.training == {"steps": 3} and back.format == "nnssl" and not back.metadata.notes
     assert {r.status for r in exported.report.records} == {"loaded"}
     with pytest.raises(UserError, match="--token-order: it is a file of ours"):
-        from nnunetv2_hiendmae.weights import ConvertOptions
-
         translate_checkpoint(exported.path, ConvertOptions(token_order="hwd"))
 
 
@@ -140,8 +138,6 @@ def test_the_command_tells_what_nnunets_door_does_to_images(tmp_path, capsys):
 
 def test_views_of_a_larger_storage_are_written_alone(tmp_path):
     """A program may keep all its numbers in one storage, the decoder's and others among them."""
-    from nnunetv2_hiendmae.weights import ConvertOptions
-
     content = PrimusFixture("nnssl_simmim").content()
     weights, storage, at = content["network_weights"], torch.full((1_000_000,), 7.0), 0
     for name, tensor in weights.items():
@@ -157,8 +153,6 @@ def test_views_of_a_larger_storage_are_written_alone(tmp_path):
 def test_foreign_weights_can_go_on_to_nnssl(tmp_path):
     """OpenMind's own file in nnU-Net's order: the way to its door with right positions."""
     fixture = PrimusFixture("nnssl_evamae")
-    from nnunetv2_hiendmae.weights import ConvertOptions
-
     source = fixture.write(tmp_path / "c.pth")
     done = convert_checkpoint(source, tmp_path / "n.pth", ConvertOptions(num_heads=3), to="nnssl")
     assert {r.target for r in done.report.records if r.target} == set(

@@ -259,16 +259,6 @@ def test_what_lies_beside_a_nested_container_is_accounted_for(tmp_path):
     assert "checkpoint.ema.n" in {r.source for r in report.with_status("dropped")}
 
 
-def test_the_format_can_be_said(tmp_path):
-    """A bare GL-MAE file has the names of MAE3D."""
-    torch.save(authors_state("mae3d", random_state(VIT)), tmp_path / "c.pth")
-    guessed = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2))
-    said = translate_checkpoint(tmp_path / "c.pth", ConvertOptions(num_heads=2, format="glmae"))
-    assert (guessed.metadata.method, said.metadata.method) == ("mae3d", "glmae")
-    assert said.metadata.volume.window_hu == (-1000.0, 1000.0)
-    assert all(torch.equal(v, said.state[k]) for k, v in guessed.state.items())
-
-
 def test_float64_becomes_float32(tmp_path):
     source = write_checkpoint(tmp_path / "c.pth", "hiendmae", dtype=torch.float64)
     done = convert_checkpoint(source, tmp_path / "e.safetensors", ConvertOptions(num_heads=2))

@@ -116,6 +116,7 @@ def test_garbage_and_things_that_are_no_checkpoint(tmp_path):
         ([torch.zeros(2)], r"c\.pth .*\blist\b"),
         (torch.zeros(2), r"c\.pth .*\bTensor\b"),
         ({"epoch": 3, "args": {}}, r"c\.pth .*epoch, args$"),
+        ({"network_weights": {}}, r"c\.pth holds no tensor, only network_weights$"),
         ({}, r"c\.pth .*empty dictionary$"),
     ):
         torch.save(content, file)

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 import torch
-from foreign_files import VIT, authors_state, container, random_state, write_checkpoint
+from foreign_files import VIT, authors_state, container, random_state, write_checkpoint, write_run
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
@@ -14,17 +14,6 @@ from nnunetv2_hiendmae.weights import EncoderMetadata, save_encoder
 def inspect(capsys, *arguments) -> dict:
     assert cli.main(["inspect", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
-
-
-def write_run(folder, *, teacher: bool):
-    """Checkpoint and settings of a run."""
-    state = {f"encoder.{k}": v for k, v in random_state(VIT).items()}
-    if teacher:
-        state |= {f"teacher_encoder.{k}": v for k, v in random_state(VIT, seed=1).items()}
-    folder.mkdir()
-    torch.save({"step": 5, "method": state, "optimizer": {}}, folder / "checkpoint_latest.pth")
-    (folder / "run.json").write_text(json.dumps({"method": "glmae", "spec": VIT.to_dict()}))
-    return folder / "checkpoint_latest.pth"
 
 
 def test_a_checkpoint_of_ours_under_any_name(capsys, tmp_path):
@@ -53,7 +42,7 @@ def test_formats_of_files_are_told_by_content(capsys, tmp_path, name):
 
 
 def test_a_run_folder(capsys, tmp_path):
-    source = write_run(tmp_path / "run", teacher=False)
+    source = write_run(tmp_path / "run")
     about = inspect(capsys, source.parent)
     assert about["kind"] == "run folder" and about["checkpoint"]["step"] == 5
     assert cli.main(["inspect", str(source.parent)]) == 0
@@ -102,7 +91,7 @@ def test_next_steps_can_be_pasted(capsys, tmp_path):
 
 def test_check_exits_with_2_where_a_file_would_not_load(capsys, tmp_path):
     """What is said stays the same."""
-    good, folder = write_checkpoint(tmp_path / "c.pth", "mim"), write_run(tmp_path / "run", teacher=False).parent
+    good, folder = write_checkpoint(tmp_path / "c.pth", "mim"), write_run(tmp_path / "run").parent
     for arguments in ([good, "--num-heads", 2], [folder]):
         assert cli.main(["inspect", *map(str, arguments), "--check"]) == 0
     (folder / "checkpoint_latest.pth").rename(folder / "kept.pth")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from foreign_files import SPECS, VIT, random_state
+from foreign_files import SPECS, VIT, random_state, write_run
 from run_data import TINY_SPEC, tiny_settings
 from safetensors.torch import load_file
 
@@ -29,22 +29,10 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return code, out, err
 
 
-def own_run(folder, spec):
-    """checkpoint_latest.pth and run.json, as `hiendmae pretrain` leaves them."""
-    state = {f"encoder.{k}": v for k, v in random_state(spec).items()}
-    state["head.weight"] = torch.zeros(3, 3)
-    folder.mkdir()
-    torch.save(
-        {"step": 3, "method": state, "optimizer": {"state": {0: torch.zeros(2)}}}, folder / "checkpoint_latest.pth"
-    )
-    (folder / "run.json").write_text(json.dumps({"method": "mae3d", "spec": spec.to_dict(), "epochs": 3}))
-    return folder / "checkpoint_latest.pth"
-
-
 @pytest.mark.parametrize("kind", ["mae3d", "mim"])
 def test_checkpoint_of_a_run_of_ours(tmp_path, kind):
     spec = SPECS[kind]
-    source = own_run(tmp_path / "run", spec)
+    source = write_run(tmp_path / "run", spec)
     done = convert_checkpoint(source, tmp_path / "e.safetensors")
     stored = load_file(done.path)
     assert done.format == "run" and all(torch.equal(v, stored[k]) for k, v in random_state(spec).items())
@@ -110,7 +98,7 @@ def test_student_and_teacher_of_a_run(capsys, glmae_run, tmp_path):
 
 @pytest.mark.parametrize("method", ["mae3d", "hiendmae", "mim"])
 def test_methods_without_a_teacher_say_so(capsys, tmp_path, method):
-    source = own_run(tmp_path / "run", SPECS[method])
+    source = write_run(tmp_path / "run", SPECS[method])
     code, out, err = run(capsys, "convert", source, "-o", tmp_path / "e.safetensors", "--use-teacher")
     assert code == 2 and not out and len(err.strip().splitlines()) == 1
     assert "--use-teacher: " in err and "(glmae has)" in err and not (tmp_path / "e.safetensors").exists()
@@ -130,7 +118,7 @@ HINTS = [
 @pytest.mark.parametrize("hint", HINTS, ids=str)
 @pytest.mark.parametrize("kind", ["run", "encoder", "timm", "monai"])
 def test_what_our_own_files_say_cannot_be_said_otherwise(tmp_path, kind, hint):
-    source = own_run(tmp_path / "run", VIT)
+    source = write_run(tmp_path / "run", VIT)
     if kind != "run":
         source = convert_checkpoint(source, tmp_path / "e.safetensors").path
     if kind in ("timm", "monai"):
@@ -157,7 +145,7 @@ def test_what_our_own_files_say_cannot_be_said_otherwise(tmp_path, kind, hint):
     ids=str,
 )
 def test_damaged_settings_of_a_run(tmp_path, settings):
-    source = own_run(tmp_path / "run", VIT)
+    source = write_run(tmp_path / "run", VIT)
     file = source.with_name("run.json")
     if isinstance(settings, dict):
         settings = {**json.loads(file.read_text()), **settings}
