@@ -96,7 +96,7 @@ def find_labelled(
 
 
 def _differences(ours: VolumeFormat, wanted: VolumeFormat) -> list[str]:
-    differing = {k: (v, vars(wanted)[k]) for k, v in vars(ours).items() if v != vars(wanted)[k]}
+    differing = ours.differences(wanted)
     if len(ours.channel_names) == len(wanted.channel_names) == 1:
         # "T1" and "MR" cannot be confused; how they were normalised is another key
         differing.pop("channel_names", None)

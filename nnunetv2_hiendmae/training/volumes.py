@@ -76,12 +76,16 @@ def find_cases(datasets: Iterable[str | int], plans_name: str, configuration: st
     found = {n: _preprocessed(n, plans_name, configuration) for n in dict.fromkeys(map(dataset_name, datasets))}
     (first_name, first), *others = found.items()
     for name, other in others:
-        for key, value in vars(first.format).items():
-            if vars(other.format)[key] != value:
-                raise UserError(
-                    f"{first_name} and {name} differ in {key} ({value} and {vars(other.format)[key]}), needed the same "
-                    f"for one run; run: hiendmae preprocess -d {' '.join(found)} -p {plans_name}_joint"
-                )
+        if differing := first.format.differences(other.format):
+            key, mend = next(iter(differing)), f"run: hiendmae preprocess -d {' '.join(found)} -p {plans_name}_joint"
+            if "channel_names" in differing:
+                key = "channel_names"
+                mend = "pretrain on each alone; what is the same needs the same name in dataset.json"
+            told = f"{first_name} and {name} differ in {key} ({' and '.join(map(str, differing[key]))})"
+            raise UserError(f"{told}, needed the same for one run; {mend}")
+        if first.format.use_mask_for_norm != other.format.use_mask_for_norm:
+            told = f"of {first_name} and {name} one was z-scored without the voxels that are 0, by nnU-Net's rule"
+            logger.warning(f"{told}; hiendmae preprocess --like mri -p ANOTHER_NAME treats all images alike")
     return CaseSet(tuple(case for data in found.values() for case in data.cases), first.format)
 
 

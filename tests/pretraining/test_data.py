@@ -185,6 +185,39 @@ def test_datasets_that_were_preprocessed_differently(nnunet, preprocessed):
         find("1", "2")
 
 
+def test_readers_whose_arrays_are_the_same_share_a_run(nnunet, preprocessed):
+    """NIfTI and NRRD, turned to one orientation, have readers of two names."""
+    folders = preprocessed, write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
+    readers = ["NibabelIOWithReorient", "SimpleITKIOWithReorient"]
+    for folder, reader in zip(folders, readers, strict=True):
+        edit_plans(folder, image_reader_writer=reader)
+    assert len(find("1", "2").cases) == 4
+    edit_plans(folders[1], image_reader_writer="SimpleITKIO")
+    with pytest.raises(UserError, match="differ in image_reader_writer"):
+        find("1", "2")
+
+
+def test_other_channels_are_told_as_what_no_preprocessing_mends(nnunet, preprocessed):
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other", channels=2)
+    with pytest.raises(UserError, match=r"differ in channel_names .*dataset\.json") as told:
+        find("1", "2")
+    assert "hiendmae preprocess" not in str(told.value)
+
+
+def test_other_masks_of_z_scores_are_warned_about(nnunet, preprocessed, caplog):
+    # of a run that was made before masks were known: it goes on
+    before = find("1").digest()
+    folders = preprocessed, write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
+    for folder, mask in zip(folders, (False, True), strict=True):
+        configurations = json.loads((folder.parent / f"{PLANS}.json").read_text())["configurations"]
+        configurations["3d_fullres"]["use_mask_for_norm"] = [mask]
+        edit_plans(folder, configurations=configurations)
+    assert find("1").digest() == before
+    assert not caplog.records
+    find("1", "2")
+    assert "--like mri" in caplog.text
+
+
 def test_warns_when_crops_are_larger_than_volumes(preprocessed, caplog):
     cases = find().cases
     warn_if_padded(cases, (16, 16, 16))
