@@ -215,7 +215,8 @@ class VolumeFormat:
             channel_names=tuple(map(str, names)),
             orientation=f"as {reader} reads it",
             interpolation=interpolation_of(configuration),
-            use_mask_for_norm=tuple(configuration.get("use_mask_for_norm", ())),
+            # CT has none
+            use_mask_for_norm=tuple(configuration.get("use_mask_for_norm", ())) if {*schemes} - {CT_SCHEME} else (),
         )
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
         properties = plans["foreground_intensity_properties_per_channel"]

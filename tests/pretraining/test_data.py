@@ -205,14 +205,19 @@ def test_other_channels_are_told_as_what_no_preprocessing_mends(nnunet, preproce
 
 
 def test_other_masks_of_z_scores_are_warned_about(nnunet, preprocessed, caplog):
-    # of a run that was made before masks were known: it goes on
-    before = find("1").digest()
     folders = preprocessed, write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
-    for folder, mask in zip(folders, (False, True), strict=True):
-        configurations = json.loads((folder.parent / f"{PLANS}.json").read_text())["configurations"]
-        configurations["3d_fullres"]["use_mask_for_norm"] = [mask]
-        edit_plans(folder, configurations=configurations)
+
+    def z_score(number, **mask):
+        configurations = json.loads((preprocessed.parent / f"{PLANS}.json").read_text())["configurations"]
+        configurations["3d_fullres"] |= {"normalization_schemes": ["ZScoreNormalization"], **mask}
+        edit_plans(folders[number], configurations=configurations)
+
+    z_score(0)
+    before = find("1").digest()
+    z_score(0, use_mask_for_norm=[False])
+    # runs that were made before masks were known go on
     assert find("1").digest() == before
+    z_score(1, use_mask_for_norm=[True])
     assert not caplog.records
     find("1", "2")
     assert "--like mri" in caplog.text
