@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -227,7 +228,7 @@ class _ViTPlanner(ExperimentPlanner):
         if min(median_shape) <= 1:
             raise UserError(
                 f"{raw.name} is 2D (median shape {[int(s) for s in median_shape]}), needed 3D volumes: the encoder is "
-                f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {raw.name} 2d 0"
+                f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {shlex.quote(raw.name)} 2d 0"
             )
         name = volume.image_reader_writer
         self.reader = find_reader(name) if name else choose_reader(raw)

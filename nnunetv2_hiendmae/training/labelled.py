@@ -2,6 +2,7 @@
 reads labels."""
 
 import pickle
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +115,7 @@ def _classes(labels: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int | 
 def _read_fold(root: Path, fold: int) -> dict[str, list[str]]:
     file = root / SPLITS_FILE
     if not file.exists():
-        raise UserError(f"{file} is missing; run: hiendmae splits -d {root.name} --shots 1")
+        raise UserError(f"{file} is missing; run: hiendmae splits -d {shlex.quote(root.name)} --shots 1")
     folds = read_json(file, Folds, 'needed a list of folds with "train" and "val"; put it back')
     if fold >= len(folds):
         raise UserError(f"{file} has the folds 0 to {len(folds) - 1}, no {fold}")

@@ -180,8 +180,9 @@ def test_several_datasets(nnunet, preprocessed):
 
 
 def test_datasets_that_were_preprocessed_differently(nnunet, preprocessed):
-    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other", spacing=(1.0, 1.0, 1.0))
-    with pytest.raises(UserError, match=r"differ in spacing_mm.*hiendmae preprocess"):
+    name = "Dataset002_My Other"
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset=name, spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match=rf"differ in spacing_mm.*hiendmae preprocess -d Dataset001_Tiny '{name}' -p"):
         find("1", "2")
 
 
