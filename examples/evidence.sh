@@ -6,6 +6,7 @@
 #
 # DATA holds nnU-Net datasets 503, 505, 506, 511 and 512 in raw format; everything is written below OUTPUT, the results
 # into OUTPUT/evidence. Hours on two cores; each of N trainings at a time (as many as cores) uses one thread.
+# BUDGET=smoke examples/evidence.sh ... does everything once in minutes, to see that all is in place.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -23,7 +24,7 @@ for name in raw preprocessed results; do
   mkdir -p "$OUTPUT/$name"
   export "nnUNet_$name=$OUTPUT/$name"
 done
-if [ "$BUDGET" = cpu ]; then
+if [ "$BUDGET" != gpu ]; then
   # one thread each; for small crops loader processes take longer to start than to work
   export OMP_NUM_THREADS=1 nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1
 else

@@ -6,12 +6,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from protocol import ALL, FLAT, FROZEN, ONE_SHOT, RANDOM, REMEDIES, SAME_RATE, SCRATCH, Budget, Pool, Task
+from protocol import (
+    ALL,
+    FLAT,
+    FROZEN,
+    ONE_SHOT,
+    RANDOM,
+    RANDOM_SEEDS,
+    REMEDIES,
+    SAME_RATE,
+    SCRATCH,
+    TOKENS,
+    Budget,
+    Pool,
+    Task,
+)
 
 from nnunetv2_hiendmae.recipes import TRAINERS
 
 CONFIGURATION = "3d_fullres"
 FINISHED = "validation/summary.json"
+# such a network has no decoder with a width of its own
+TOKENS_ALONE = (("network", "primus"), ("decoder_width", None))
 
 
 @dataclass(frozen=True)
@@ -66,18 +82,22 @@ class Pretraining:
     """One run of `hiendmae pretrain`.
 
     Args:
+        preset: of the encoder.
         crop: voxels.
         options: of the method, beside the budget's.
+        seed: of the first weights, and of all that is drawn.
     """
 
     task: Task
     name: str
     method: str
+    preset: str
     pool: Pool
     steps: int
     lr: float
     crop: tuple[int, int, int]
     options: tuple[str, ...] = ()
+    seed: int = 0
 
 
 def nnunet_folder(kind: str) -> Path:
@@ -100,6 +120,11 @@ def pool_runs(task: Task) -> dict[str, Pool]:
     return {f"{task.pool_method}_pool{name}": pool for name, pool in task.pools.items()}
 
 
+def other_randoms(task: Task) -> dict[str, int]:
+    """Seeds of further random encoders for a network that reads tokens alone, by name."""
+    return {f"{RANDOM}{seed}{TOKENS}": seed for seed in RANDOM_SEEDS if task.tokens}
+
+
 def arms(task: Task) -> dict[str, Arm]:
     """All arms of a task by name, those that are tuned first."""
     first, both = task.arms[0], (ONE_SHOT, ALL)
@@ -107,8 +132,19 @@ def arms(task: Task) -> dict[str, Arm]:
     frozen = [Arm(name + FROZEN, name, name, frozen=True) for name in task.frozen]
     if frozen:
         frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
+    if task.tokens:
+        started = [(SCRATCH, first, None), *((name, name, name) for name in task.tokens)]
+        for name, encoder, method in started:
+            tuned.append(Arm(name + TOKENS, encoder + TOKENS, method, folds=both, finetuning=TOKENS_ALONE))
+        started = [(name, name, name) for name in task.tokens] + [(RANDOM, RANDOM, first)]
+        for name, encoder, method in started:
+            arm = Arm(name + TOKENS + FROZEN, encoder + TOKENS, method, frozen=True, finetuning=TOKENS_ALONE)
+            frozen.append(arm)
     method = task.pool_method
     others = [Arm(name, name, method, rate_of=method) for name in pool_runs(task)]
+    for name in other_randoms(task):
+        alike = next(arm for arm in frozen if arm.encoder == RANDOM + TOKENS)
+        others.append(replace(alike, name=name + FROZEN, encoder=name, rate_of=alike.name))
     if task.same_rate:
         others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
     if task.flat:
@@ -119,15 +155,35 @@ def arms(task: Task) -> dict[str, Arm]:
 
 def pretrainings(task: Task, budget: Budget) -> Iterator[Pretraining]:
     """In the order of the runs."""
-    first, steps, lr = task.arms[0], budget.steps[task.number], budget.pretrain_lr
+    first, preset = task.arms[0], budget.encoder
+    steps, lr, crop = budget.steps[task.number], budget.pretrain_lr, budget.crop
     for method in task.arms:
-        yield Pretraining(task, method, method, task.pool, steps, lr, budget.crop)
+        yield Pretraining(task, method, method, preset, task.pool, steps, lr, crop)
     if task.frozen:
-        yield Pretraining(task, RANDOM, first, task.pool, 1, 1e-12, budget.crop)
+        yield Pretraining(task, RANDOM, first, preset, task.pool, 1, 1e-12, crop)
+    for method in task.tokens:
+        yield Pretraining(task, method + TOKENS, method, budget.token_encoder, task.pool, steps, lr, crop)
+    if task.tokens:
+        random = Pretraining(task, RANDOM + TOKENS, first, budget.token_encoder, task.pool, 1, 1e-12, crop)
+        yield random
+        yield from (replace(random, name=name, seed=seed) for name, seed in other_randoms(task).items())
     for name, pool in pool_runs(task).items():
-        yield Pretraining(task, name, task.pool_method, pool, steps, lr, budget.crop)
+        yield Pretraining(task, name, task.pool_method, preset, pool, steps, lr, crop)
     if task.flat:
-        yield Pretraining(task, first + FLAT, first, task.pool, steps, lr, budget.flat_crop)
+        yield Pretraining(task, first + FLAT, first, preset, task.pool, steps, lr, budget.flat_crop)
+
+
+def remedy_pretrainings(task: Task, budget: Budget) -> list[Pretraining]:
+    """Of the remedies that need one of their own."""
+    steps, lr, crop = budget.steps[task.number], budget.pretrain_lr, budget.crop
+    return [
+        Pretraining(
+            *(task, plain(name), remedy.method, budget.encoder, task.pool, remedy.steps or steps, lr, crop),
+            options=remedy.options,
+        )
+        for name, remedy in REMEDIES.items()
+        if remedy.steps or remedy.options
+    ]
 
 
 def remedies(task: Task) -> list[Arm]:

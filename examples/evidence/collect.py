@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
-from arms import CONFIGURATION, FINISHED, Training, dataset_name, nnunet_folder, pretrainings, raw_folder
+from arms import (
+    CONFIGURATION,
+    FINISHED,
+    Pretraining,
+    Training,
+    dataset_name,
+    nnunet_folder,
+    pretrainings,
+    raw_folder,
+    remedy_pretrainings,
+)
 from protocol import ALL, BUDGETS, ONE_SHOT, RANDOM, SCRATCH, SEEDS, TASKS, TUNING, Task
 from run import Evidence
 
@@ -100,17 +110,18 @@ def about(evidence: Evidence, training: Training) -> dict[str, Any]:
     return {**key(training), **made, "summary_sha256": sha256(training.folder() / FINISHED)}
 
 
-def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
+def pretraining(evidence: Evidence, made: Pretraining) -> dict[str, Any]:
     """Losses by tenths of the run, and what it was made from."""
-    file = evidence.encoder_file(task, name)
+    file = evidence.encoder_file(made.task, made.name)
     lines = [json.loads(line) for line in (file.parent / LOG).read_text().splitlines() if line.strip()]
     losses = [line["loss"] for line in lines if "loss" in line]
     parts = np.array_split(losses, min(PARTS, len(losses)))
     run = json.loads((file.parent / "run.json").read_text())
     return {
-        "task": task.number,
-        "name": name,
+        "task": made.task.number,
+        "name": made.name,
         "method": run["method"],
+        "preset": made.preset,
         "seed": run["seed"],
         "steps": len(losses),
         "losses": [round(fmean(part), 4) for part in parts],
@@ -119,22 +130,25 @@ def pretraining(evidence: Evidence, task: Task, name: str) -> dict[str, Any]:
     }
 
 
-def probes(evidence: Evidence, task: Task, names: list[str], plans: str) -> Iterator[dict[str, Any]]:
-    """Ridge probes of every encoder, of random ones and voxels with their crops: fitted on training cases and tested on
-    the test cases, of the classes and of their union, and on the tuning fold. `plans` have the arrays."""
+def probes(evidence: Evidence, task: Task, runs: list[Pretraining], plans: str) -> Iterator[dict[str, Any]]:
+    """Ridge probes of every encoder, of random ones and voxels with their presets and crops: fitted on training cases
+    and tested on the test cases, of the classes and of their union, and on the tuning fold. `plans` have the arrays."""
     tests = sum(map(len, task.test.values()))
     # a probe takes as many training cases as there are test cases, by their names
     fold = ALL if len(task.train) <= tests else ONE_SHOT
     found, tuning = (find_labelled(task.number, plans, CONFIGURATION, chosen) for chosen in (fold, TUNING))
     union = {"foreground": tuple(value for values in found.classes.values() for value in values)}
     of_cases = {"dice": found, "dice_union": replace(found, classes=union), "dice_tuning": tuning}
-    loaded = {name: load_encoder(evidence.encoder_file(task, name))[0] for name in names}
-    for crop, like in {encoder.spec.img_size: encoder.spec for encoder in loaded.values()}.items():
+    loaded = {run.name: load_encoder(evidence.encoder_file(task, run.name))[0] for run in runs}
+    for preset, crop in dict.fromkeys((run.preset, run.crop) for run in runs):
+        alike = [run.name for run in runs if (run.preset, run.crop) == (preset, crop)]
+        like = loaded[alike[0]].spec
         all_probes = {measure: Probe(cases, like) for measure, cases in of_cases.items()}
-        told: dict[str, Any] = {"task": task.number, "crop": list(crop), "seed": None, "effective_rank": None}
+        told: dict[str, Any] = {"task": task.number, "preset": preset, "crop": list(crop)}
+        told |= {"seed": None, "effective_rank": None}
         dice = {measure: probe.of_voxels() for measure, probe in all_probes.items()}
         yield {**told, "encoder": "voxels", **dice}
-        encoders = [(name, None, encoder) for name, encoder in loaded.items() if encoder.spec.img_size == crop]
+        encoders = [(name, None, loaded[name]) for name in alike]
         for seed in range(RANDOM_PROBES):
             torch.manual_seed(seed)
             encoders.append((RANDOM, seed, build_encoder(like).eval()))
@@ -200,8 +214,8 @@ def main() -> None:
     rates, data, known = {}, {}, earlier(folder)
     for task in TASKS:
         done = finished(evidence, task)
-        files = {run.name: evidence.encoder_file(task, run.name) for run in pretrainings(task, evidence.budget)}
-        names = [name for name, file in files.items() if (file.parent / "finished").exists()]
+        runs = [*pretrainings(task, evidence.budget), *remedy_pretrainings(task, evidence.budget)]
+        runs = [run for run in runs if evidence.pretrained(task, run.name)]
         if not done:
             continue
         for training in done:
@@ -209,8 +223,9 @@ def main() -> None:
             tables["trainings"].append(made)
             tables["cases"] += known.get(made["summary_sha256"]) or cases(training)
         tables["curves"] += [row for training in done for row in curve(training)]
-        tables["pretraining"] += [pretraining(evidence, task, name) for name in names]
-        tables["probes"] += probes(evidence, task, [name for name in names if name != RANDOM], done[0].plans)
+        tables["pretraining"] += [pretraining(evidence, run) for run in runs]
+        trained = [run for run in runs if not run.name.startswith(RANDOM)]
+        tables["probes"] += probes(evidence, task, trained, done[0].plans)
         rates[str(task.number)], data = evidence.chosen(task), data | digests(task)
         pictures(task, done, evidence, folder)
     for name in ("cases", "curves"):

@@ -1,7 +1,7 @@
 """What is compared, on which images and with how much computing: the numbers of docs/evidence.md, fixed before any run
 on a test case of a task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -15,6 +15,10 @@ SCRATCH = "scratch"
 RANDOM = "random"
 FROZEN = "_frozen"
 SAME_RATE, FLAT = "_same_rate", "_flat"
+# with a network that reads tokens alone
+TOKENS = "_tokens"
+# of further random encoders that such a network reads
+RANDOM_SEEDS = (1, 2, 3, 4)
 METHODS = ("hiendmae", "mim", "glmae", "mae3d")
 # of the remedies, on the tuning fold
 REMEDY_SEEDS = (100, 101, 102)
@@ -45,6 +49,7 @@ REMEDIES = {
     "short pretraining": Remedy(steps=1000),
     "half masked": Remedy(options=("mask_ratio=0.5",)),
     "plain targets": Remedy(method="mae3d", options=("normalize_target=False",)),
+    "long pretraining": Remedy(steps=24000),
 }
 
 
@@ -54,6 +59,7 @@ class Budget:
 
     Args:
         encoder: preset.
+        token_encoder: preset of a kind that has a network which reads tokens alone.
         crop: voxels, of pretraining and fine-tuning.
         flat_crop: the same for images of few slices.
         spacing_mm: by task, isotropic, of pretraining and fine-tuning.
@@ -62,11 +68,13 @@ class Budget:
         options: of a method, where it is not its paper's.
         pretrain: further options of `hiendmae pretrain`.
         learning_rates: peaks of fine-tuning that every arm of a task chooses from.
+        token_learning_rates: the same for networks that read tokens alone.
         finetuning: fields of `PlanOptions`, by task.
     """
 
     device: str
     encoder: str
+    token_encoder: str
     crop: tuple[int, int, int]
     flat_crop: tuple[int, int, int]
     spacing_mm: dict[int, float]
@@ -76,6 +84,7 @@ class Budget:
     pretrain_lr: float
     pretrain: tuple[str, ...]
     learning_rates: dict[int, tuple[float, ...]]
+    token_learning_rates: tuple[float, ...]
     finetuning: dict[int, dict[str, Any]]
     steps_per_epoch: int = 100
 
@@ -99,6 +108,7 @@ BUDGETS = {
     "cpu": Budget(
         device="cpu",
         encoder="vit_nano_p8",
+        token_encoder="primus_nano",
         crop=(32, 32, 32),
         flat_crop=(16, 32, 32),
         spacing_mm={503: 2.5, 506: 3.0, 505: 0.25},
@@ -117,12 +127,14 @@ BUDGETS = {
         pretrain=("--workers", "1", "--precision", "fp32"),
         # 503 took the highest of its grid; the others' were changed before they ran
         learning_rates={503: (1e-3, 3e-3, 1e-2), 506: (3e-3, 1e-2, 3e-2), 505: (3e-3, 1e-2, 3e-2)},
+        token_learning_rates=(3e-3, 1e-2, 3e-2),
         finetuning={503: _SHORT, 506: _LONG, 505: _SHORT},
     ),
     # not tried: no GPU was at hand
     "gpu": Budget(
         device="cuda",
         encoder="vit_small_p16",
+        token_encoder="primus_s",
         crop=(96, 96, 96),
         flat_crop=(32, 96, 96),
         spacing_mm={503: 1.0, 506: 1.5, 505: 0.1214},
@@ -132,9 +144,20 @@ BUDGETS = {
         pretrain_lr=4e-4,
         pretrain=("--workers", "12"),
         learning_rates=dict.fromkeys((503, 506, 505), (1e-4, 3e-4, 1e-3)),
+        token_learning_rates=(1e-4, 3e-4, 1e-3),
         finetuning=dict.fromkeys((503, 506, 505), _GPU),
     ),
 }
+# every step of the script once, in minutes: that all is in place, nothing else
+BUDGETS["smoke"] = replace(
+    BUDGETS["cpu"],
+    steps=dict.fromkeys((503, 506, 505), 20),
+    steps_per_epoch=10,
+    finetuning=dict.fromkeys(
+        (503, 506, 505),
+        _SHORT | {"epochs": 2, "iterations_per_epoch": 2, "val_iterations_per_epoch": 1},
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,7 @@ class Task:
         frozen: methods whose encoders are frozen, too, beside a random one.
         same_rate: also from scratch with the first method's learning rate.
         flat: also the first method and scratch with the budget's flat crop.
+        tokens: methods that, like scratch, also have a network which reads tokens alone, trained and frozen.
     """
 
     number: int
@@ -178,6 +202,7 @@ class Task:
     frozen: tuple[str, ...] = ()
     same_rate: bool = False
     flat: bool = False
+    tokens: tuple[str, ...] = ()
 
 
 # one volume per head; no animals, no abdomen, none of SRI24, which is a labelled case
@@ -199,6 +224,7 @@ TASKS = (
         arms=METHODS,
         pools={"2": Pool(522, 511, HEADS[:2]), "6": Pool(523, 511, HEADS[:6]), "18": Pool(524, 511, ALL_BUT_SRI24)},
         frozen=("hiendmae", "mae3d"),
+        tokens=("hiendmae", "mim", "mae3d"),
     ),
     # one of the four methods beside the plain one
     Task(
@@ -216,5 +242,6 @@ TASKS = (
         tuning=("jointA_t0", "jointA_t1"),
         test={"jointB": ("jointB_t0", "jointB_t1", "jointB_t2", "jointB_t3")},
         arms=("hiendmae", "mae3d"),
+        tokens=("hiendmae", "mae3d"),
     ),
 )  # fmt: skip

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from arms import plain, pool_runs
+from arms import other_randoms, plain, pool_runs
 from matplotlib.figure import Figure
-from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, Task
+from protocol import FLAT, FROZEN, RANDOM, REMEDIES, REMEDY_SEEDS, SAME_RATE, SCRATCH, SEEDS, TASKS, TOKENS, Task
 from scipy import stats
 
 from nnunetv2_hiendmae.evaluation.report import table
@@ -121,40 +121,45 @@ def classes(cases: pd.DataFrame, task: Task, fold: str) -> Iterator[str]:
 
 
 def gate(runs: dict, task: Task) -> Iterator[str]:
-    """The probe of frozen tokens on the test cases, by the encoders' crops."""
+    """The probe of frozen tokens on the test cases, by the encoders' presets and crops."""
     measured = ("dice", "dice_union", "dice_tuning")
     rows = []
     of_task = pd.DataFrame([probe for probe in runs["probes"] if probe["task"] == task.number])
-    for _, found in of_task.groupby(of_task["crop"].map(tuple), sort=False) if len(of_task) else ():
+    shapes = [of_task["preset"], of_task["crop"].map(tuple)] if len(of_task) else []
+    for (preset, size), found in of_task.groupby(shapes, sort=False) if len(of_task) else ():
         random, voxels = found[found["encoder"] == RANDOM], found.set_index("encoder").loc["voxels"]
         spread = [f"{random[m].mean():.4f} ({random[m].min():.4f} to {random[m].max():.4f})" for m in measured]
-        crop = " x ".join(map(str, voxels["crop"]))
-        rows.append(["voxels, without an encoder", crop, *(f"{voxels[m]:.4f}" for m in measured), "", ""])
+        shape = (preset, " x ".join(map(str, size)))
+        rows.append(["voxels, without an encoder", *shape, *(f"{voxels[m]:.4f}" for m in measured), "", ""])
         rank = f"{random['effective_rank'].mean():.1f}"
-        rows.append([f"random, {len(random)} seeds", crop, *spread, rank, ""])
+        rows.append([f"random, {len(random)} seeds", *shape, *spread, rank, ""])
         for _, probe in found[~found["encoder"].isin([RANDOM, "voxels"])].iterrows():
             passed = "passed" if probe["dice"] > random["dice"].max() else "not passed"
             dice = [f"{probe[m]:.4f}" for m in measured]
-            rows.append([probe["encoder"], crop, *dice, f"{probe['effective_rank']:.1f}", passed])
+            rows.append([probe["encoder"], *shape, *dice, f"{probe['effective_rank']:.1f}", passed])
     if rows:
-        titles = ["encoder", "crop", "probe Dice", "of all classes in one", "tuning fold", "effective rank", "gate"]
-        yield table(titles, rows)
+        measures = ["probe Dice", "of all classes in one", "tuning fold", "effective rank"]
+        yield table(["encoder", "preset", "crop", *measures, "gate"], rows)
 
 
 def pretraining(runs: dict, task: Task) -> str:
     """Losses by tenths of each run."""
-    found = [run for run in runs["pretraining"] if run["task"] == task.number and run["name"] != RANDOM]
-    rows = [[run["name"], str(run["steps"]), " ".join(f"{loss:.3f}" for loss in run["losses"])] for run in found]
-    return table(["run", "steps", "mean loss of each tenth"], rows)
+    found = [run for run in runs["pretraining"] if run["task"] == task.number and not run["name"].startswith(RANDOM)]
+    rows = [
+        [run["name"], run["preset"], str(run["steps"]), " ".join(f"{loss:.3f}" for loss in run["losses"])]
+        for run in found
+    ]
+    return table(["run", "preset", "steps", "mean loss of each tenth"], rows)
 
 
 def learning_rates(runs: dict, task: Task) -> str:
     """Dice of the tuning fold."""
     found = runs["learning_rates"][str(task.number)]
-    rates = list(next(iter(found.values()))["dice"])
-    rows = [
-        [arm, *(f"{tuned['dice'][rate]:.4f}" for rate in rates), f"{tuned['lr']:g}"] for arm, tuned in found.items()
-    ]
+    rates = sorted({rate for tuned in found.values() for rate in tuned["dice"]}, key=float)
+    rows = []
+    for arm, tuned in found.items():
+        dice = [f"{tuned['dice'][rate]:.4f}" if rate in tuned["dice"] else "" for rate in rates]
+        rows.append([arm, *dice, f"{tuned['lr']:g}"])
     return table(["arm", *rates, "chosen"], rows)
 
 
@@ -181,6 +186,16 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         yield from (
             f"Frozen encoder, 1-shot:\n\n{t}" for t in comparison(cases, task, "1-shot", frozen, RANDOM + FROZEN)
         )
+        tokens = [name + TOKENS for name in task.tokens]
+        for fold in FOLDS:
+            for text in comparison(cases, task, fold, tokens, SCRATCH + TOKENS):
+                yield f"Tokens alone, {fold}:\n\n{text}"
+        frozen = [name + FROZEN for name in tokens]
+        for text in comparison(cases, task, "1-shot", frozen, RANDOM + TOKENS + FROZEN):
+            yield f"Tokens alone, frozen encoder, 1-shot:\n\n{text}"
+        others = [name + FROZEN for name in other_randoms(task)]
+        for text in comparison(cases, task, "1-shot", others, RANDOM + TOKENS + FROZEN):
+            yield f"Tokens alone, random encoders of other seeds, frozen, 1-shot:\n\n{text}"
         pools = list(pool_runs(task))
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if pools else []
         yield from (
@@ -200,20 +215,22 @@ def sections(folder: Path, where: str) -> Iterator[str]:
             yield "\n".join(f"![{name}]({where}{name})" for name in both)
 
 
-def axes_of_folds(own: pd.DataFrame) -> tuple[Figure, list[tuple[Any, str]]]:
-    """A figure with an axis for each fold that has results."""
+def panels(own: pd.DataFrame) -> tuple[Figure, list[tuple[Any, str, pd.DataFrame]]]:
+    """A figure with an axis and the rows of each fold that has results; networks that read tokens alone below."""
+    alone = own["arm"].str.contains(TOKENS, regex=False)
+    kinds = [rows for rows in (own[~alone], own[alone]) if set(rows["fold"]) & set(FOLDS)]
     folds = [fold for fold in FOLDS if fold in set(own["fold"])]
-    figure = Figure(figsize=(5 * len(folds), 4), layout="constrained")
-    return figure, list(zip(figure.subplots(1, len(folds), sharey=True, squeeze=False)[0], folds, strict=True))
+    figure = Figure(figsize=(5 * len(folds), 4 * len(kinds)), layout="constrained")
+    axes = figure.subplots(len(kinds), len(folds), sharey="row", squeeze=False).flat
+    shown = [(fold, rows[rows["fold"] == fold]) for rows in kinds for fold in folds]
+    return figure, [(axis, fold, rows) for axis, (fold, rows) in zip(axes, shown, strict=True)]
 
 
 def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
     """A dot per case and seed, a line for the mean, an axis per fold."""
     own = cases[cases["task"] == task.number]
-    per_case = own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index()
-    figure, axes = axes_of_folds(own)
-    for axis, fold in axes:
-        shown = per_case[per_case["fold"] == fold]
+    figure, axes = panels(own.groupby(["fold", "arm", "case", "seed"], sort=False)["dice"].mean().reset_index())
+    for axis, fold, shown in axes:
         names = list(shown["arm"].unique())
         for place, name in enumerate(names):
             values = shown[shown["arm"] == name]
@@ -223,26 +240,26 @@ def draw_dots(cases: pd.DataFrame, task: Task, path: Path) -> None:
             axis.hlines(values["dice"].mean(), place - 0.35, place + 0.35, color="black")
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right", fontsize=8)
         axis.set_title(f"{task.number}, {fold}: a dot per seed, a colour per test case", fontsize=9)
-    figure.axes[0].set_ylabel("mean Dice over classes")
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("mean Dice over classes")
     write_with(path, lambda file: figure.savefig(file, **PNG))
 
 
 def draw_curves(curves: pd.DataFrame, task: Task, path: Path) -> None:
     """nnU-Net's pseudo Dice by epoch: mean and range over seeds."""
-    own = curves[curves["task"] == task.number]
-    figure, axes = axes_of_folds(own)
-    for axis, fold in axes:
-        for number, arm in enumerate((SCRATCH, *task.arms)):
-            shown = own[(own["fold"] == fold) & (own["arm"] == arm)].groupby("epoch")["pseudo_dice"]
-            if not len(shown):
-                continue
-            mean = shown.mean()
-            axis.plot(mean.index + 1, mean, color=f"C{number}", label=arm)
-            axis.fill_between(mean.index + 1, shown.min(), shown.max(), color=f"C{number}", alpha=0.15)
+    figure, axes = panels(curves[curves["task"] == task.number])
+    for axis, fold, shown in axes:
+        for number, start in enumerate((SCRATCH, *task.arms)):
+            for arm in {start, start + TOKENS} & set(shown["arm"]):
+                dice = shown[shown["arm"] == arm].groupby("epoch")["pseudo_dice"]
+                mean = dice.mean()
+                axis.plot(mean.index + 1, mean, color=f"C{number}", label=arm)
+                axis.fill_between(mean.index + 1, dice.min(), dice.max(), color=f"C{number}", alpha=0.15)
         axis.set_title(f"{task.number}, {fold}: mean and range over seeds", fontsize=9)
         axis.set_xlabel("epoch of fine-tuning")
-    figure.axes[0].set_ylabel("pseudo Dice on crops of the test cases")
-    figure.axes[0].legend(fontsize=8)
+        if axis.get_subplotspec().is_first_col():
+            axis.set_ylabel("pseudo Dice on crops of the test cases")
+            axis.legend(fontsize=8)
     write_with(path, lambda file: figure.savefig(file, **PNG))
 
 

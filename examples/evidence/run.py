@@ -4,6 +4,7 @@ What is finished is skipped, what was interrupted continues. Use `examples/evide
 import argparse
 import json
 import logging
+import math
 import multiprocessing
 import os
 import subprocess
@@ -15,24 +16,25 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from statistics import fmean
 
 from arms import (
     CONFIGURATION,
     FINISHED,
+    TOKENS_ALONE,
     Arm,
     Pretraining,
     Training,
     arms,
     dataset_name,
     nnunet_folder,
-    plain,
     pretrainings,
     remedies,
+    remedy_pretrainings,
 )
 from datasets import make_task
 from protocol import (
     BUDGETS,
-    REMEDIES,
     REMEDY_SEEDS,
     SEEDS,
     TASKS,
@@ -46,6 +48,8 @@ from nnunetv2_hiendmae import plan
 from nnunetv2_hiendmae.files import write_text
 
 PLANS = "Evidence"
+# left in the folder of a pretraining that is complete
+PRETRAINED = "finished"
 logger = logging.getLogger("evidence")
 
 
@@ -60,6 +64,13 @@ class Evidence:
     def __init__(self, data: Path, output: Path, jobs: int, budget: Budget):
         self.data, self.output, self.jobs, self.budget = data, output, jobs, budget
         output.mkdir(parents=True, exist_ok=True)
+
+    def keep_to(self, budget: str) -> None:
+        """Refuses the folder of another budget's runs: runs and plans are named without it."""
+        file = self.output / "budget"
+        if file.exists() and (other := file.read_text()) != budget:
+            raise SystemExit(f"{self.output} has runs of the budget {other}, got {budget}: choose another OUTPUT")
+        write_text(file, budget)
 
     def note_versions(self) -> None:
         """Adds this checkout's commit and what it runs on to those of earlier runs into the same folder."""
@@ -86,25 +97,29 @@ class Evidence:
             list(pool.map(self._pretrain, runs))
 
     def _pretrain(self, run: Pretraining) -> None:
-        folder = self.encoder_file(run.task, run.name).parent
-        if (folder / "finished").exists():
+        if self.pretrained(run.task, run.name):
             return
+        folder = self.encoder_file(run.task, run.name).parent
         budget = self.budget
         per_epoch = min(run.steps, budget.steps_per_epoch)
         line = [
             "hiendmae", "pretrain", "-d", str(run.pool.number), "-p", PLANS, "--method", run.method,
-            "--encoder", budget.encoder, "--crop-size", *map(str, run.crop), "--lr", str(run.lr),
+            "--encoder", run.preset, "--crop-size", *map(str, run.crop), "--lr", str(run.lr),
             "--batch-size", str(budget.samples[run.method]),
             "--epochs", str(run.steps // per_epoch), "--steps-per-epoch", str(per_epoch),
             "--warmup-epochs", str(3 if run.steps > 3 * per_epoch else 0), "-device", budget.device,
-            "--pictures-every", "1000", "-o", str(folder), *budget.pretrain,
+            "--pictures-every", "1000", "--seed", str(run.seed), "-o", str(folder), *budget.pretrain,
         ]  # fmt: skip
         if options := (*budget.options.get(run.method, ()), *run.options):
             line += ["--set", *options]
         if (folder / "run.json").exists():
             line.append("--c")
         self._logged(f"{run.task.number}_pretrain_{run.name}", line)
-        (folder / "finished").touch()
+        (folder / PRETRAINED).touch()
+
+    def pretrained(self, task: Task, name: str) -> bool:
+        """Whether a pretraining is complete; one that is under way has an encoder file as well."""
+        return (self.encoder_file(task, name).parent / PRETRAINED).exists()
 
     def encoder_file(self, task: Task, name: str) -> Path:
         """Of a pretraining."""
@@ -115,8 +130,7 @@ class Evidence:
         chosen = self.chosen(task)
         tuned = [arm for arm in arms(task).values() if arm.name in names and arm.rate_of is None]
         found = {
-            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self.budget.learning_rates[task.number]]
-            for arm in tuned
+            arm.name: [Training(task, arm, lr, TUNING_SEED, TUNING) for lr in self._rates(task, arm)] for arm in tuned
         }
         self.train([training for trainings in found.values() for training in trainings])
         for name, trainings in found.items():
@@ -124,6 +138,10 @@ class Evidence:
             best = max(dice, key=dice.__getitem__)
             chosen[name] = {"lr": float(best), "dice": dice}
         write_text(self._chosen_file(task), json.dumps(chosen, indent=2) + "\n")
+
+    def _rates(self, task: Task, arm: Arm) -> tuple[float, ...]:
+        alone = arm.finetuning == TOKENS_ALONE
+        return self.budget.token_learning_rates if alone else self.budget.learning_rates[task.number]
 
     def chosen(self, task: Task) -> dict[str, dict]:
         """Chosen learning rate of every tuned arm, and the Dice of each rate."""
@@ -137,14 +155,9 @@ class Evidence:
 
     def try_remedies(self, task: Task) -> None:
         """Pretrains and trains what remedies need, those first that need no other pretraining."""
-        steps, lr, crop = self.budget.steps[task.number], self.budget.pretrain_lr, self.budget.crop
         trainings = self.remedy_trainings(task)
-        self.train([training for training in trainings if self.encoder_file(task, training.arm.encoder).exists()])
-        self.pretrain([
-            Pretraining(task, plain(name), remedy.method, task.pool, remedy.steps or steps, lr, crop, remedy.options)
-            for name, remedy in REMEDIES.items()
-            if remedy.steps or remedy.options
-        ])  # fmt: skip
+        self.train([training for training in trainings if self.pretrained(task, training.arm.encoder)])
+        self.pretrain(remedy_pretrainings(task, self.budget))
         self.train(trainings)
 
     def remedy_trainings(self, task: Task) -> list[Training]:
@@ -212,8 +225,9 @@ class Evidence:
 
 
 def mean_dice(fold: Path) -> float:
-    """nnU-Net's own mean of a fold's validation."""
-    return json.loads((fold / FINISHED).read_text())["foreground_mean"]["Dice"]
+    """nnU-Net's own means of a fold's validation, without classes that are rightly absent: those have none."""
+    classes = json.loads((fold / FINISHED).read_text())["mean"].values()
+    return fmean(dice for each in classes if not math.isnan(dice := each["Dice"]))
 
 
 def _end_with_parent() -> None:
@@ -264,6 +278,7 @@ def main() -> None:
     logging.getLogger("nnunetv2_hiendmae").setLevel(logging.WARNING)
     SERVER.set_forkserver_preload(["nnunetv2.run.run_training", "nnunetv2_hiendmae.trainers"])
     evidence = Evidence(args.data, args.output, args.jobs, BUDGETS[args.budget])
+    evidence.keep_to(args.budget)
     evidence.note_versions()
     for task in (task for task in TASKS if task.number in args.tasks):
         evidence.prepare(task)

@@ -178,6 +178,56 @@ def test_every_arm_has_its_turn_before_the_next_seed(tmp_path):
     assert len({(t.plans, t.seed) for t in tried}) == len(tried)
 
 
+def test_arms_that_read_tokens_alone_have_their_own_network_encoder_and_rate():
+    budget, found = protocol.BUDGETS["cpu"], {n: a for n, a in arms.arms(TASK).items() if protocol.TOKENS in n}
+    # trained from scratch and from two encoders, and frozen: both and a random one
+    others = arms.other_randoms(TASK)
+    assert len(found) == 2 * len(TASK.tokens) + 2 + len(others)
+    assert all(dict(arm.finetuning)["network"] == "primus" for arm in found.values())
+    shared = {arm.encoder: arm.rate_of for arm in found.values() if arm.rate_of}
+    assert shared == dict.fromkeys(others, protocol.RANDOM + protocol.TOKENS + protocol.FROZEN)
+    made = {each.name: each for each in arms.pretrainings(TASK, budget)}
+    assert {made[arm.encoder].preset for arm in found.values()} == {budget.token_encoder}
+    assert {made[arm.encoder].method for arm in found.values() if arm.method} == set(TASK.tokens)
+    assert {arm.encoder for arm in found.values() if arm.frozen} >= {protocol.RANDOM + protocol.TOKENS}
+    randoms = [made[name] for name in (protocol.RANDOM + protocol.TOKENS, *others)]
+    assert {each.steps for each in randoms} == {1} and len({each.seed for each in randoms}) == len(randoms)
+
+
+def test_a_class_that_is_rightly_absent_spoils_no_mean(tmp_path):
+    (tmp_path / "validation").mkdir()
+    means = {"1": {"Dice": 0.4}, "2": {"Dice": float("nan")}, "3": {"Dice": 0.6}}
+    (tmp_path / arms.FINISHED).write_text(json.dumps({"mean": means, "foreground_mean": {"Dice": float("nan")}}))
+    assert run.mean_dice(tmp_path) == pytest.approx(0.5)
+
+
+def test_a_folder_keeps_to_its_budget(tmp_path):
+    evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
+    evidence.keep_to("cpu")
+    evidence.keep_to("cpu")
+    with pytest.raises(SystemExit, match="runs of the budget cpu, got smoke"):
+        evidence.keep_to("smoke")
+
+
+def test_remedies_wait_for_their_pretraining(tmp_path, monkeypatch):
+    """A stopped pretraining has an encoder file, too."""
+    trained = []
+    monkeypatch.setattr(run.Evidence, "train", lambda self, trainings: trained.append({t.arm.name for t in trainings}))
+    monkeypatch.setattr(run.Evidence, "pretrain", lambda self, runs: None)
+    evidence = run.Evidence(tmp_path, tmp_path, 1, protocol.BUDGETS["cpu"])
+    rates = {name: {"lr": 0.01} for name in (SCRATCH, "hiendmae", "mae3d")}
+    (tmp_path / "503_learning_rates.json").write_text(json.dumps(rates))
+    for name in ("hiendmae", "mae3d", "half_masked"):
+        file = evidence.encoder_file(TASK, name)
+        file.parent.mkdir()
+        file.touch()
+        if name != "half_masked":
+            (file.parent / run.PRETRAINED).touch()
+    evidence.try_remedies(TASK)
+    assert "half_masked" not in trained[0] and {SCRATCH, "hiendmae", "mae3d", "frozen"} <= trained[0]
+    assert trained[1] > trained[0] and "half_masked" in trained[1]
+
+
 def test_what_is_finished_is_not_run_again_and_what_was_interrupted_continues(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr(run.Evidence, "_logged", lambda self, name, line: lines.append(line))
