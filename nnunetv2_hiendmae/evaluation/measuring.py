@@ -4,7 +4,6 @@ kept beside `summary.json`."""
 import hashlib
 import json
 import logging
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -157,7 +156,7 @@ def _refuse(problems: Mapping[_Case, str]) -> None:
         of_fold = [*cases]
         trainer, plans, configuration = run.split("__")
         dataset = dataset_id(of_fold[0].prediction.parents[3].name)
-        command = f"nnUNetv2_train {shlex.quote(dataset)} {configuration} {fold} -p {plans} -tr {trainer} --val"
+        command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -tr {trainer} --val"
         named = some((f"{case.name} ({problems[case]})" for case in of_fold), _MOST_NAMED)
         told.append(f"{run} fold {fold}, {len(of_fold)} of its cases: {named}; this makes predictions again: {command}")
     if told:
