@@ -29,6 +29,10 @@ _DERIVED = ("foreground_above", "foreground_channel")
 Interpolation = Literal["linear", "cubic", "nnunet"]
 INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 DEFAULT_INTERPOLATION: Interpolation = "linear"
+# nnU-Net's readers whose arrays are the same: the first of two also reads sheared files, the second more file endings
+# and (X, Y, Z, 1)
+REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
+_AS_STORED = ("NibabelIO", "SimpleITKIO")
 # nnU-Net's functions: of its default planner and of its planners with "torchres" in their names
 _DEFAULT_FUNCTION, TORCH_FUNCTION = "resample_data_or_seg_to_shape", "resample_torch_fornnunet"
 # the second one holds every label of a volume at once, in two bytes a voxel
@@ -60,6 +64,12 @@ def resampling(interpolation: Interpolation, labels: int = 0) -> dict[str, Any]:
     return entries
 
 
+def twins(reader: str | None) -> tuple[str | None, ...]:
+    """The reader, and those whose arrays are the same."""
+    same = next((group for group in (REORIENTING, _AS_STORED) if reader in group), ())
+    return (reader, *(other for other in same if other != reader))
+
+
 def interpolation_of(configuration: dict[str, Any]) -> Interpolation | None:
     """What a configuration of nnU-Net's plans does to images; None: something else."""
     own = resampling("nnunet")
@@ -88,6 +98,8 @@ class VolumeFormat:
         normalization_schemes: nnU-Net's scheme of every input channel.
         channel_names: of every input channel.
         orientation: in words, e.g. "as SimpleITKIO reads it" or "RAS".
+        use_mask_for_norm: of every input channel, whether z-scores are those of the voxels that are not 0, and 0 stays
+            0: nnU-Net does so where images have large empty borders, as skulls that were stripped leave them.
         interpolation: how images are resampled to the spacing; that of files that do not say it, which are of 0.1, is
             nnU-Net's.
 
@@ -105,6 +117,7 @@ class VolumeFormat:
     channel_names: tuple[str, ...] = ()
     orientation: str = "as stored"
     interpolation: Interpolation | None = "nnunet"
+    use_mask_for_norm: tuple[bool, ...] = ()
 
     def __post_init__(self):
         for name, (fits, needed) in _CHECKS.items():
@@ -128,6 +141,19 @@ class VolumeFormat:
         if window_hu is not None:
             given |= {"window_hu": tuple(window_hu), "intensity_offset": None, "intensity_scale": None}
         return replace(self, **given)
+
+    def masks(self, schemes: Sequence[str], otherwise: Sequence[bool]) -> list[bool]:
+        """`use_mask_for_norm` of channels with these schemes: as here, where a channel has the same scheme."""
+        known = dict(zip(self.normalization_schemes, self.use_mask_for_norm, strict=False))
+        return [known.get(scheme, mask) for scheme, mask in zip(schemes, otherwise, strict=True)]
+
+    def differences(self, other: "VolumeFormat") -> dict[str, tuple[Any, Any]]:
+        """Fields in which arrays of the two differ, with both values; readers whose arrays are the same do not. Masks,
+        which follow the dataset, are left out."""
+        same = {"use_mask_for_norm"}
+        if other.image_reader_writer in twins(self.image_reader_writer):
+            same |= {"image_reader_writer", "orientation"}
+        return {k: (v, vars(other)[k]) for k, v in vars(self).items() if k not in same and v != vars(other)[k]}
 
     def is_ct(self, channel: int) -> bool:
         """Whether a channel is normalised as CT."""
@@ -189,6 +215,8 @@ class VolumeFormat:
             channel_names=tuple(map(str, names)),
             orientation=f"as {reader} reads it",
             interpolation=interpolation_of(configuration),
+            # CT has none
+            use_mask_for_norm=tuple(configuration.get("use_mask_for_norm", ())) if {*schemes} - {CT_SCHEME} else (),
         )
         keys = ("percentile_00_5", "percentile_99_5", "mean", "std")
         properties = plans["foreground_intensity_properties_per_channel"]

@@ -108,8 +108,8 @@ def test_encoder_files_give_the_recorded_tokens_and_maps(old, method):
 def test_inspect_says_the_same(old, capsys, method):
     recorded = old.recorded["runs"][method]
     file = old.encoder_file(method)
-    # what 0.1 did without saying it
-    resampled = {"interpolation": "nnunet"}
+    # what 0.1 did without saying it, and what nobody knows of it
+    resampled = {"interpolation": "nnunet", "use_mask_for_norm": []}
     assert json.loads(run(capsys, "inspect", file, "--json")) == recorded["inspect"] | resampled
     about = recorded["inspect_run"]
     expected = {**about, **{part: about[part] | resampled for part in ("checkpoint", "encoder")}}

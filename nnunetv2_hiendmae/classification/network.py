@@ -25,7 +25,7 @@ from nnunetv2_hiendmae.options.commands import ANTIALIASED, CROPS, RESIZE
 from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.training.views import Augmentation, Volume, draw_corner, grid_corners, read_resized
 from nnunetv2_hiendmae.training.volumes import CaseSet
-from nnunetv2_hiendmae.volume_format import VolumeFormat
+from nnunetv2_hiendmae.volume_format import VolumeFormat, twins
 from nnunetv2_hiendmae.weights.adapt import check_size
 
 logger = logging.getLogger(__name__)
@@ -124,11 +124,16 @@ def warn_of_differences(data: CaseSet, inputs: Inputs, seen: VolumeFormat, whose
         ("offset of the intensities", seen.intensity_offset, images.intensity_offset),
         ("scale of the intensities", seen.intensity_scale, images.intensity_scale),
         ("normalisation", sorted(set(seen.normalization_schemes)) or None, sorted(set(images.normalization_schemes))),
+        (
+            "z-score of the voxels that are not 0 alone",
+            any(seen.use_mask_for_norm) if seen.use_mask_for_norm else None,
+            any(images.use_mask_for_norm),
+        ),
         ("reader", seen.image_reader_writer, images.image_reader_writer),
     ):
         numbers = None not in (before, now) and not isinstance(before, str | list)
         close = numbers and np.allclose(before, now, rtol=TOLERATED, atol=0)
-        if before is not None and before != now and not close:
+        if before is not None and now not in twins(before) and not close:
             logger.warning(f"{what}: the images have {now}, {whose} saw {before}; preprocess them alike")
     if inputs.whole:
         shape = np.median([case.shape for case in data.cases], axis=0)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shlex
 from typing import TYPE_CHECKING
 
 from nnunetv2_hiendmae.commands.arguments import add_json
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> None:
     for fold in folds:
         print("  fold {fold}: {meaning}, {train} to train, {val} to validate".format(**fold))
     if new:
-        print(f"next:\n  nnUNetv2_train {splits.folder.name} 3d_fullres {new[0]} -p PLANS -tr TRAINER{device_words()}")
+        name = shlex.quote(splits.folder.name)
+        print(f"next:\n  nnUNetv2_train {name} 3d_fullres {new[0]} -p PLANS -tr TRAINER{device_words()}")
 
 
 def _describe(splits: "Splits", number: int) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shlex
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -103,7 +104,8 @@ def list_folds(dataset: str | int) -> Splits:
     folder = nnunet_folder("nnUNet_preprocessed") / dataset_name(dataset)
     splits = read_splits(folder)
     if not splits.folds:
-        raise UserError(f"{folder} has no {SPLITS_FILE} yet; run: hiendmae splits -d {folder.name} --shots 1")
+        name = shlex.quote(folder.name)
+        raise UserError(f"{folder} has no {SPLITS_FILE} yet; run: hiendmae splits -d {name} --shots 1")
     patients = read_patients(folder.name, splits.cases)
     for note in notes_on_patients(patients, dict(enumerate(splits.folds)), splits.cases):
         logger.warning(note)

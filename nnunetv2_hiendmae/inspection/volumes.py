@@ -19,7 +19,7 @@ from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.files import write_with
 from nnunetv2_hiendmae.preprocessing.cases import BrokenCaseError, check_volume, checked_files, naming_reason
 from nnunetv2_hiendmae.training.grids import REVERSED, Grid, preprocessed_grid, reader_grid, steps_between
-from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat, resampling
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat, resampling, twins
 from nnunetv2_hiendmae.weights import EncoderMetadata
 
 logger = logging.getLogger(__name__)
@@ -103,15 +103,15 @@ def read_image(files: Sequence[Path], volumes: VolumeFormat) -> RawImage:
 
 def preprocess(image: RawImage, volumes: VolumeFormat) -> tuple[np.ndarray, Grid]:
     """The image (C, D, H, W) as plans of this format would have it: nnU-Net's preprocessor cuts off the empty border,
-    normalises and resamples; without the mask that nnU-Net's z-score uses where images have large empty borders.
-    """
+    normalises and resamples."""
     spacing = volumes.spacing_mm or image.properties["spacing"]
+    schemes = volumes.normalization_schemes
     configuration = ConfigurationManager(
         {
             "architecture": {},
             "spacing": [float(s) for s in spacing],
-            "normalization_schemes": list(volumes.normalization_schemes),
-            "use_mask_for_norm": [False] * len(image.data),
+            "normalization_schemes": list(schemes),
+            "use_mask_for_norm": volumes.masks(schemes, [False] * len(image.data)),
             **resampling(volumes.interpolation or DEFAULT_INTERPOLATION),
         }
     )
@@ -148,9 +148,10 @@ def _turn_to_stored(properties: Mapping[str, Any]) -> np.ndarray:
 
 
 def _reader(file: str, volumes: VolumeFormat) -> Any:
+    ending = ".nii.gz" if file.lower().endswith(".nii.gz") else Path(file).suffix.lower()
     if volumes.image_reader_writer is not None:
-        return readers.recursive_find_reader_writer_by_name(volumes.image_reader_writer)()
-    ending = ".nii.gz" if file.endswith(".nii.gz") else Path(file).suffix
+        known = [readers.recursive_find_reader_writer_by_name(name) for name in twins(volumes.image_reader_writer)]
+        return next((reader for reader in known if ending in reader.supported_file_endings), known[0])()
     return readers.determine_reader_writer_from_file_ending(ending, file, True, verbose=False)()
 
 

@@ -31,11 +31,11 @@ from nnunetv2_hiendmae.planning.plans import (
     make_plans,
     save_plans,
 )
-from nnunetv2_hiendmae.planning.readers import REORIENTING, choose_reader, find_reader, told_directions
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader, told_directions
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import RECIPES, SCRATCH_LR, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
-from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, VolumeFormat
+from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, REORIENTING, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 

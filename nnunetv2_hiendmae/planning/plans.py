@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import shlex
 import shutil
 from dataclasses import asdict
 from functools import partial
@@ -222,12 +223,12 @@ class _ViTPlanner(ExperimentPlanner):
         self.dataset_json = raw.dataset_json
         # 0: never a 3d_lowres configuration
         self.lowres_creation_threshold = 0
-        self.fixed, self.scheme = fixed, volume.scheme_of_all
+        self.fixed, self.volume = fixed, volume
         median_shape = np.median(self.dataset_fingerprint["shapes_after_crop"], axis=0)
         if min(median_shape) <= 1:
             raise UserError(
                 f"{raw.name} is 2D (median shape {[int(s) for s in median_shape]}), needed 3D volumes: the encoder is "
-                f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {raw.name} 2d 0"
+                f"a 3D ViT; use nnU-Net itself: nnUNetv2_train {shlex.quote(raw.name)} 2d 0"
             )
         name = volume.image_reader_writer
         self.reader = find_reader(name) if name else choose_reader(raw)
@@ -241,10 +242,10 @@ class _ViTPlanner(ExperimentPlanner):
         return self.reader
 
     def determine_normalization_scheme_and_whether_mask_is_used_for_norm(self):
-        if self.scheme is None:
-            return super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
-        count = len(self.dataset_json.get("channel_names") or self.dataset_json["modality"])
-        return [self.scheme] * count, [False] * count
+        schemes, self.masks_by_rule = super().determine_normalization_scheme_and_whether_mask_is_used_for_norm()
+        if scheme := self.volume.scheme_of_all:
+            schemes, self.masks_by_rule = [scheme] * len(schemes), [False] * len(schemes)
+        return schemes, self.volume.masks(schemes, self.masks_by_rule)
 
     @staticmethod
     def static_estimate_VRAM_usage(*args, **kwargs):
@@ -257,6 +258,9 @@ class _ViTPlanner(ExperimentPlanner):
     def save_plans(self, plans):
         """Completes them; writing is left to our `save_plans`."""
         plans["configurations"] = {CONFIGURATION: plans["configurations"][CONFIGURATION]}
+        if plans["configurations"][CONFIGURATION]["use_mask_for_norm"] != self.masks_by_rule:
+            which = "all voxels" if any(self.masks_by_rule) else "voxels that are not 0"
+            logger.info("z-scores are those of %s, as in the encoder's images; nnU-Net's rule has it otherwise", which)
         # nnU-Net looks this class up by name inside nnunetv2
         plans["experiment_planner_used"] = ExperimentPlanner.__name__
         recursive_fix_for_json_export(plans)

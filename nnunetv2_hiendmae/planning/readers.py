@@ -15,11 +15,9 @@ from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursiv
 
 from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.planning.dataset import RawDataset
+from nnunetv2_hiendmae.volume_format import REORIENTING, twins
 
 NNUNETS_CHOICE = "auto"
-# whose arrays are the same: the first of two also reads sheared files, the second more file endings and (X, Y, Z, 1)
-REORIENTING = ("NibabelIOWithReorient", "SimpleITKIOWithReorient")
-_AS_STORED = ("NibabelIO", "SimpleITKIO")
 READER_KEY = "overwrite_image_reader_writer"
 
 Reader = type[BaseReaderWriter]
@@ -51,12 +49,12 @@ def choose_reader(raw: RawDataset, wanted: str | None = None, given: str | None 
     if given is None and wanted is not None:
         # the text of a file that nobody vouches for
         wanted = printable(wanted)
-        if own not in ("None", *_twins(wanted)):
+        if own not in ("None", *twins(wanted)):
             told = f"dataset.json asks for the reader {own}, the encoder was trained with {wanted}"
             mend = f"check that it gives the same orientation, or let {READER_KEY} in dataset.json be {wanted}"
             logger.warning(f"{told}: the dataset's is used, {mend}")
         elif own == "None":
-            known = [reader for name in _twins(wanted) if (reader := _reader_of(name))]
+            known = [reader for name in twins(wanted) if (reader := _reader_of(name))]
             if reader := _first_that_reads(raw, known):
                 return reader
             told = f"{wanted} cannot read {ending}" if known else f"nnU-Net has no reader {wanted}"
@@ -145,7 +143,7 @@ def find_reader(name: str) -> Reader:
     """
     if reader := _reader_of(name):
         return reader
-    known = ", ".join((*_AS_STORED, *REORIENTING))
+    known = ", ".join((*twins("NibabelIO"), *REORIENTING))
     told = f"nnU-Net has no image reader '{printable(name)}', needed one such as {known}"
     raise UserError(f"{told}; check --reader, and {READER_KEY} in dataset.json")
 
@@ -209,18 +207,12 @@ def _itk_to(printed: io.StringIO) -> Iterator[None]:
 
 def _told_who_reads(reader: Reader, images: Sequence[str]) -> str:
     """What to add to the reason why `reader` cannot read a case: the reader that can, if there is one."""
-    others = (*map(find_reader, _twins(reader.__name__)), *LIST_OF_IO_CLASSES)
+    others = (*map(find_reader, twins(reader.__name__)), *LIST_OF_IO_CLASSES)
     for other in others:
         fits = images and images[0].lower().endswith(tuple(other.supported_file_endings))
         if fits and other is not reader and _reads(other, images):
             return f'; {other.__name__} reads it: let "{READER_KEY}" in dataset.json be "{other.__name__}"'
     return ""
-
-
-def _twins(name: str) -> tuple[str, ...]:
-    """The reader and those whose arrays are the same."""
-    same = next((group for group in (REORIENTING, _AS_STORED) if name in group), ())
-    return (name, *(other for other in same if other != name))
 
 
 def _first_that_reads(raw: RawDataset, readers: Iterable[Reader]) -> Reader | None:

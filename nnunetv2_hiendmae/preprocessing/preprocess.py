@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import check_unlocked, locked, write_text
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
@@ -150,6 +150,9 @@ def _preprocess(
     for raw, plans, found in ((p.raw, p.plans, p.broken) for p in planned):
         folder = data_folder(plans)
         folder.mkdir(exist_ok=True)
+        if number == 1 and (left := sorted({f.stem for f in folder.glob("*.pkl")} - raw.cases.keys())):
+            told = f"{raw.name} no longer has images of {some(left)}, whose arrays pretraining goes on to use"
+            logger.warning(f"{told}; where it should not, delete their files in {folder}")
         mine = list(raw.cases)[number - 1 :: parts]
         broken += [b for b in found if b[1] in mine]
         for case in mine:

@@ -2,6 +2,7 @@
 reads labels."""
 
 import pickle
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def find_labelled(
 
 
 def _differences(ours: VolumeFormat, wanted: VolumeFormat) -> list[str]:
-    differing = {k: (v, vars(wanted)[k]) for k, v in vars(ours).items() if v != vars(wanted)[k]}
+    differing = ours.differences(wanted)
     if len(ours.channel_names) == len(wanted.channel_names) == 1:
         # "T1" and "MR" cannot be confused; how they were normalised is another key
         differing.pop("channel_names", None)
@@ -114,7 +115,7 @@ def _classes(labels: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], int | 
 def _read_fold(root: Path, fold: int) -> dict[str, list[str]]:
     file = root / SPLITS_FILE
     if not file.exists():
-        raise UserError(f"{file} is missing; run: hiendmae splits -d {root.name} --shots 1")
+        raise UserError(f"{file} is missing; run: hiendmae splits -d {shlex.quote(root.name)} --shots 1")
     folds = read_json(file, Folds, 'needed a list of folds with "train" and "val"; put it back')
     if fold >= len(folds):
         raise UserError(f"{file} has the folds 0 to {len(folds) - 1}, no {fold}")

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,12 +77,16 @@ def find_cases(datasets: Iterable[str | int], plans_name: str, configuration: st
     found = {n: _preprocessed(n, plans_name, configuration) for n in dict.fromkeys(map(dataset_name, datasets))}
     (first_name, first), *others = found.items()
     for name, other in others:
-        for key, value in vars(first.format).items():
-            if vars(other.format)[key] != value:
-                raise UserError(
-                    f"{first_name} and {name} differ in {key} ({value} and {vars(other.format)[key]}), needed the same "
-                    f"for one run; run: hiendmae preprocess -d {' '.join(found)} -p {plans_name}_joint"
-                )
+        if differing := first.format.differences(other.format):
+            key, mend = next(iter(differing)), f"run: hiendmae preprocess -d {shlex.join(found)} -p {plans_name}_joint"
+            if "channel_names" in differing:
+                key = "channel_names"
+                mend = "pretrain on each alone; what is the same needs the same name in dataset.json"
+            told = f"{first_name} and {name} differ in {key} ({' and '.join(map(str, differing[key]))})"
+            raise UserError(f"{told}, needed the same for one run; {mend}")
+        if first.format.use_mask_for_norm != other.format.use_mask_for_norm:
+            told = f"of {first_name} and {name} one was z-scored without the voxels that are 0, by nnU-Net's rule"
+            logger.warning(f"{told}; hiendmae preprocess --like mri -p ANOTHER_NAME treats all images alike")
     return CaseSet(tuple(case for data in found.values() for case in data.cases), first.format)
 
 
@@ -273,7 +278,7 @@ def _start_worker(_: int) -> None:
 def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
     """Cases of one dataset."""
     root = nnunet_folder("nnUNet_preprocessed") / name
-    mend = f"run: hiendmae preprocess -d {name}"
+    mend = f"run: hiendmae preprocess -d {shlex.quote(name)}"
     file = root / f"{plans_name}.json"
     if not file.exists():
         files = filter(Path.is_file, root.glob("*.json"))
@@ -291,7 +296,8 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
-    name, plans_name, mend = root.name, plans.plans_name, f"run: hiendmae preprocess -d {root.name}"
+    name, quoted, plans_name = root.name, shlex.quote(root.name), plans.plans_name
+    mend = f"run: hiendmae preprocess -d {quoted}"
     manager = plans.get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise UserError(
@@ -301,7 +307,7 @@ def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
     network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
     # whose the plans are decides what preprocesses with them
     ours = network.startswith("nnunetv2_hiendmae.") and PLANS_KEY not in plans.plans
-    stock = f"run: nnUNetv2_preprocess -d {name} -plans_name {plans_name} -c {configuration}"
+    stock = f"run: nnUNetv2_preprocess -d {quoted} -plans_name {plans_name} -c {configuration}"
     again = f"{mend} -p {plans_name}" if ours else stock
     folder = root / manager.data_identifier
     if not folder.is_dir():
@@ -324,7 +330,8 @@ def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManage
     try:
         return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
     except ValueError as e:
-        raise UserError(f"{e} in {root.name} by {plans.plans_name}; run: hiendmae preprocess -d {root.name}") from e
+        told = f"{e} in {root.name} by {plans.plans_name}"
+        raise UserError(f"{told}; run: hiendmae preprocess -d {shlex.quote(root.name)}") from e
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:

@@ -95,7 +95,7 @@ def _plan(spec: EncoderSpec, seen: VolumeFormat) -> dict[str, Any]:
         "preprocessor_name": "DefaultPreprocessor",
         "spacing_style": style,
         "normalization_schemes": [*seen.normalization_schemes] or [_ZSCORE] * channels,
-        "use_mask_for_norm": False,
+        "use_mask_for_norm": any(seen.use_mask_for_norm),
         # nnssl's masks are nnU-Net's segmentations
         **{key.replace("_seg", "_mask", 1): value for key, value in entries.items() if "probabilities" not in key},
         "spacing": spacing,

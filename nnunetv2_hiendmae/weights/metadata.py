@@ -20,7 +20,7 @@ DIGEST_KEY, NO_DIGEST = "hiendmae_sha256", "0" * 64
 _KEYS = (
     *("spec", "method", "spacing_mm", "window_hu", "normalization_schemes", "channel_names", "image_reader_writer"),
     *("orientation", "citations", "intensity_offset", "intensity_scale", "licence", "source", "source_sha256"),
-    *("training", "notes", "version", "interpolation"),
+    *("training", "notes", "version", "interpolation", "use_mask_for_norm"),
 )
 
 

@@ -1,5 +1,7 @@
 """Grids: where a map lies on an image, and what it is there."""
 
+from dataclasses import replace
+
 import nibabel
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from oblique_data import READERS, oblique_direction
 
-from nnunetv2_hiendmae.inspection.volumes import read_image, resample
+from nnunetv2_hiendmae.inspection.volumes import preprocess, read_image, resample
 from nnunetv2_hiendmae.training.grids import Grid, reader_grid
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
@@ -89,6 +91,35 @@ def test_letters_of_a_slice(tmp_path, reader, stored):
 
 def test_no_letters_where_nobody_knows():
     assert reader_grid({"spacing": (1.0, 1.0, 1.0)}, (4, 4, 4)).cropped((1, 1, 1), (2, 2, 2)).edges == ""
+
+
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_a_file_that_the_encoders_reader_cannot_read_is_read_by_its_twin(tmp_path, ending):
+    """NIfTI in pretraining, NRRD now; turned to the same orientation."""
+    image = sitk.GetImageFromArray(np.arange(60, dtype=np.float32).reshape(3, 4, 5))
+    image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    files = [tmp_path / "x.nii.gz", tmp_path / f"x.{ending}"]
+    for file in files:
+        sitk.WriteImage(image, str(file))
+    volumes = VolumeFormat(image_reader_writer="NibabelIOWithReorient", channel_names=("MR",))
+    nifti, other = (read_image([file], volumes) for file in files)
+    assert np.array_equal(nifti.data, other.data)
+    assert np.array_equal(nifti.to_stored, other.to_stored)
+    assert np.allclose(nifti.grid.affine, other.grid.affine)
+
+
+def test_the_mask_of_the_encoders_z_scores_is_used(tmp_path):
+    values = np.random.default_rng(0).normal(5, 1, (8, 9, 10)).astype(np.float32)
+    # a corner that the box of the image holds
+    values[:4, :4, :4] = 0
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(tmp_path / "x.nii.gz"))
+    volumes = VolumeFormat((1, 1, 1), normalization_schemes=("ZScoreNormalization",), channel_names=("MR",))
+    image = read_image([tmp_path / "x.nii.gz"], volumes)
+    inside = values[values != 0]
+    for mask, mean, sd in (((True,), inside.mean(), inside.std()), ((False,), values.mean(), values.std())):
+        made = preprocess(image, replace(volumes, use_mask_for_norm=mask))[0][0]
+        assert made[0, 0, 0] == (0 if mask[0] else pytest.approx(-mean / sd, abs=1e-4))
+        assert made[-1, -1, -1] == pytest.approx((values[-1, -1, -1] - mean) / sd, abs=1e-4)
 
 
 @pytest.mark.parametrize("reader", [None, "SimpleITKIO"])

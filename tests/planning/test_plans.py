@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,23 @@ def test_other_channels_keep_nnunets_scheme(nnunet):
     properties = plans["foreground_intensity_properties_per_channel"]
     assert (properties["0"]["mean"], properties["0"]["std"]) == (-175, 425)
     assert (properties["1"]["mean"], properties["1"]["std"]) == (1, 3)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_z_scores_are_those_of_the_encoders_images(nnunet, caplog, mask):
+    """Whatever nnU-Net's rule for empty borders says of the dataset; a channel with another scheme follows the rule."""
+    caplog.set_level("INFO")
+    name = make_dataset(nnunet, 1, cases=2, channels=("T1", "T2", "CT"))
+    write_fingerprint(nnunet, name, channels=3, extra={"median_relative_size_after_cropping": 1.0 if mask else 0.5})
+    seen = {"normalization_schemes": ("ZScoreNormalization",), "channel_names": ("T1",), "use_mask_for_norm": (mask,)}
+    plans = json.loads(plan(name, replace(CT_WINDOW, **seen)).read_text())
+    configuration = plans["configurations"]["3d_fullres"]
+    assert configuration["use_mask_for_norm"] == [mask, mask, False]
+    assert [r.message.partition(",")[0] for r in caplog.records if "z-scores" in r.message] == [
+        f"z-scores are those of {'voxels that are not 0' if mask else 'all voxels'}"
+    ]
+    # what an encoder of these arrays will say that it saw
+    assert VolumeFormat.of_plans(plans, configuration, {}).use_mask_for_norm == (mask, mask, False)
 
 
 def test_none_is_nnunets_rule(nnunet):

@@ -180,9 +180,48 @@ def test_several_datasets(nnunet, preprocessed):
 
 
 def test_datasets_that_were_preprocessed_differently(nnunet, preprocessed):
-    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other", spacing=(1.0, 1.0, 1.0))
-    with pytest.raises(UserError, match=r"differ in spacing_mm.*hiendmae preprocess"):
+    name = "Dataset002_My Other"
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset=name, spacing=(1.0, 1.0, 1.0))
+    with pytest.raises(UserError, match=rf"differ in spacing_mm.*hiendmae preprocess -d Dataset001_Tiny '{name}' -p"):
         find("1", "2")
+
+
+def test_readers_whose_arrays_are_the_same_share_a_run(nnunet, preprocessed):
+    """NIfTI and NRRD, turned to one orientation, have readers of two names."""
+    folders = preprocessed, write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
+    readers = ["NibabelIOWithReorient", "SimpleITKIOWithReorient"]
+    for folder, reader in zip(folders, readers, strict=True):
+        edit_plans(folder, image_reader_writer=reader)
+    assert len(find("1", "2").cases) == 4
+    edit_plans(folders[1], image_reader_writer="SimpleITKIO")
+    with pytest.raises(UserError, match="differ in image_reader_writer"):
+        find("1", "2")
+
+
+def test_other_channels_are_told_as_what_no_preprocessing_mends(nnunet, preprocessed):
+    write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other", channels=2)
+    with pytest.raises(UserError, match=r"differ in channel_names .*dataset\.json") as told:
+        find("1", "2")
+    assert "hiendmae preprocess" not in str(told.value)
+
+
+def test_other_masks_of_z_scores_are_warned_about(nnunet, preprocessed, caplog):
+    folders = preprocessed, write_preprocessed(nnunet.preprocessed, {"z": (16, 16, 16)}, dataset="Dataset002_Other")
+
+    def z_score(number, **mask):
+        configurations = json.loads((preprocessed.parent / f"{PLANS}.json").read_text())["configurations"]
+        configurations["3d_fullres"] |= {"normalization_schemes": ["ZScoreNormalization"], **mask}
+        edit_plans(folders[number], configurations=configurations)
+
+    z_score(0)
+    before = find("1").digest()
+    z_score(0, use_mask_for_norm=[False])
+    # runs that were made before masks were known go on
+    assert find("1").digest() == before
+    z_score(1, use_mask_for_norm=[True])
+    assert not caplog.records
+    find("1", "2")
+    assert "--like mri" in caplog.text
 
 
 def test_warns_when_crops_are_larger_than_volumes(preprocessed, caplog):
