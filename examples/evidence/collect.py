@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -54,8 +55,9 @@ def finished(evidence: Evidence, task: Task) -> list[Training]:
     return [training for training in all_of_them if (training.folder() / FINISHED).exists()]
 
 
-def cases(training: Training) -> Iterator[dict[str, Any]]:
+def cases(training: Training) -> list[dict[str, Any]]:
     """Dice by nnU-Net and surface Dice of every class that a case's truth holds."""
+    rows = []
     summary = json.loads((training.folder() / FINISHED).read_text())
     raw = raw_folder(training.task)
     labels = json.loads((raw / "dataset.json").read_text())["labels"]
@@ -72,7 +74,8 @@ def cases(training: Training) -> Iterator[dict[str, Any]]:
             surface = measure(*masks, truth.GetSpacing()[::-1], training.task.tolerance_mm)[NSD]
             dice = case["metrics"][str(value)]["Dice"]
             scores = {"dice": round(dice, DECIMALS), "nsd": round(surface, DECIMALS)}
-            yield {**key(training), "case": name.split(".")[0], "class": label, **scores}
+            rows.append({**key(training), "case": name.split(".")[0], "class": label, **scores})
+    return rows
 
 
 def curve(training: Training) -> Iterator[dict[str, Any]]:
@@ -218,10 +221,11 @@ def main() -> None:
         runs = [run for run in runs if evidence.pretrained(task, run.name)]
         if not done:
             continue
-        for training in done:
-            made = about(evidence, training)
-            tables["trainings"].append(made)
-            tables["cases"] += known.get(made["summary_sha256"]) or cases(training)
+        tables["trainings"] += [about(evidence, training) for training in done]
+        rows = [known.get(sha256(training.folder() / FINISHED)) for training in done]
+        with ProcessPoolExecutor() as pool:
+            measured = pool.map(cases, [training for training, seen in zip(done, rows, strict=True) if not seen])
+            tables["cases"] += [row for seen in rows for row in seen or next(measured)]
         tables["curves"] += [row for training in done for row in curve(training)]
         tables["pretraining"] += [pretraining(evidence, run) for run in runs]
         trained = [run for run in runs if not run.name.startswith(RANDOM)]

@@ -52,6 +52,22 @@ def test_readme_quotes_the_files():
         assert len(scratch) == len(ours) == len(protocol.SEEDS) and scratch.std() > abs(scratch.mean() - ours.mean())
 
 
+def test_readme_quotes_the_best_random_encoder_beside_ours():
+    """Frozen, tokens alone, 1-shot; and the whole network from scratch."""
+    cases = pd.read_csv(ROOT / "docs" / "evidence" / "cases.csv")
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    whole = []
+    for task, words in ((TASK, "brain tissues"), (protocol.TASKS[2], "bone")):
+        mean = report.by_seed(cases, task).mean(axis=1).xs("1-shot", level="fold").groupby("arm").mean()
+        frozen = [name + protocol.FROZEN for name in (protocol.RANDOM + protocol.TOKENS, *arms.other_randoms(task))]
+        assert len(frozen) == 5
+        ours = "hiendmae" + protocol.TOKENS + protocol.FROZEN
+        told = [f"{dice:.3f}".lstrip("0") for dice in (mean[frozen].max(), mean[ours])]
+        assert f"{words} {told[0]} and {told[1]}" in text
+        whole.append(f"{mean[SCRATCH + protocol.TOKENS]:.3f}".lstrip("0"))
+    assert f"trained from scratch: {whole[0]} and {whole[1]}." in text
+
+
 def test_differences_are_paired_by_seed_and_tested_over_seeds():
     base = {seed: 0.01 * seed for seed in range(5)}
     gains = np.array([0.02, 0.03, 0.04, 0.05, 0.06])
