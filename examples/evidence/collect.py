@@ -173,20 +173,18 @@ def digests(task: Task) -> dict[str, dict[str, str]]:
 
 
 def pictures(task: Task, done: list[Training], evidence: Evidence, folder: Path) -> None:
-    """Truth, scratch and the first method's prediction of the first test case, and both encoders' attention."""
+    """Truth and 1-shot predictions of the first test case, and attention of the first method and a random encoder."""
     case = next(iter(task.test.values()))[0]
     raw = raw_folder(task)
     image = raw / "imagesTr" / f"{case}_0000.nii.gz"
-    fold = ALL if any(t.fold == ALL for t in done) else ONE_SHOT
-    shown = {
-        t.arm.name: t.folder() / "validation" / f"{case}.nii.gz" for t in done if (t.seed, t.fold) == (SEEDS[0], fold)
-    }
+    first = [t for t in done if (t.seed, t.fold) == (SEEDS[0], ONE_SHOT)]
+    shown = {t.arm.name: t.folder() / "validation" / f"{case}.nii.gz" for t in first}
     wanted = {"reference": raw / "labelsTr" / f"{case}.nii.gz"}
     wanted |= {name: shown[name] for name in (SCRATCH, *task.arms) if name in shown}
     classes = {k: v for k, v in json.loads((raw / "dataset.json").read_text())["labels"].items() if v}
     window = (-175.0, 250.0) if task.number == 506 else None
     if len(wanted) > 1:
-        title = f"{raw.name}, {case}, {FOLDS[fold]}, seed {SEEDS[0]}"
+        title = f"{raw.name}, {case}, {FOLDS[ONE_SHOT]}, seed {SEEDS[0]}"
         overlay_picture(folder / f"overlay_{task.number}.png", image, wanted, classes, window=window, title=title)
     for name in (task.arms[0], RANDOM) if task.frozen else ():
         target = evidence.output / f"{task.number}_attention_{name}"

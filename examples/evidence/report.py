@@ -22,6 +22,7 @@ BEGIN, END = "<!-- written by examples/evidence/report.py -->", "<!-- end -->"
 MARGIN = 0.01
 ALPHA = 0.05
 FOLDS = ("1-shot", "all")
+OWN = ["arm", "seeds", "Dice ± SD over seeds", "NSD"]
 PNG = {"format": "png", "dpi": 110, "metadata": {"Software": None}}
 
 
@@ -75,13 +76,7 @@ def comparison(
     corrected = dict(zip(p, holm(list(p.values())), strict=True))
     rows = []
     for name in (baseline, *there):
-        own = dice.loc[name, fold].mean(axis=1)
-        row = [
-            name,
-            str(len(own)),
-            f"{own.mean():.4f} ± {own.std():.4f}",
-            f"{nsd.loc[name, fold].mean(axis=1).mean():.4f}",
-        ]
+        row = own_columns(dice, nsd, name, fold)
         if name == baseline:
             rows.append([*row, "", "", "", "", ""])
             continue
@@ -97,17 +92,23 @@ def comparison(
             said,
         ]
         rows.append([*row, *told])
-    titles = [
-        "arm",
-        "seeds",
-        "Dice ± SD over seeds",
-        "NSD",
-        f"difference to {baseline} [95 %]",
-        "p",
-        "p, Holm",
-        "by person",
-    ]
-    yield table([*titles, "verdict"], rows)
+    titles = [f"difference to {baseline} [95 %]", "p", "p, Holm", "by person", "verdict"]
+    yield table([*OWN, *titles], rows)
+
+
+def own_columns(dice: pd.DataFrame, nsd: pd.DataFrame, name: str, fold: str) -> list[str]:
+    """Those of `OWN`."""
+    own = dice.loc[name, fold].mean(axis=1)
+    spread = f"{own.mean():.4f} ± {own.std():.4f}"
+    return [name, str(len(own)), spread, f"{nsd.loc[name, fold].mean(axis=1).mean():.4f}"]
+
+
+def means(cases: pd.DataFrame, task: Task, fold: str, names: list[str]) -> Iterator[str]:
+    """Table of arms that are not to be compared in pairs of a seed."""
+    dice, nsd = by_seed(cases, task), by_seed(cases, task, "nsd")
+    there = [name for name in names if (name, fold) in dice.index.droplevel("seed")]
+    if there:
+        yield table(OWN, [own_columns(dice, nsd, name, fold) for name in there])
 
 
 def classes(cases: pd.DataFrame, task: Task, fold: str) -> Iterator[str]:
@@ -193,8 +194,7 @@ def sections(folder: Path, where: str) -> Iterator[str]:
         frozen = [name + FROZEN for name in tokens]
         for text in comparison(cases, task, "1-shot", frozen, RANDOM + TOKENS + FROZEN):
             yield f"Tokens alone, frozen encoder, 1-shot:\n\n{text}"
-        others = [name + FROZEN for name in other_randoms(task)]
-        for text in comparison(cases, task, "1-shot", others, RANDOM + TOKENS + FROZEN):
+        for text in means(cases, task, "1-shot", [name + FROZEN for name in other_randoms(task)]):
             yield f"Tokens alone, random encoders of other seeds, frozen, 1-shot:\n\n{text}"
         pools = list(pool_runs(task))
         found = list(comparison(cases, task, "1-shot", [*pools, task.pool_method], SCRATCH)) if pools else []
