@@ -224,7 +224,7 @@ TASKS = (
         arms=METHODS,
         pools={"2": Pool(522, 511, HEADS[:2]), "6": Pool(523, 511, HEADS[:6]), "18": Pool(524, 511, ALL_BUT_SRI24)},
         frozen=("hiendmae", "mae3d"),
-        tokens=("hiendmae", "mim", "mae3d"),
+        tokens=METHODS,
     ),
     # one of the four methods beside the plain one
     Task(
