@@ -6,7 +6,7 @@
 #
 # DATA holds nnU-Net datasets 503, 505, 506, 511 and 512 in raw format; everything is written below OUTPUT, the results
 # into OUTPUT/evidence. Hours on two cores; each of N trainings at a time (as many as cores) uses one thread.
-# BUDGET=smoke examples/evidence.sh ... does everything once in minutes, to see that all is in place.
+# BUDGET=smoke examples/evidence.sh ... does everything once, a quarter of an hour a task, to see that all is in place.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -5,6 +5,6 @@
 #   examples/gpu_evidence.sh DATA OUTPUT [--tasks 503 506 505] [--jobs N]
 #
 # Not tried, no GPU was at hand. Computed for one that keeps up 20 TFLOP/s, with 12 cores for loaders: pretraining 7 hours
-# (17 runs), fine-tuning 26 hours (384 trainings of 1,000 batches and a validation, 4 minutes each, one at a time).
+# (18 runs), fine-tuning 27 hours (405 trainings of 1,000 batches and a validation, 4 minutes each, one at a time).
 set -euo pipefail
 BUDGET=gpu JOBS=${JOBS:-1} exec "$(dirname "$0")/evidence.sh" "$@"

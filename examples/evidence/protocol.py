@@ -148,7 +148,7 @@ BUDGETS = {
         finetuning=dict.fromkeys((503, 506, 505), _GPU),
     ),
 }
-# every step of the script once, in minutes: that all is in place, nothing else
+# every step of the script once, short: that all is in place, nothing else
 BUDGETS["smoke"] = replace(
     BUDGETS["cpu"],
     steps=dict.fromkeys((503, 506, 505), 20),
