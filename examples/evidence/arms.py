@@ -133,18 +133,14 @@ def arms(task: Task) -> dict[str, Arm]:
     if frozen:
         frozen.append(Arm(RANDOM + FROZEN, RANDOM, first, frozen=True))
     if task.tokens:
-        started = [(SCRATCH, first, None), *((name, name, name) for name in task.tokens)]
-        for name, encoder, method in started:
-            tuned.append(Arm(name + TOKENS, encoder + TOKENS, method, folds=both, finetuning=TOKENS_ALONE))
-        started = [(name, name, name) for name in task.tokens] + [(RANDOM, RANDOM, first)]
-        for name, encoder, method in started:
-            arm = Arm(name + TOKENS + FROZEN, encoder + TOKENS, method, frozen=True, finetuning=TOKENS_ALONE)
-            frozen.append(arm)
+        alone = [Arm(name + TOKENS, name + TOKENS, name, folds=both, finetuning=TOKENS_ALONE) for name in task.tokens]
+        tuned += [replace(alone[0], name=SCRATCH + TOKENS, encoder=first + TOKENS, method=None), *alone]
+        random = replace(alone[0], name=RANDOM + TOKENS, encoder=RANDOM + TOKENS, method=first)
+        frozen += [replace(arm, name=arm.name + FROZEN, frozen=True, folds=(ONE_SHOT,)) for arm in (*alone, random)]
     method = task.pool_method
     others = [Arm(name, name, method, rate_of=method) for name in pool_runs(task)]
     for name in other_randoms(task):
-        alike = next(arm for arm in frozen if arm.encoder == RANDOM + TOKENS)
-        others.append(replace(alike, name=name + FROZEN, encoder=name, rate_of=alike.name))
+        others.append(replace(frozen[-1], name=name + FROZEN, encoder=name, rate_of=frozen[-1].name))
     if task.same_rate:
         others.append(Arm(SCRATCH + SAME_RATE, first, None, rate_of=first))
     if task.flat:

@@ -219,8 +219,9 @@ def main() -> None:
         runs = [run for run in runs if evidence.pretrained(task, run.name)]
         if not done:
             continue
-        tables["trainings"] += [about(evidence, training) for training in done]
-        rows = [known.get(sha256(training.folder() / FINISHED)) for training in done]
+        made = [about(evidence, training) for training in done]
+        tables["trainings"] += made
+        rows = [known.get(each["summary_sha256"]) for each in made]
         with ProcessPoolExecutor() as pool:
             measured = pool.map(cases, [training for training, seen in zip(done, rows, strict=True) if not seen])
             tables["cases"] += [row for seen in rows for row in seen or next(measured)]

@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume, draw_co
 
 
 class CropPair(OfCrop):
-    """Two such crops of one volume, each augmented in its own way: "images" (2, C, D, H, W) float32."""
+    """Two crops of one volume, drawn like `crop`, each augmented in its own way: "images" (2, C, D, H, W) float32."""
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
         """One sample of a volume."""
