@@ -4,26 +4,31 @@ The peer, in the same run and interleaved, is the way most pretraining code load
 8 crops (as Hi-End-MAE's published loader does) with the same augmentation.
 
 With `--glmae` it measures the views of GL-MAE instead, which are larger boxes that are resized, against one crop of
-the encoder's size, again interleaved.
+the encoder's size, again interleaved; and the processor time of all that a loader process does for a volume of two
+global and four local views, when it sends views and when it sends boxes for a GPU.
 """
 
 import argparse
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import blosc2
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from machine import CLOCKS, cpu_model
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from scipy.ndimage import gaussian_filter
+from torch.utils.data import Dataset
 
-from nnunetv2_hiendmae.pretraining.crops import ResizedCrop
-from nnunetv2_hiendmae.training.views import MaskedCrop
-from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset
+from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
+from nnunetv2_hiendmae.training.views import MaskedCrop, unresized
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 SHAPE = (200, 280, 280)
@@ -83,6 +88,24 @@ def time_whole(cases: list[Case], views: MaskedCrop, step: int, crops: int, cloc
     return crops / (clock() - start)
 
 
+class Clocked(Dataset):
+    """Samples with the processor seconds of their process before them."""
+
+    def __init__(self, samples: SampleDataset):
+        self.samples = samples
+
+    def __getitem__(self, key):
+        return {"clock": torch.tensor(time.process_time(), dtype=torch.float64), **self.samples[key]}
+
+
+def time_worker(dataset: SampleDataset, step: int, volumes: int) -> float:
+    """Volumes per processor second of a loader process, which shares them with this one."""
+    fabric = Fabric(accelerator="cpu", devices=1)
+    keys = [[(step, number)] for number in range(volumes + 1)]
+    clocks = [batch["clock"].item() for batch in load_batches(fabric, Clocked(dataset), keys, workers=1)]
+    return volumes / (clocks[-1] - clocks[0])
+
+
 class OneView:
     """One view of GL-MAE as a sample."""
 
@@ -97,21 +120,25 @@ def glmae_rates(data: CaseSet, args: argparse.Namespace) -> dict[str, list[float
     """Views per second of GL-MAE's two kinds and of one plain crop, taking turns."""
     local, large = (args.crop,) * 3, (args.crop * 5 // 3 // args.patch * args.patch,) * 3
     tokens = {size: (size[0] // args.patch) ** 3 for size in (local, large)}
+    large_view = ResizedCrop(large, tokens[large], (0.5, 1.0))
+    local_view = ResizedCrop(local, tokens[local], (0.25, 0.5))
     views = {
         "one crop, no augmentation": MaskedCrop(local, tokens[local], augmentation=None),
-        f"GL-MAE local view, {local[0]}³": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5))),
-        f"GL-MAE global view, {large[0]}³": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0))),
-        "GL-MAE local box, for a GPU": OneView(ResizedCrop(local, tokens[local], (0.25, 0.5), resized=False)),
-        "GL-MAE global box, for a GPU": OneView(ResizedCrop(large, tokens[large], (0.5, 1.0), resized=False)),
+        f"GL-MAE local view, {local[0]}³": OneView(local_view),
+        f"GL-MAE global view, {large[0]}³": OneView(large_view),
     }
+    whole = GlobalLocalCrops(large_view, local_view, 2, 4)
+    workers = {"a volume's views, from a worker": whole, "a volume's boxes, from a worker": unresized(whole)}
     datasets = {name: SampleDataset(data, view.draw, 0) for name, view in views.items()}
-    rates = {name: [] for name in views}
+    rates = {name: [] for name in (*views, *workers)}
     for repeat in range(args.repeats + 1):
         for name, dataset in datasets.items():
             # a global view takes as long as dozens of crops
             rates[name].append(
                 time_ours(dataset, repeat, max(8, args.crops // (10 if "global" in name else 1)), CLOCKS[args.clock])
             )
+        for name, drawn in workers.items():
+            rates[name].append(time_worker(SampleDataset(data, drawn.draw, 0), repeat, max(8, args.crops // 10)))
     return rates
 
 

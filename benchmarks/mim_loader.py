@@ -14,7 +14,8 @@ from loader import make_volume
 from machine import cpu_model
 
 from nnunetv2_hiendmae.pretraining.crops import NestedCrops, cut_blocks, resize
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset
+from nnunetv2_hiendmae.training.batches import SampleDataset
+from nnunetv2_hiendmae.training.volumes import CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 CROP, PATCH = (96,) * 3, (16,) * 3

@@ -27,8 +27,9 @@ from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
 from nnunetv2_hiendmae.options.commands import PredictOptions
+from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
 from nnunetv2_hiendmae.training.run import choose_precision, launch
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
+from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
 
 COMMAND = "hiendmae classify"
 CONFIDENCE = 0.95

@@ -28,9 +28,10 @@ from nnunetv2_hiendmae.files import SETTINGS, read_settings, sha256, write_text
 from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
 from nnunetv2_hiendmae.training.runlog import RunLog
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, find_cases, load_batches
+from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, read_metadata
 from nnunetv2_hiendmae.weights.hub import lasting_path, local_file
 

@@ -19,10 +19,11 @@ from nnunetv2_hiendmae.inspection.volumes import write_nifti
 from nnunetv2_hiendmae.pretraining.method import Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.progress import how_shown, shown_range
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
+from nnunetv2_hiendmae.training.batches import SampleDataset
 from nnunetv2_hiendmae.training.grids import Grid, case_grid
 from nnunetv2_hiendmae.training.run import load_checkpoint
 from nnunetv2_hiendmae.training.views import unaugmented
-from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset, find_cases
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet, find_cases
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ fixed size, with their masks (docs/methods.md, "MiM" and "GL-MAE")."""
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -120,6 +120,28 @@ class NestedCrops:
         return torch.from_numpy(np.stack([rng.permutation(tokens) for _ in range(count)]))
 
 
+class Box(NamedTuple):
+    """A part of a volume: its lower corner and its edges, (D, H, W) voxels."""
+
+    lower: tuple[int, ...]
+    size: tuple[int, ...]
+
+
+def read_boxes(volume: Volume, boxes: Sequence[Box]) -> list[Tensor]:
+    """Boxes (C, *size) in the precision in which they are stored. Where the smallest box around all of them has fewer
+    voxels than they, it is read once, and they are parts of its memory."""
+    lower = [min(box.lower[a] for box in boxes) for a in range(3)]
+    around = [max(box.lower[a] + box.size[a] for box in boxes) - lower[a] for a in range(3)]
+    if math.prod(around) > sum(math.prod(box.size) for box in boxes):
+        return [volume.read_stored(*box) for box in boxes]
+    whole = volume.read_stored(lower, around)
+    starts = [[a - b for a, b in zip(box.lower, lower, strict=True)] for box in boxes]
+    return [
+        whole[(slice(None), *(slice(a, a + s) for a, s in zip(start, box.size, strict=True)))]
+        for start, box in zip(starts, boxes, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class ResizedCrop:
     """A box whose edges are one random share of the volume's edges, resized to `size`, and a permutation of its tokens.
@@ -132,8 +154,8 @@ class ResizedCrop:
         num_tokens: of the view.
         scale: smallest and largest share.
         augmentation: None, as published, or that of the other methods, applied to the resized view.
-        resized: False gives the box in its stored precision, for a device that resizes it (`views.resize_box`) to the
-            same view; one far larger than the view is resized all the same, so that memory does not grow with volumes.
+        resized: False gives the box, for a device that resizes it (`views.resize_box`) to the same view; one far larger
+            than the view is resized all the same, so that memory does not grow with volumes.
     """
 
     size: tuple[int, int, int]
@@ -142,15 +164,15 @@ class ResizedCrop:
     augmentation: Augmentation | None = None
     resized: bool = True
 
-    def draw(self, volume: Volume, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """View (C, *size) float32, or its box, and token permutation (N,) int64."""
+    def draw(self, volume: Volume, rng: np.random.Generator) -> tuple[Tensor | Box, Tensor]:
+        """View (C, *size) float32, or its box, changed or yet to be read, and token permutation (N,) int64."""
         share = rng.uniform(*self.scale)
         box = [max(1, round(share * s)) for s in volume.shape]
         lower = draw_corner(volume, box, 0.0, rng)
         if self.resized or math.prod(box) > LARGEST_BOX * math.prod(self.size):
             image = read_resized(volume, lower, box, self.size)
         elif self.augmentation is None:
-            image = volume.read_stored(lower, box)
+            image = Box(tuple(lower), tuple(box))
         else:
             image = torch.from_numpy(volume.read(lower, box))
         if self.augmentation is not None:
@@ -163,8 +185,8 @@ class ResizedCrop:
 class GlobalLocalCrops:
     """Several global and several local views of one volume.
 
-    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local"; instead of a
-    tensor of views the list of their boxes, where crops are not resized.
+    Gives "global" (g, C, *size) float32 and "global_ids_shuffle" (g, N) int64, and the same of "local"; where crops are
+    not resized, the list "boxes" of g + l boxes (C, D, H, W) in place of the views.
     """
 
     global_crop: ResizedCrop
@@ -175,14 +197,19 @@ class GlobalLocalCrops:
     # boxes shrink with the volume, none is too small for them
     padded_below: ClassVar[tuple[int, int, int]] = (1, 1, 1)
 
-    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor | list[Tensor]]:
         """One sample of a volume."""
-        sample = {}
+        sample, drawn = {}, []
         groups = {"global": (self.global_crop, self.global_views), "local": (self.local_crop, self.local_views)}
         for name, (crop, count) in groups.items():
             images, shuffles = zip(*(crop.draw(volume, rng) for _ in range(count)), strict=True)
-            sample |= {
-                name: torch.stack(images) if crop.resized else list(images),
-                f"{name}_ids_shuffle": torch.stack(shuffles),
-            }
+            sample[f"{name}_ids_shuffle"] = torch.stack(shuffles)
+            if crop.resized:
+                sample[name] = torch.stack(images)
+            else:
+                drawn += images
+        if drawn:
+            boxes = [image for image in drawn if isinstance(image, Box)]
+            read = iter(read_boxes(volume, boxes) if boxes else ())
+            sample["boxes"] = [next(read) if isinstance(image, Box) else image for image in drawn]
         return sample

@@ -20,8 +20,9 @@ from nnunetv2_hiendmae.pretraining.method import Batch
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.batches import SampleDataset
 from nnunetv2_hiendmae.training.runlog import check_wandb
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset
+from nnunetv2_hiendmae.training.volumes import CaseSet
 
 # the first is slower: memory is claimed, kernels are chosen, loaders start
 STEPS = 3

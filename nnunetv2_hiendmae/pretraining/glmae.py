@@ -150,12 +150,12 @@ class GLMAE(DeclaredGLMAE, Method):
     @torch.no_grad()
     def images(self, views: Batch, kind: str, view: int | None = None) -> Tensor:
         """Views (B, g, C, D, H, W) of a kind, or one of them (g = 1); resized here where boxes came."""
-        sent, chosen = views[kind], range(self.counts[kind]) if view is None else (view,)
-        if isinstance(sent, Tensor):
-            return sent if view is None else sent[:, view : view + 1]
-        size = self.specs[kind].img_size
-        made = [torch.stack([resize_box(box, size) for box in sent.column(number)]) for number in chosen]
-        return torch.stack(made, 1)
+        chosen = range(self.counts[kind]) if view is None else range(view, view + 1)
+        if "boxes" not in views:
+            return views[kind][:, chosen.start : chosen.stop]
+        first, size = 0 if kind == "global" else self.counts["global"], self.specs[kind].img_size
+        sent = [views["boxes"].column(first + number) for number in chosen]
+        return torch.stack([torch.stack([resize_box(box, size) for box in boxes]) for boxes in sent], 1)
 
     @torch.no_grad()
     def teach(self, images: Tensor) -> Tensor:

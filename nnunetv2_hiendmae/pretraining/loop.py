@@ -29,10 +29,11 @@ from nnunetv2_hiendmae.pretraining.settings import (
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.recipes import RECIPES
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.batches import SampleDataset
 from nnunetv2_hiendmae.training.grids import case_edges, warn_if_turned
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.views import unaugmented
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, warn_if_padded
+from nnunetv2_hiendmae.training.volumes import CaseSet, warn_if_padded
 from nnunetv2_hiendmae.weights import EncoderMetadata, load_into, save_encoder
 
 logger = logging.getLogger(__name__)

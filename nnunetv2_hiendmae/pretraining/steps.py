@@ -21,8 +21,9 @@ from nnunetv2_hiendmae.pretraining.blocks import carry_out, check_compiler
 from nnunetv2_hiendmae.pretraining.method import Batch, Method
 from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
 from nnunetv2_hiendmae.training.views import Views, step_keys, unresized
-from nnunetv2_hiendmae.training.volumes import CaseSet, SampleDataset, load_batches
+from nnunetv2_hiendmae.training.volumes import CaseSet
 
 
 def part_processes(fabric: Fabric) -> None:

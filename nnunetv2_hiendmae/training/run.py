@@ -40,7 +40,7 @@ def num_processes() -> int:
 
 class _Autocast(MixedPrecision):
     """Mixed precision that hands a batch over as it is. Fabric's own rounds images to 16 bits before the forward pass,
-    so that losses would compare with rounded ones, and takes no frozen dataclass, which `volumes.Boxes` is."""
+    so that losses would compare with rounded ones, and takes no frozen dataclass, which `batches.Boxes` is."""
 
     def convert_input(self, data: Any) -> Any:
         """Nothing: autocast rounds what an operation takes."""

@@ -278,7 +278,7 @@ def read_resized(volume: Volume, lower: Sequence[int], box: Sequence[int], size:
 def resize_box(box: Tensor, size: Sequence[int]) -> Tensor:
     """A whole box (C, D, H, W) of any precision → (C, *size) float32, as `read_resized` but on the box's device: to
     rounding, since the order of sums differs."""
-    slices = F.interpolate(box.float(), tuple(size[1:]), mode="bilinear", antialias=True)
+    slices = F.interpolate(box.float().contiguous(), tuple(size[1:]), mode="bilinear", antialias=True)
     # rows as width, whose weights are 1 and 0: no matrix product, which autocast or TF32 would round
     rows = slices.flatten(2)[:, None]
     return F.interpolate(rows, (size[0], rows.shape[3]), mode="bilinear", antialias=True)[:, 0].unflatten(2, size[1:])

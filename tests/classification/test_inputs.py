@@ -21,8 +21,9 @@ from nnunetv2_hiendmae.classification.network import (
     warn_of_differences,
 )
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
 from nnunetv2_hiendmae.training.views import grid_corners
-from nnunetv2_hiendmae.training.volumes import CaseSet, CaseVolume, SampleDataset, find_cases, load_batches
+from nnunetv2_hiendmae.training.volumes import CaseSet, CaseVolume, find_cases
 
 SIZE = (16, 16, 16)
 sizes = st.tuples(*[st.integers(1, 60)] * 3)

@@ -17,16 +17,9 @@ from run_data import PLANS, write_case, write_preprocessed
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
 from nnunetv2_hiendmae.pretraining.steps import Learner
+from nnunetv2_hiendmae.training.batches import Boxes, SampleDataset, load_batches
 from nnunetv2_hiendmae.training.views import MaskedCrop, resize_box, step_keys, unresized
-from nnunetv2_hiendmae.training.volumes import (
-    Boxes,
-    CaseVolume,
-    SampleDataset,
-    check_crop_size,
-    find_cases,
-    load_batches,
-    warn_if_padded,
-)
+from nnunetv2_hiendmae.training.volumes import CaseVolume, check_crop_size, find_cases, warn_if_padded
 
 SHAPES = {"a": (20, 24, 28), "b": (18, 20, 22), "c": (30, 16, 17)}
 VIEWS = MaskedCrop((16, 16, 16), 8)
@@ -298,7 +291,8 @@ def test_a_case_that_breaks_in_the_middle_is_named(preprocessed):
 READER = """
 import sys, resource
 from nnunetv2_hiendmae.training.views import MaskedCrop
-from nnunetv2_hiendmae.training.volumes import Case, CaseSet, SampleDataset
+from nnunetv2_hiendmae.training.batches import SampleDataset
+from nnunetv2_hiendmae.training.volumes import Case, CaseSet
 from nnunetv2_hiendmae.volume_format import VolumeFormat
 from pathlib import Path
 case = Case("x/big", Path(sys.argv[1]), tuple(int(s) for s in sys.argv[2].split(",")))
@@ -335,7 +329,7 @@ def test_memory_is_that_of_a_crop_not_of_the_volume(nnunet):
 BOXES = GlobalLocalCrops(ResizedCrop((16, 16, 16), 8, (0.5, 1.0)), ResizedCrop((8, 8, 8), 1, (0.25, 0.5)), 2, 3)
 
 
-def test_boxes_come_from_workers_as_one_tensor_and_become_their_views(preprocessed):
+def test_boxes_come_from_workers_and_become_their_views(preprocessed):
     """What a GPU gets, on the CPU: batches of boxes, drawn in a process of their own and here, against views."""
     keys, fabric = [[(0, i) for i in range(4)], [(1, i) for i in range(4)]], Fabric(accelerator="cpu", devices=1)
     made = {}
@@ -343,13 +337,16 @@ def test_boxes_come_from_workers_as_one_tensor_and_become_their_views(preprocess
         made[name] = list(load_batches(fabric, SampleDataset(find(), views.draw, 0), keys, workers))
     for plain, here, sent in zip(made["views"], made["here"], made["worker"], strict=True):
         assert plain["case"] == here["case"] == sent["case"]
-        for kind, size in (("global", (16, 16, 16)), ("local", (8, 8, 8))):
-            assert isinstance(sent[kind], Boxes)
-            for number in range(plain[kind].shape[1]):
-                assert all(map(torch.equal, sent[kind].column(number), here[kind].column(number)))
-                assert all(box.is_shared() for box in sent[kind].column(number))
-                resized = torch.stack([resize_box(box, size) for box in sent[kind].column(number)])
-                assert (resized - plain[kind][:, number]).abs().max() < 1e-5
+        assert isinstance(sent["boxes"], Boxes)
+        for number, view in enumerate([*plain["global"].unbind(1), *plain["local"].unbind(1)]):
+            boxes = sent["boxes"].column(number)
+            assert all(map(torch.equal, boxes, here["boxes"].column(number)))
+            assert all(box.is_shared() for box in boxes)
+            resized = torch.stack([resize_box(box, view.shape[2:]) for box in boxes])
+            assert (resized - view).abs().max() < 1e-5
+        # of a sample's boxes most lie in one memory, sent once
+        memories = [{box.untyped_storage().data_ptr() for box in boxes} for boxes in sent["boxes"].arrays]
+        assert any(len(of_sample) == 1 for of_sample in memories)
 
 
 @pytest.mark.parametrize(("device", "resized"), [("cpu", True), ("cuda", False), ("mps", False)])

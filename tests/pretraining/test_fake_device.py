@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from nnunetv2_hiendmae.architectures import ENCODERS, PRESETS
 from nnunetv2_hiendmae.optim import adamw, parameter_groups
 from nnunetv2_hiendmae.pretraining import METHODS, masked, swinpretexts
+from nnunetv2_hiendmae.training.batches import Boxes, collate
 from nnunetv2_hiendmae.training.views import unresized
-from nnunetv2_hiendmae.training.volumes import Boxes, collate
 
 GPU = torch.device("cuda", 0)
 SPECS = {
@@ -68,13 +68,15 @@ def test_a_step_mixes_no_devices(gpu, name):
     method = build(name, SPECS[KINDS.get(name, "vit")])
     views = unresized(method.views())
     drawn = collate([views.draw(NoiseVolume(1, seed), np.random.default_rng(seed)) for seed in range(2)])
-    with gpu:
 
-        def to_gpu(tensor: Tensor) -> Tensor:
+    def to_gpu(tensor: Tensor) -> Tensor:
+        with gpu:
             return gpu.from_tensor(tensor).to(GPU)
 
+    # outside: arrays that share memory are real until they move
+    batch = {k: v._each(to_gpu) if isinstance(v, Boxes) else to_gpu(v) for k, v in drawn.items()}
+    with gpu:
         move(method, to_gpu)
-        batch = {k: v._each(to_gpu) if isinstance(v, Boxes) else to_gpu(v) for k, v in drawn.items()}
         for part in range(method.num_parts):
             losses = method(batch, part)
             assert {v.device for v in losses.values()} == {GPU}

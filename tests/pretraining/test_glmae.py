@@ -15,7 +15,7 @@ from nnunetv2_hiendmae.optim import parameter_groups
 from nnunetv2_hiendmae.pretraining import GLMAE
 from nnunetv2_hiendmae.pretraining.glmae import Centre, cosine_momentum
 from nnunetv2_hiendmae.pretraining.masked import DecoderQueries
-from nnunetv2_hiendmae.training.volumes import Boxes
+from nnunetv2_hiendmae.training.batches import Boxes
 
 WIDE_SPEC = EncoderSpec((16, 16, 24), (8, 8, 8), embed_dim=24, depth=2, num_heads=2, in_channels=2)
 
@@ -350,7 +350,9 @@ def test_losses_and_pictures_are_the_same_where_boxes_came():
     """Boxes of the size of their views, so that nothing is resized; what resizing does is tested with the views."""
     method, again = build(), build()
     batch = make_batch(method)
-    sent = {**batch, **{k: Boxes(tuple(tuple(sample) for sample in batch[k])) for k in ("global", "local")}}
+    pairs = zip(batch["global"], batch["local"], strict=True)
+    sent = {k: v for k, v in batch.items() if k not in ("global", "local")}
+    sent["boxes"] = Boxes(tuple((*large, *small) for large, small in pairs))
     for key, value in all_parts(method, batch).items():
         assert torch.equal(value, all_parts(again, sent)[key]), key
     for kind, made in method.reconstruct(batch).items():

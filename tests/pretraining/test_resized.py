@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.pretraining import crops
-from nnunetv2_hiendmae.pretraining.crops import GlobalLocalCrops, ResizedCrop
+from nnunetv2_hiendmae.pretraining.crops import Box, GlobalLocalCrops, ResizedCrop, read_boxes
+from nnunetv2_hiendmae.training.batches import Boxes, collate
 from nnunetv2_hiendmae.training.views import (
     Augmentation,
     axis_weights,
@@ -14,7 +15,6 @@ from nnunetv2_hiendmae.training.views import (
     unaugmented,
     unresized,
 )
-from nnunetv2_hiendmae.training.volumes import Boxes, collate
 
 
 class RampVolume:
@@ -194,11 +194,12 @@ def noise_volume(shape=(40, 50, 60), channels=2, dtype=np.float32):
     return volume
 
 
-def same_views(plain, boxes, size) -> list[float]:
-    """Largest differences between views and those that a device makes of their boxes."""
-    made = [torch.stack([resize_box(box, size) for box in boxes.column(i)]) for i in range(plain.shape[1])]
-    assert all(m.dtype == torch.float32 for m in made)
-    return [(plain[:, i] - m).abs().max().item() for i, m in enumerate(made)]
+def largest_difference(plain, sent) -> float:
+    """Between views and those that a device makes of their boxes."""
+    columns = [views for kind in ("global", "local") for views in plain[kind].unbind(1)]
+    made = [[resize_box(box, view.shape[2:]) for box in sent.column(i)] for i, view in enumerate(columns)]
+    assert all(view.dtype == torch.float32 for views in made for view in views)
+    return max((torch.stack(m) - view).abs().max().item() for m, view in zip(made, columns, strict=True))
 
 
 @pytest.mark.parametrize("augmentation", [None, Augmentation(p_rotate=1.0, p_scale=0.5, p_shift=0.5)])
@@ -210,22 +211,33 @@ def test_boxes_become_the_same_views_on_a_device(augmentation, dtype, shape):
     volume, drawn = noise_volume(shape, dtype=dtype), views(augmentation=augmentation)
     plain = collate([drawn.draw(volume, rng(seed)) for seed in range(6)])
     sent = collate([unresized(drawn).draw(volume, rng(seed)) for seed in range(6)])
-    for kind, size in (("global", (24, 24, 24)), ("local", (16, 16, 16))):
-        assert torch.equal(plain[f"{kind}_ids_shuffle"], sent[f"{kind}_ids_shuffle"])
-        boxes = sent[kind]
-        assert isinstance(boxes, Boxes) and len({array.shape for row in boxes.arrays for array in row}) > 1
-        # in the stored precision, unless its numbers were changed
-        kept = torch.float16 if dtype == np.float16 and not augmentation else torch.float32
-        assert {array.dtype for row in boxes.arrays for array in row} == {kept}
-        assert max(same_views(plain[kind], boxes, size)) < 1e-5
+    assert all(torch.equal(plain[f"{kind}_ids_shuffle"], sent[f"{kind}_ids_shuffle"]) for kind in ("global", "local"))
+    boxes = sent["boxes"]
+    assert isinstance(boxes, Boxes) and len({array.shape for row in boxes.arrays for array in row}) > 1
+    # in the stored precision, unless its numbers were changed
+    kept = torch.float16 if dtype == np.float16 and not augmentation else torch.float32
+    assert {array.dtype for row in boxes.arrays for array in row} == {kept}
+    assert largest_difference(plain, boxes) < 1e-5
+
+
+def test_boxes_are_read_together_where_that_is_less():
+    """No voxel twice, and none between boxes that lie far apart."""
+    volume = noise_volume(shape=(36, 46, 56))
+    together = [Box((2, 3, 4), (20, 20, 20)), Box((0, 10, 6), (20, 20, 20))]
+    apart = [Box((0, 0, 0), (5, 5, 5)), Box((30, 40, 50), (5, 5, 5))]
+    read = [*read_boxes(volume, together), *read_boxes(volume, apart)]
+    assert volume.reads == [((0, 3, 4), (22, 27, 22)), *apart]
+    for box, array in zip((*together, *apart), read, strict=True):
+        assert np.array_equal(array, volume.read(*box))
 
 
 def test_a_box_far_larger_than_its_view_is_resized_by_the_worker():
     """So that what is sent, and a worker's memory, do not grow with the volume."""
     crop = ResizedCrop((8, 8, 8), 8, (1.0, 1.0))
+    drawn = GlobalLocalCrops(crop, crop, 1, 1)
     for edge, sent in ((12, (2, 12, 12, 12)), (13, (2, 8, 8, 8))):
         volume = noise_volume((edge,) * 3)
-        box, _ = unresized(crop).draw(volume, rng())
+        box, _ = unresized(drawn).draw(volume, rng())["boxes"]
         view, _ = crop.draw(volume, rng())
         assert tuple(box.shape) == sent
         assert (resize_box(box, (8, 8, 8)) - view).abs().max() < 1e-5
@@ -237,6 +249,15 @@ def test_boxes_move_as_tensors_do():
     moved = boxes.to("cpu", torch.float64)
     assert [box.shape for box in moved.column(0)] == [(1, 2, 3, 4), (1, 5, 1, 2)]
     assert all(torch.equal(a, b.double()) for a, b in zip(moved.column(1), boxes.column(1), strict=True))
+
+
+def test_boxes_of_one_memory_move_as_one():
+    whole = torch.rand(2, 6, 7, 8)
+    parts = [whole[:, 1:5, 2:, :3], whole[:, :, 3:4], torch.rand(2, 2, 2, 2)]
+    moved = collate([{"a": parts}])["a"].to(torch.float64).arrays[0]
+    assert all(torch.equal(a.double(), b) for a, b in zip(parts, moved, strict=True))
+    assert len({part.untyped_storage().data_ptr() for part in moved}) == 2
+    assert moved[0].untyped_storage().nbytes() == 8 * whole.numel()
 
 
 def test_only_what_is_resized_changes_for_a_device():
