@@ -49,12 +49,12 @@ def test_an_overflow_leaves_weights_and_moments(make, monkeypatch, frozen):  # n
     trainer = started(make, "hiendmae", None, **frozen)
     in_half(trainer, monkeypatch)
     trainer.train_step(batch())
-    before, moments = weights_of(trainer), {p: dict(s) for p, s in trainer.optimizer.state.items()}
-    moments = {p: {k: v.clone() for k, v in state.items()} for p, state in moments.items()}
+    before, states = weights_of(trainer), trainer.optimizer.state
+    moments = {p: {k: v.clone() for k, v in state.items()} for p, state in states.items()}
     trainer.grad_scaler.update(2.0**100)
     trainer.train_step(batch(seed=1))
     assert all(torch.equal(v, before[k]) for k, v in weights_of(trainer).items())
-    for p, state in trainer.optimizer.state.items():
+    for p, state in states.items():
         assert all(torch.equal(v, moments[p][k]) for k, v in state.items())
     assert trainer.grad_scaler.get_scale() == 2.0**99
     trainer.grad_scaler.update(2.0**10)
