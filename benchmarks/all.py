@@ -131,7 +131,8 @@ class Bench:
 
 
 def count(work: Callable[[], object]) -> int:
-    """Floating point operations; 0 where memory is too small for what no way makes smaller."""
+    """Floating point operations; 0 where memory is too small for the work as it is counted, which keeps every
+    activation."""
     try:
         with FlopCounterMode(display=False) as counter:
             work()
