@@ -13,6 +13,9 @@ from nnunetv2_hiendmae.evaluation.metrics import DECIMALS
 
 # with 5 differences the smallest two-sided p of the exact test is 2 / 2^5 = 0.0625
 MIN_DIFFERENCES = 6
+# of the largest value, that differences are ranked by. Distances between voxels often tie, and rounding must not
+# decide: 2.1 − 1.4 is not 1.4 − 0.7, and headers keep spacings as 32-bit floats
+RANKED_DIGITS = 6
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 # two one-sided tests at 5% reject where this interval lies within the margins (Schuirmann 1987)
@@ -24,8 +27,9 @@ def paired_test(
 ) -> dict[str, Any]:
     """Compares two runs case by case; a case where either is NaN is left out.
 
-    Equal pairs are dropped before ranking (Wilcoxon's own treatment), and differences that only rounding tells apart
-    tie. With fewer than 6 pairs that differ there is no p: no outcome could fall below 0.05.
+    Equal pairs are dropped before ranking (Wilcoxon's own treatment), and differences are ranked to six digits of the
+    largest value: those that only rounding tells apart tie. With fewer than 6 pairs that differ there is no p: no
+    outcome could fall below 0.05.
 
     Args:
         first, second: Dice of the same cases in the same order, (cases,).
@@ -43,8 +47,7 @@ def paired_test(
     cases = difference.size
     if clusters is not None:
         difference = difference.groupby(pd.factorize(np.asarray(clusters))[0][difference.index]).mean()
-    # 2.1 − 1.4 and 1.4 − 0.7 tie, as distances between voxels often do
-    ranked = difference.round(DECIMALS)
+    ranked = difference.round(_decimals(first, second))
     changed = ranked[ranked != 0]
     p, reason = math.nan, ""
     if difference.empty:
@@ -58,6 +61,12 @@ def paired_test(
     about = {"pairs": difference.size, "cases": cases, "mean_difference": float(difference.mean())}
     about["interval_95"], about["interval_90"] = _bootstrap(difference.to_numpy(), seed)
     return {**about, "p_wilcoxon": p, "p_holm": math.nan, "reason": reason}
+
+
+def _decimals(*values: np.ndarray) -> int:
+    """Those that leave `RANKED_DIGITS` of the largest value."""
+    largest = np.nanmax(np.abs(np.asarray(values, dtype=float)), initial=0)
+    return RANKED_DIGITS - math.ceil(math.log10(largest)) if largest else RANKED_DIGITS
 
 
 def equivalent(pairs: int, interval_90: tuple[float, float], margin: float) -> bool | None:

@@ -108,6 +108,10 @@ def test_rounding_breaks_no_ties():
     first[0], second[0] = second[0], first[0]
     assert len({*np.abs(first - second)}) > 1
     assert paired_test(first, second).p_wilcoxon == pytest.approx(16 / 128)
+    # spacings of oblique images are the same but for what a 32-bit float holds
+    for scale in (1, 30):
+        noise = scale * (1 + 1e-7 * np.array([1, -1, 0.5, -0.5, 0.2, -0.2, 0]))
+        assert paired_test(noise * first, noise * second).p_wilcoxon == pytest.approx(16 / 128)
     # as sums in another order are
     noisy = np.array([0.1 + 0.2, *second[1:]])
     test = paired_test(noisy, np.array([0.3, *second[1:]]))
