@@ -111,23 +111,33 @@ class Bench:
         if self.output:
             self.output.write_text("\n".join(self.lines) + "\n")
 
-    def row(self, what: str, way: Way, samples: int, flops: int, work: Callable[[], object]) -> None:
-        """Measures and tells; what does not fit into the memory, or cannot be compiled here, is told as that."""
+    def attempt(self, what: str, how: str, work: Callable[[], object], *times: int) -> list[float]:
+        """`seconds`; what does not fit into the memory, or cannot be compiled here, is told as that, and nothing
+        returned."""
         try:
-            taken = self.seconds(work)
+            return self.seconds(work, *times)
         except (torch.OutOfMemoryError, RuntimeError) as e:
-            self.say(f"| {what} | {way.name} | {type(e).__name__} | | | |")
+            self.say(f"| {what} | {how} | {type(e).__name__} | | | |")
+            return []
+
+    def row(self, what: str, way: Way, samples: int, flops: int, work: Callable[[], object]) -> None:
+        """Measures and tells."""
+        if not (taken := self.attempt(what, way.name, work)):
             return
         low, middle, high = statistics.quantiles(taken, n=4, method="inclusive")
-        share = flops / middle / self.rates[way.precision]
-        told = f"{middle:.4f} [{low:.4f}, {high:.4f}] | {samples / middle:.1f} | {share:.0%} | {self.peak() / GB:.2f}"
+        share = f"{flops / middle / self.rates[way.precision]:.0%}" if flops else ""
+        told = f"{middle:.4f} [{low:.4f}, {high:.4f}] | {samples / middle:.1f} | {share} | {self.peak() / GB:.2f}"
         self.say(f"| {what} | {way.name} | {told} |")
 
 
 def count(work: Callable[[], object]) -> int:
-    """Floating point operations."""
-    with FlopCounterMode(display=False) as counter:
-        work()
+    """Floating point operations; 0 where memory is too small for the work as it is counted, which keeps every
+    activation."""
+    try:
+        with FlopCounterMode(display=False) as counter:
+            work()
+    except torch.OutOfMemoryError:
+        return 0
     return counter.get_total_flops()
 
 
@@ -225,8 +235,9 @@ def finetuning(bench: Bench, tiny: bool, ways: list[Way]) -> None:
             bench.forget()
 
 
-def prediction(bench: Bench, tiny: bool, way: Way) -> None:
-    """nnU-Net's sliding window with mirroring over one volume."""
+def prediction(bench: Bench, tiny: bool) -> None:
+    """nnU-Net's sliding window with mirroring over one volume, in its precision: 16 bits on a GPU alone."""
+    how = "fp16" if bench.device.type == "cuda" else "fp32"
     shape = (TINY_PATCH,) * 3 if tiny else VOLUME
     volume = torch.randn(1, *shape)
     for name, edge, build in networks(tiny):
@@ -237,10 +248,14 @@ def prediction(bench: Bench, tiny: bool, way: Way) -> None:
         predictor.configuration_manager = SimpleNamespace(patch_size=[edge] * 3)
         predictor.label_manager = SimpleNamespace(num_segmentation_heads=CLASSES)
         bench.forget()
-        taken = bench.seconds(lambda p=predictor: p.predict_sliding_window_return_logits(volume), 1, 0 if tiny else 1)
-        bench.say(f"| prediction, {name}, {shape} voxels, mirrored | {way.name} | {taken[0]:.2f} | "
-                  f"{1 / taken[0]:.2f} | | {bench.peak() / GB:.2f} |")  # fmt: skip
-        del network, predictor
+        what = f"prediction, {name}, {shape} voxels, mirrored"
+
+        def predict(predictor=predictor) -> object:
+            return predictor.predict_sliding_window_return_logits(volume)
+
+        for seconds in bench.attempt(what, how, predict, 1, 0 if tiny else 1):
+            bench.say(f"| {what} | {how} | {seconds:.2f} | {1 / seconds:.2f} | | {bench.peak() / GB:.2f} |")
+        del network, predictor, predict
 
 
 def main() -> None:
@@ -270,7 +285,7 @@ def main() -> None:
     for case in cases:
         pretraining(bench, *case, [*plain, *checkpointed])
     finetuning(bench, args.tiny, plain)
-    prediction(bench, args.tiny, plain[0])
+    prediction(bench, args.tiny)
     # last, as compiling takes longest: a table that is cut off lacks only these rows
     for case in cases if compiled else ():
         pretraining(bench, *case, compiled)

@@ -142,7 +142,8 @@ BUDGETS = {
         samples={"hiendmae": 64, "mim": 8, "glmae": 16, "mae3d": 64},
         options={"mim": ("crops_level2=1", "crops_level3=6"), "glmae": ("local_views=2",)},
         pretrain_lr=4e-4,
-        pretrain=("--workers", "12"),
+        # all 64 crops of 1,728 tokens at once would keep 24 GB for the backward pass, a quarter of them keeps 6
+        pretrain=("--workers", "12", "--accumulate", "4"),
         learning_rates=dict.fromkeys((503, 506, 505), (1e-4, 3e-4, 1e-3)),
         token_learning_rates=(1e-4, 3e-4, 1e-3),
         finetuning=dict.fromkeys((503, 506, 505), _GPU),

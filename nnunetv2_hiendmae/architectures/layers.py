@@ -114,10 +114,10 @@ def drop_path_rates(rate: float, blocks: int) -> list[float]:
     return torch.linspace(0, rate, blocks, device="cpu").tolist()
 
 
-# A fused attention kernel of a GPU takes head widths that are multiples of 8 alone (flash attention, half precision; 4
-# in float32); with others, the released decoder's 33 for one, PyTorch falls back to one that holds all N x N weights.
-# Zeros behind queries and keys change no product, those behind values are cut off again. The CPU's takes any width, and
-# was 0 to 13 % slower with padding.
+# Of a GPU's fused attention kernels, flash attention (16 bits, no mask) has its widths padded by PyTorch; the one for
+# float32 and for masks takes multiples of 4 or 8 alone. With others, the released decoder's 33 for one, PyTorch falls
+# back to one that holds all N x N weights. Zeros behind queries and keys change no product, those behind values are cut
+# off again. The CPU's takes any width, and was 0 to 13 % slower with padding.
 ANY_WIDTH_DEVICES = ("cpu",)
 
 

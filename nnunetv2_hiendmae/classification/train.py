@@ -267,11 +267,13 @@ def _run(
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 batch = next(batches)
-                loss = _loss(model, batch, task, weights, epoch)
+                loss = _loss(model, batch, task, weights)
                 fabric.backward(loss)
+                # looked at once, and now: each look makes the CPU wait for a GPU
+                value = _finite(loss.item(), batch, epoch)
                 optimizer.step()
                 optimizer.zero_grad()
-                total += loss.item() * len(batch["case"])
+                total += value * len(batch["case"])
                 where = f"after step {finished} of {steps} in epoch {done} of {settings.epochs}"
                 save = partial(run.save_state, run_dir, parts, epoch=epoch, best=best, steps=finished, total=total)
                 check_still_there(run_dir, where, save)
@@ -298,14 +300,18 @@ def _run(
         return log.last
 
 
-def _loss(model: torch.nn.Module, batch: dict[str, Any], task: Task, weights: torch.Tensor, epoch: int) -> torch.Tensor:
-    """Mean over the crops of a batch, a UserError unless finite; every crop has the label of its case."""
-    images, names = batch["image"], batch["case"]
-    targets = task.targets(names).to(weights.device).repeat_interleave(images.shape[1])
-    loss = net.weighted_cross_entropy(model(images.flatten(0, 1)), targets, weights)
-    if not math.isfinite(loss.item()):
+def _loss(model: torch.nn.Module, batch: dict[str, Any], task: Task, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over the crops of a batch; every crop has the label of its case."""
+    images = batch["image"]
+    targets = task.targets(batch["case"]).to(weights.device).repeat_interleave(images.shape[1])
+    return net.weighted_cross_entropy(model(images.flatten(0, 1)), targets, weights)
+
+
+def _finite(loss: float, batch: dict[str, Any], epoch: int) -> float:
+    """The loss of a batch, a UserError unless finite."""
+    if not math.isfinite(loss):
         raise UserError(
-            f"the loss is {loss.item()} in epoch {epoch}; cases in this batch: {', '.join(names)}; look for broken "
+            f"the loss is {loss} in epoch {epoch}; cases in this batch: {', '.join(batch['case'])}; look for broken "
             "intensities in them, or lower --lr, or use --precision fp32, under another --name"
         )
     return loss

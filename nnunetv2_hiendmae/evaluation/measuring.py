@@ -20,9 +20,9 @@ from typing_extensions import TypedDict
 
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
-from nnunetv2_hiendmae.evaluation.metrics import HD95, MISSED, NSD, SIGNED, VOLUME
+from nnunetv2_hiendmae.evaluation.metrics import DECIMALS, HD95, MISSED, NSD, SIGNED, VOLUME
 from nnunetv2_hiendmae.evaluation.results import Run
-from nnunetv2_hiendmae.evaluation.surfaces import DECIMALS, MEASURES, PREDICTED_ML, REFERENCE_ML, measure
+from nnunetv2_hiendmae.evaluation.surfaces import MEASURES, PREDICTED_ML, REFERENCE_ML, measure
 from nnunetv2_hiendmae.files import sha256, write_text
 from nnunetv2_hiendmae.processes import in_processes
 from nnunetv2_hiendmae.schemas import PlansReader, read_as, read_dataset_json, validated

@@ -9,6 +9,8 @@ from nnunetv2_hiendmae.evaluation.folds import listed
 
 MEAN = "mean"  # stands where the name of a class could stand
 DEFAULT_TOLERANCE_MM = 1.0
+# of what is measured or ranked: rounding errors must not break ties between runs
+DECIMALS = 9
 # tables beside those of the metrics: signed difference of volumes, and whether one of truth and prediction is empty
 SIGNED, MISSED = "signed", "missed"
 

@@ -9,8 +9,13 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from nnunetv2_hiendmae.evaluation.metrics import DECIMALS
+
 # with 5 differences the smallest two-sided p of the exact test is 2 / 2^5 = 0.0625
 MIN_DIFFERENCES = 6
+# of the largest value, that differences are ranked by. Distances between voxels often tie, and rounding must not
+# decide: 2.1 − 1.4 is not 1.4 − 0.7, and headers keep spacings as 32-bit floats
+RANKED_DIGITS = 6
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 # two one-sided tests at 5% reject where this interval lies within the margins (Schuirmann 1987)
@@ -22,8 +27,9 @@ def paired_test(
 ) -> dict[str, Any]:
     """Compares two runs case by case; a case where either is NaN is left out.
 
-    Equal pairs are dropped before ranking (Wilcoxon's own treatment). With fewer than 6 pairs that differ there is no
-    p: no outcome could fall below 0.05.
+    Equal pairs are dropped before ranking (Wilcoxon's own treatment), and differences are ranked to six digits of the
+    largest value: those that only rounding tells apart tie. With fewer than 6 pairs that differ there is no p: no
+    outcome could fall below 0.05.
 
     Args:
         first, second: Dice of the same cases in the same order, (cases,).
@@ -41,7 +47,8 @@ def paired_test(
     cases = difference.size
     if clusters is not None:
         difference = difference.groupby(pd.factorize(np.asarray(clusters))[0][difference.index]).mean()
-    changed = difference[difference != 0]
+    ranked = difference.round(_decimals(first, second))
+    changed = ranked[ranked != 0]
     p, reason = math.nan, ""
     if difference.empty:
         reason = "no case in common"
@@ -54,6 +61,12 @@ def paired_test(
     about = {"pairs": difference.size, "cases": cases, "mean_difference": float(difference.mean())}
     about["interval_95"], about["interval_90"] = _bootstrap(difference.to_numpy(), seed)
     return {**about, "p_wilcoxon": p, "p_holm": math.nan, "reason": reason}
+
+
+def _decimals(*values: np.ndarray) -> int:
+    """Those that leave `RANKED_DIGITS` of the largest value."""
+    largest = np.nanmax(np.abs(np.asarray(values, dtype=float)), initial=0)
+    return RANKED_DIGITS - math.ceil(math.log10(largest)) if largest else RANKED_DIGITS
 
 
 def equivalent(pairs: int, interval_90: tuple[float, float], margin: float) -> bool | None:
@@ -76,7 +89,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def mean_ranks(values: np.ndarray) -> np.ndarray:
     """Mean rank of every run over the cases that all runs have a value for, (runs, cases) -> (runs,); 1 is the highest
     Dice, ties share; NaN without such a case."""
-    return pd.DataFrame(values).dropna(axis="columns").rank(ascending=False).mean(axis="columns").to_numpy()
+    known = pd.DataFrame(values).dropna(axis="columns").round(DECIMALS)
+    return known.rank(ascending=False).mean(axis="columns").to_numpy()
 
 
 def summary(values: Iterable[float], over: str) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import numpy as np
 from scipy.spatial import KDTree
 from skimage.measure import marching_cubes, mesh_surface_area
 
+from nnunetv2_hiendmae.evaluation.metrics import DECIMALS
+
 # corners of a cube of 2 × 2 × 2 voxels; the bit of each in the number of a pattern
 _CORNERS = tuple(product((0, 1), repeat=3))
 _FULL = 2 ** len(_CORNERS) - 1
@@ -16,8 +18,6 @@ _SHARE = 0.95
 # headers keep spacings as 32-bit floats: 1 mm may be read as 0.99999998 or 1.00000006
 _SLACK = 1e-6
 _MM3_PER_ML = 1000
-# of what is returned: rounding errors must not break ties between runs
-DECIMALS = 9
 
 NSD, HD95, PREDICTED_ML, REFERENCE_ML = MEASURES = ("nsd", "hd95", "predicted_ml", "reference_ml")
 

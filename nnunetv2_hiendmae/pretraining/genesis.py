@@ -18,7 +18,8 @@ from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
 
 # points of an intensity curve
 CURVE_POINTS = 1000
-# boxes that are painted: at most so many, each but the first with this probability (as the authors' program)
+# boxes that are painted: at most so many, each with this probability, but for the first of those that all around is
+# painted of, which is always there (as the authors' program)
 PAINTED, P_PAINT_MORE = 5, 0.95
 
 
@@ -40,8 +41,8 @@ def shuffle_windows(image: np.ndarray, count: int, rng: np.random.Generator) -> 
 
 def paint(image: np.ndarray, outside: bool, rng: np.random.Generator) -> None:
     """Fills up to five boxes of an image (C, D, H, W), of a sixth to a third of its edges, with noise in [0, 1), in
-    place; `outside`: all but boxes of three to four sevenths."""
-    painted, count = np.full(image.shape[1:], outside), 1
+    place; `outside`: all but one to five boxes of three to four sevenths."""
+    painted, count = np.full(image.shape[1:], outside), int(outside)
     while count < PAINTED and rng.random() < P_PAINT_MORE:
         count += 1
     for _ in range(count):

@@ -169,7 +169,7 @@ def picture(
         tokens = torch.cat([visible, masked], dim=1)
         return tk.unpatchify(tk.put_tokens(tokens, ids_shuffle), spec.grid, spec.patch_size)
 
-    blank = torch.full_like(prediction, float(image.min()))
+    blank = image.float().min().expand_as(prediction)
     hidden = assemble(torch.zeros_like(shown), torch.ones_like(prediction))[:, 0] > 0
     return Reconstruction(image, assemble(shown, blank), assemble(shown, prediction), hidden, normalize)
 

@@ -53,7 +53,10 @@ class CutoutPair(OfCrop):
 
 def turn(images: Tensor, turns: Tensor) -> Tensor:
     """Each of the images (B, C, D, H, H) by its number (B,) of quarter turns about the first spatial axis."""
-    return torch.stack([image.rot90(k, (-2, -1)) for image, k in zip(images, turns.tolist(), strict=True)])
+    # by its two bits, and not by numbers on the CPU, which would wait for a GPU to hand them out
+    quarter, half = (((turns & bit) > 0).reshape(-1, 1, 1, 1, 1) for bit in (1, 2))
+    turned = torch.where(half, images.flip(-2, -1), images)
+    return torch.where(quarter, turned.rot90(1, (-2, -1)), turned)
 
 
 class SwinPretexts(DeclaredSwinPretexts, Method):

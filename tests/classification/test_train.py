@@ -476,6 +476,15 @@ def test_broken_intensities_are_told(nnunet, small, capsys, kind):
     assert broken in told and {"train": "the loss is nan in epoch 0", "val": "are not finite"}[kind] in told
 
 
+def test_a_loss_is_looked_at_once_in_a_step(small, monkeypatch):
+    """After the backward pass: a GPU's work is waited for."""
+    looks, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda t: looks.append(t.grad_fn is not None) or item(t))
+    steps = -(-len(small.task().split.train) // small.task().settings.batch_size)
+    small.train("run", "--epochs", 1)
+    assert looks.count(True) == steps
+
+
 def test_predictions_for_what_the_model_cannot_read(nnunet, small, capsys):
     predict = ["classify", "predict", "-device", "cpu", "-d", "1", "-m", str(small.folder / "run")]
     assert f"no run folder {small.folder / 'run'};" in error(capsys, predict)

@@ -100,6 +100,25 @@ def test_holm_only_raises_and_keeps_the_order(p_values):
     assert np.all(np.diff(np.array(corrected)[order]) >= 0)
 
 
+def test_rounding_breaks_no_ties():
+    """Distances on a grid of .7 mm: seven differences of one voxel, which subtraction tells apart, one of them
+    negative: each has rank 4, so that 2 · 8 of 2^7 sign patterns are as extreme."""
+    steps = np.array([2, 3, 4, 5, 6, 7, 8])
+    first, second = 0.7 * steps, 0.7 * (steps - 1)
+    first[0], second[0] = second[0], first[0]
+    assert len({*np.abs(first - second)}) > 1
+    assert paired_test(first, second).p_wilcoxon == pytest.approx(16 / 128)
+    # spacings of oblique images are the same but for what a 32-bit float holds
+    for scale in (1, 30):
+        noise = scale * (1 + 1e-7 * np.array([1, -1, 0.5, -0.5, 0.2, -0.2, 0]))
+        assert paired_test(noise * first, noise * second).p_wilcoxon == pytest.approx(16 / 128)
+    # as sums in another order are
+    noisy = np.array([0.1 + 0.2, *second[1:]])
+    test = paired_test(noisy, np.array([0.3, *second[1:]]))
+    assert noisy[0] != 0.3 and test.reason == "all 7 pairs are equal"
+    assert mean_ranks(np.array([[0.1 + 0.2], [0.3], [0.2]])).tolist() == [1.5, 1.5, 3]
+
+
 def test_mean_ranks():
     values = np.array([[0.9, 0.5, NAN], [0.8, 0.5, 1.0], [0.1, 0.7, 1.0]])
     # case 0: 1 2 3; case 1: 2.5 2.5 1; case 2 is not complete

@@ -11,6 +11,7 @@ import torch
 from run_data import tiny_settings
 from test_loop import cli_arguments, environment, losses, read_log, run
 from torch import nn
+from torch._dynamo.utils import counters
 
 from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import EncoderSpec
@@ -159,6 +160,24 @@ def test_compiled_blocks_learn_the_same(preprocessed, tmp_path, twice, monkeypat
     run(tmp_path / "compiled", tiny_settings(**changes), resume=True)
     assert losses(read_log(tmp_path / "compiled")) == pytest.approx(losses(plain), abs=1e-5)
     assert not any("_orig_mod" in name for name in saved)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "changes"), [("glmae", {}), ("mim", {"spec": HYBRID})], ids=["glmae", "mim"])
+def test_nothing_is_compiled_again_after_the_first_step(method, changes, monkeypatch):
+    """Nor given up: views have several sizes, a teacher takes no gradients, stages have widths of their own."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    built, graphs = tiny_settings(method, **changes).build_method(), []
+    carry_out(built, compiled=True, checkpointed=False)
+    batch = batch_of(built)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(3):
+            for part in range(built.num_parts):
+                built(batch, part)["loss"].backward()
+            graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] > 1 and len({*graphs}) == 1 and not counters["graph_break"]
 
 
 def test_no_compiler_is_one_line(preprocessed, tmp_path, capsys, monkeypatch):
