@@ -28,7 +28,7 @@ ALLOWED = {
     "errors": set(),
     "environment": {"errors"},
     "files": {"errors"},
-    "options": {"errors", "plans_section", "recipes", "volume_format"},
+    "options": {"architectures", "errors", "plans_section", "recipes", "volume_format"},
     "schemas": {"errors"},
     "volume_format": {"schemas"},
     "plans_section": {"schemas"},

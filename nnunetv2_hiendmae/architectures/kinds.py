@@ -2,11 +2,11 @@
 Imports no torch: `hiendmae presets` and `hiendmae inspect` answer at once."""
 
 import math
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from nnunetv2_hiendmae.architectures.spec import EncoderSpec, cube, require
 
+# name → shape
 Shapes = dict[str, tuple[int, ...]]
 # what nnU-Net and nnssl build Primus with
 MLP_RATIO, NORM_EPS, LAYER_SCALE = 4 * 2 / 3, 1e-5, 0.1
@@ -38,12 +38,46 @@ class Kind:
     def check_spec(cls, spec: EncoderSpec) -> None:
         """Refuses a spec, whose fields are in range, that describes no encoder of this kind (ValueError)."""
 
+    @classmethod
+    def tensor_shapes(cls, spec: EncoderSpec) -> Shapes:
+        """Every tensor of the encoder that a spec describes, by its name in the state_dict."""
+        raise NotImplementedError
+
+
+def _layers(weights: Shapes) -> Shapes:
+    """Weights and biases of layers, by the shapes of their weights."""
+    shapes = {f"{name}.weight": shape for name, shape in weights.items()}
+    return shapes | {f"{name}.bias": shape[:1] for name, shape in weights.items()}
+
+
+def _repeated(name: str, count: int, block: Shapes) -> Shapes:
+    """The same block so many times, in a list of that name."""
+    return {f"{name}.{i}.{inner}": shape for i in range(count) for inner, shape in block.items()}
+
+
+def _transformer(spec: EncoderSpec, layer_scale: bool = False) -> Shapes:
+    """The blocks of `layers.transformer_blocks`."""
+    width, hidden = spec.embed_dim, int(spec.embed_dim * spec.mlp_ratio)
+    block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "norm1": (width,), "norm2": (width,)}
+    block |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    gammas = {"ls1.gamma": (width,), "ls2.gamma": (width,)} if layer_scale else {}
+    return _repeated("blocks", spec.depth, _layers(block) | gammas)
+
 
 class ViT(Kind):
     """A plain transformer."""
 
     kind = "vit"
     network = "nnunetv2_hiendmae.architectures.unetr.ViTUNETR"
+
+    @classmethod
+    def tensor_shapes(cls, spec: EncoderSpec) -> Shapes:
+        width = spec.embed_dim
+        layers = {"patch_embed.proj": (width, spec.in_channels, *spec.patch_size), "norm": (width,)}
+        tokens = {"pos_embed": (1, spec.num_tokens, width)}
+        if spec.cls_token:
+            tokens["cls_token"] = (1, 1, width)
+        return tokens | _layers(layers) | _transformer(spec)
 
 
 class ConvViT(Kind):
@@ -69,6 +103,24 @@ class ConvViT(Kind):
         told = f"kind 'convvit' has no CLS token and no taps, got cls_token {spec.cls_token}, taps {spec.taps}"
         require(not spec.cls_token and not spec.taps, told)
 
+    @classmethod
+    def tensor_shapes(cls, spec: EncoderSpec) -> Shapes:
+        width, stem, half = spec.embed_dim, spec.stem_dims, cube(2)
+        layers = {"embed.proj": (width, stem[-1], *half), "embed.norm": (width,), "embed_linear": (width, width)}
+        for i, (inside, own, depth) in enumerate(zip((spec.in_channels, *stem), stem, spec.stem_depths, strict=False)):
+            layers |= {f"stages.{i}.embed.proj": (own, inside, *half), f"stages.{i}.embed.norm": (own,)}
+            hidden = int(own * spec.mlp_ratio)
+            block = {"pw1": (own, own), "dw": (own, 1, *cube(5)), "pw2": (own, own), "norm1": (own,), "norm2": (own,)}
+            block |= {"mlp.fc1": (hidden, own), "mlp.fc2": (own, hidden)}
+            layers |= _repeated(f"stages.{i}.blocks", depth, block)
+        tables = {"pos_embed": (1, spec.num_tokens, width)}
+        if spec.dense:
+            tables["rel_pos_bias"] = (spec.depth, math.prod(2 * g - 1 for g in spec.grid), spec.num_heads)
+        else:
+            layers["norm"] = (width,)
+            layers |= {f"fusions.{i}.proj": (width, c, *cube(1 << (len(stem) - i))) for i, c in enumerate(stem)}
+        return tables | _layers(layers) | _transformer(spec, layer_scale=spec.dense)
+
 
 class Primus(Kind):
     """An EVA-02 transformer with rotary positions; no CLS."""
@@ -87,110 +139,23 @@ class Primus(Kind):
         require(spec.pos_embed == "learned", f"kind 'primus' needs pos_embed 'learned', got '{spec.pos_embed}'")
         require(spec.register_tokens >= 0, f"register_tokens {spec.register_tokens} must not be negative")
 
+    @classmethod
+    def tensor_shapes(cls, spec: EncoderSpec) -> Shapes:
+        width, hidden = spec.embed_dim, int(spec.embed_dim * spec.mlp_ratio)
+        layers = {"patch_embed.proj": (width, spec.in_channels, *spec.patch_size), "norm": (width,)}
+        tokens = {"pos_embed": (1, spec.num_tokens, width)}
+        if spec.register_tokens:
+            tokens["register_tokens"] = (1, spec.register_tokens, width)
+        block = {f"attn.{part}": (width, width) for part in ("q_proj", "v_proj", "proj")}
+        block |= {"norm1": (width,), "norm2": (width,), "mlp.norm": (hidden,), "mlp.fc2": (width, hidden)}
+        block |= {"mlp.fc1_g": (hidden, width), "mlp.fc1_x": (hidden, width)}
+        if spec.inner_norm:
+            block["attn.norm"] = (width,)
+        others = {"attn.k_proj.weight": (width, width)}
+        if spec.layer_scale:
+            others |= {"gamma_1": (width,), "gamma_2": (width,)}
+        return tokens | _layers(layers) | _repeated("blocks", spec.depth, _layers(block) | others)
+
 
 # every kind; `ENCODERS` has the classes that build them
 KINDS: dict[str, type[Kind]] = {kind.kind: kind for kind in (ViT, ConvViT, Primus)}
-
-
-def tensor_shapes(spec: EncoderSpec) -> Shapes | None:
-    """Names and shapes of a spec's state_dict, in its order; None: only building tells (`ENCODERS`), as nobody wrote
-    down those of the kind."""
-    return _SHAPES[spec.kind](spec) if spec.kind in _SHAPES else None
-
-
-def _affine(name: str, width: int) -> Shapes:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _linear(name: str, inside: int, outside: int) -> Shapes:
-    return {f"{name}.weight": (outside, inside), f"{name}.bias": (outside,)}
-
-
-def _embed(name: str, inside: int, outside: int, patch: tuple[int, ...]) -> Shapes:
-    return {f"{name}.weight": (outside, inside, *patch), f"{name}.bias": (outside,)}
-
-
-def _mlp(name: str, width: int, ratio: float) -> Shapes:
-    hidden = int(width * ratio)
-    return {**_linear(f"{name}.fc1", width, hidden), **_linear(f"{name}.fc2", hidden, width)}
-
-
-def _block(name: str, spec: EncoderSpec, layer_scale: bool = False) -> Shapes:
-    """A transformer block."""
-    width = spec.embed_dim
-    gammas = [{f"{name}.ls{i}.gamma": (width,)} if layer_scale else {} for i in (1, 2)]
-    return {
-        **_affine(f"{name}.norm1", width),
-        **_linear(f"{name}.attn.qkv", width, 3 * width),
-        **_linear(f"{name}.attn.proj", width, width),
-        **gammas[0],
-        **_affine(f"{name}.norm2", width),
-        **_mlp(f"{name}.mlp", width, spec.mlp_ratio),
-        **gammas[1],
-    }
-
-
-def _vit(spec: EncoderSpec) -> Shapes:
-    width, shapes = spec.embed_dim, {}
-    if spec.cls_token:
-        shapes["cls_token"] = (1, 1, width)
-    shapes["pos_embed"] = (1, spec.num_tokens, width)
-    shapes |= _embed("patch_embed.proj", spec.in_channels, width, spec.patch_size)
-    for i in range(spec.depth):
-        shapes |= _block(f"blocks.{i}", spec)
-    return shapes | _affine("norm", width)
-
-
-def _convvit(spec: EncoderSpec) -> Shapes:
-    width, stem, half = spec.embed_dim, spec.stem_dims, cube(2)
-    shapes = {"pos_embed": (1, spec.num_tokens, width)}
-    if spec.dense:
-        shapes["rel_pos_bias"] = (spec.depth, math.prod(2 * g - 1 for g in spec.grid), spec.num_heads)
-    for i, (inside, outside, depth) in enumerate(zip((spec.in_channels, *stem), stem, spec.stem_depths, strict=False)):
-        stage = f"stages.{i}"
-        shapes |= _embed(f"{stage}.embed.proj", inside, outside, half) | _affine(f"{stage}.embed.norm", outside)
-        for j in range(depth):
-            shapes |= _conv_block(f"{stage}.blocks.{j}", outside, spec.mlp_ratio)
-    shapes |= _embed("embed.proj", stem[-1], width, half) | _affine("embed.norm", width)
-    shapes |= _linear("embed_linear", width, width)
-    for i in range(spec.depth):
-        shapes |= _block(f"blocks.{i}", spec, layer_scale=spec.dense)
-    if spec.dense:
-        return shapes
-    for i, inside in enumerate(stem):
-        shapes |= _embed(f"fusions.{i}.proj", inside, width, cube(2 << (len(stem) - 1 - i)))
-    return shapes | _affine("norm", width)
-
-
-def _conv_block(name: str, width: int, ratio: float) -> Shapes:
-    return {
-        **_affine(f"{name}.norm1", width),
-        **_linear(f"{name}.pw1", width, width),
-        **_embed(f"{name}.dw", 1, width, cube(5)),
-        **_linear(f"{name}.pw2", width, width),
-        **_affine(f"{name}.norm2", width),
-        **_mlp(f"{name}.mlp", width, ratio),
-    }
-
-
-def _primus(spec: EncoderSpec) -> Shapes:
-    width, hidden, shapes = spec.embed_dim, int(spec.embed_dim * spec.mlp_ratio), {}
-    if spec.register_tokens:
-        shapes["register_tokens"] = (1, spec.register_tokens, width)
-    shapes["pos_embed"] = (1, spec.num_tokens, width)
-    shapes |= _embed("patch_embed.proj", spec.in_channels, width, spec.patch_size)
-    for block in (f"blocks.{i}" for i in range(spec.depth)):
-        if spec.layer_scale:
-            shapes |= {f"{block}.gamma_1": (width,), f"{block}.gamma_2": (width,)}
-        shapes |= _affine(f"{block}.norm1", width) | _linear(f"{block}.attn.q_proj", width, width)
-        shapes[f"{block}.attn.k_proj.weight"] = (width, width)
-        shapes |= _linear(f"{block}.attn.v_proj", width, width)
-        if spec.inner_norm:
-            shapes |= _affine(f"{block}.attn.norm", width)
-        shapes |= _linear(f"{block}.attn.proj", width, width) | _affine(f"{block}.norm2", width)
-        shapes |= _linear(f"{block}.mlp.fc1_g", width, hidden) | _linear(f"{block}.mlp.fc1_x", width, hidden)
-        shapes |= _affine(f"{block}.mlp.norm", hidden) | _linear(f"{block}.mlp.fc2", hidden, width)
-    return shapes | _affine("norm", width)
-
-
-_SHAPES: dict[str, Callable[[EncoderSpec], Shapes]] = {"vit": _vit, "convvit": _convvit, "primus": _primus}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_hiendmae.architectures import KINDS, PRESETS
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.options import check_ranges, declared, flag, option
 from nnunetv2_hiendmae.plans_section import PRETRAIN_PLANS
@@ -19,14 +20,12 @@ PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 AXES = ("xyz", "dhw")
 # the axes of the token grid as the sequences of a Primus have them, the slowest first: w is the volume's first
 TOKEN_ORDERS = HWD, WHD = ("hwd", "whd")
-# names of `architectures.PRESETS`, known before torch is imported
-PRESETS = ("vit_nano_p8", "vit_tiny_p16", "vit_small_p16", "vit_base_p16", "vit_hiend_p12", "vit_hiend_p16")
-PRESETS += ("convvit_tiny", "convvit_base", "primus_nano", "primus_s", "primus_b", "primus_m", "primus_l")
 # the first is the default, as in nnU-Net
 DEVICES = ("cuda", "cpu", "mps")
 RESIZE, CROPS = "resize", "crops"
 # segmentation networks of `hiendmae plan`: the one of every kind of encoder, and those that only some have
-UNETR, OWN_NETWORKS = "unetr", ("primus",)
+UNETR = "unetr"
+OWN_NETWORKS = tuple(name for kind in KINDS.values() for name in kind.own_networks)
 # how whole volumes are resized; runs and files of 0.1 say only RESIZE, and had no anti-aliasing
 ANTIALIASED = "antialiased"
 _DHW = ("D", "H", "W")
@@ -141,7 +140,7 @@ class PretrainOptions(CommandOptions):
     configuration: str = _configuration()
     method: str = option(DEFAULT_METHOD, "see: hiendmae methods", metavar="M", choices=tuple(RECIPES))
     encoder: str | None = _from(
-        f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=PRESETS
+        f"{_METHOD}, with -w that of the file", "see: hiendmae presets", metavar="PRESET", choices=tuple(PRESETS)
     )
     encoder_file: Path | None = option(None, "start from this file, or hf://ORG/REPO[/FILE]", flag="-w", metavar="FILE")
     crop_size: tuple[int, int, int] | None = _from(_PRESET, "crop in voxels", metavar=_DHW)

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from nnunetv2_hiendmae.architectures.kinds import tensor_shapes
+from nnunetv2_hiendmae.architectures import KINDS
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.weights.metadata import DIGEST_KEY, METADATA_KEY, NO_DIGEST, EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
@@ -48,7 +48,7 @@ def look_into(path: Path) -> tuple[EncoderMetadata, LoadReport, str] | None:
             stored = _tensors(start[8:])
             metadata = header_metadata(header, METADATA_KEY, path, stored)
             shapes = {name: tensor.shape for name, tensor in stored.items()}
-            if metadata is None or shapes != tensor_shapes(metadata.spec):
+            if metadata is None or shapes != KINDS[metadata.spec.kind].tensor_shapes(metadata.spec):
                 return None
             digest = _read_all(f, start, header.get(DIGEST_KEY), stored)
     except (SafetensorError, UserError, ValueError, LookupError, TypeError, OSError):
