@@ -14,7 +14,7 @@ from nnunetv2_hiendmae.architectures import tokens as tk
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.pretraining.declared import DeclaredGenesis
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
-from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
+from nnunetv2_hiendmae.training.views import Crop, Volume
 
 # points of an intensity curve
 CURVE_POINTS = 1000
@@ -59,20 +59,19 @@ def _box(shape: Sequence[int], edges: Callable[[int], tuple[int, int]], rng: np.
 
 
 @dataclass(frozen=True)
-class DistortedCrop(OfCrop):
+class DistortedCrop(Crop):
     """A crop, "image" (C, D, H, W) with its "lower" corner, and what became of it, "distorted", as the method's options
     say. Intensities that leave [0, 1] are taken there and back, by each channel's least and largest in the crop."""
 
     options: DeclaredGenesis.Options
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One sample of a volume."""
-        sample = self.crop.draw(volume, rng)
+        sample = super().draw(volume, rng)
         image, axes = sample["image"].numpy(), (1, 2, 3)
         low = np.minimum(image.min(axes, keepdims=True), 0)
         span = np.maximum(image.max(axes, keepdims=True), 1) - low
         distorted = self.distort((image - low) / span, rng) * span + low
-        return {"image": sample["image"], "lower": sample["lower"], "distorted": torch.from_numpy(distorted)}
+        return {**sample, "distorted": torch.from_numpy(distorted)}
 
     def distort(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Intensities in [0, 1] (C, D, H, W) → the same, float32, distorted; `image` may change."""
@@ -96,7 +95,7 @@ class Genesis(DeclaredGenesis, Method):
         init_transformer(self.head)
 
     def views(self) -> DistortedCrop:
-        return DistortedCrop(MaskedCrop(self.spec.img_size, 1), self.options)
+        return DistortedCrop(self.spec.img_size, self.options)
 
     def restore(self, distorted: Tensor) -> Tensor:
         """Distorted crops (B, C, D, H, W) → restored ones."""

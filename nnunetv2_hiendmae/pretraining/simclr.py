@@ -11,19 +11,17 @@ from nnunetv2_hiendmae.architectures import Encoder, EncoderSpec, build_encoder
 from nnunetv2_hiendmae.architectures.layers import init_transformer
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSimCLR
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method
-from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume, draw_corner
+from nnunetv2_hiendmae.training.views import Crop, Volume, draw_corner
 
 
-class CropPair(OfCrop):
-    """Two crops of one volume, drawn like `crop`, each augmented in its own way: "images" (2, C, D, H, W) float32."""
+class CropPair(Crop):
+    """Two crops of one volume, each augmented in its own way: "images" (2, C, D, H, W) float32."""
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One sample of a volume."""
-        crop = self.crop
-        corners = [draw_corner(volume, crop.crop_size, crop.foreground_share, rng) for _ in range(2)]
-        images = torch.stack([torch.from_numpy(volume.read(corner, crop.crop_size)) for corner in corners])
-        if crop.augmentation is not None:
-            images = crop.augmentation.apply(images, volume.spacing_mm, rng)
+        corners = [draw_corner(volume, self.crop_size, self.foreground_share, rng) for _ in range(2)]
+        images = torch.stack([torch.from_numpy(volume.read(corner, self.crop_size)) for corner in corners])
+        if self.augmentation is not None:
+            images = self.augmentation.apply(images, volume.spacing_mm, rng)
         return {"images": images}
 
 
@@ -55,7 +53,7 @@ class SimCLR(DeclaredSimCLR, Method):
         init_transformer(self.head)
 
     def views(self) -> CropPair:
-        return CropPair(MaskedCrop(self.spec.img_size, 1))
+        return CropPair(self.spec.img_size)
 
     def forward(self, views: Batch, part: int = 0) -> LossDict:
         """ "accuracy" is the share of crops whose partner is the most similar one."""

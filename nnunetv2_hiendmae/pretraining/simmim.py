@@ -1,7 +1,6 @@
 """SimMIM: mask tokens go through the encoder, a linear layer predicts what they hide (docs/methods.md, "Baselines of
 the papers")."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,15 +17,14 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.crops import block_tokens
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSimMIM
 from nnunetv2_hiendmae.pretraining.masked import MaskedCropMethod
-from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
+from nnunetv2_hiendmae.training.views import Crop, Volume
 
 
 @dataclass(frozen=True)
-class CubeMaskedCrop(OfCrop):
+class CubeMaskedCrop(Crop):
     """A crop whose tokens are shown and hidden in cubes: as `MaskedCrop`, "ids_shuffle" holds tokens, cube by cube.
 
     Args:
-        crop: with as many tokens as there are cubes.
         grid: of tokens; `edge`: of a cube, in tokens.
     """
 
@@ -34,10 +32,8 @@ class CubeMaskedCrop(OfCrop):
     edge: int
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One sample of a volume."""
-        sample = self.crop.draw(volume, rng)
-        cubes = block_tokens(self.grid, (self.edge,) * 3)
-        return {**sample, "ids_shuffle": cubes[sample["ids_shuffle"]].flatten()}
+        sample, cubes = super().draw(volume, rng), block_tokens(self.grid, (self.edge,) * 3)
+        return {**sample, "ids_shuffle": cubes[torch.from_numpy(rng.permutation(len(cubes)))].flatten()}
 
 
 class SimMIM(DeclaredSimMIM, MaskedCropMethod):
@@ -57,16 +53,15 @@ class SimMIM(DeclaredSimMIM, MaskedCropMethod):
         edge = self.options.mask_edge
         fits = not any(g % edge for g in spec.grid)
         self.options.require(fits, "mask_edge", f"a divisor of each axis of the grid of {spec.grid} tokens, 1 for one")
-        self.cubes = math.prod(spec.grid) // edge**3
-        self.visible = self.options.visible("mask_ratio", self.cubes, "cubes of tokens") * edge**3
+        cubes = spec.num_tokens // edge**3
+        self.visible = self.options.visible("mask_ratio", cubes, "cubes of tokens") * edge**3
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.embed_dim))
         self.head = nn.Linear(spec.embed_dim, spec.patch_voxels)
         init_transformer(self.head)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def views(self) -> CubeMaskedCrop:
-        crop = MaskedCrop(self.spec.img_size, self.cubes)
-        return CubeMaskedCrop(crop, self.spec.grid, self.options.mask_edge)
+        return CubeMaskedCrop(self.spec.img_size, self.spec.grid, self.options.mask_edge)
 
     def predict(self, image: Tensor, ids_shuffle: Tensor) -> Tensor:
         ids_keep, ids_mask = tk.split_shuffle(ids_shuffle, self.visible)

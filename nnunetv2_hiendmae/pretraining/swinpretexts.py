@@ -16,7 +16,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.pretraining.declared import DeclaredSwinPretexts
 from nnunetv2_hiendmae.pretraining.method import Batch, LossDict, Method, Reconstruction
 from nnunetv2_hiendmae.pretraining.simclr import nt_xent
-from nnunetv2_hiendmae.training.views import MaskedCrop, OfCrop, Volume
+from nnunetv2_hiendmae.training.views import Crop, Volume
 
 VIEWS, TURNS = 2, 4
 # edges of a box that is cut out, as shares of the crop's: ours, none are published
@@ -37,18 +37,17 @@ def draw_cutout(shape: tuple[int, int, int], share: float, rng: np.random.Genera
 
 
 @dataclass(frozen=True)
-class CutoutPair(OfCrop):
+class CutoutPair(Crop):
     """A crop, "image" (C, D, H, W) with its "lower" corner, and what makes two views of it: quarter turns in the plane
     of the last two axes, "turns" (2,) int64, and what is then cut out, "hidden" (2, D, H, W) bool."""
 
     share: float
 
     def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
-        """One sample of a volume."""
-        sample = self.crop.draw(volume, rng)
-        hidden = np.stack([draw_cutout(self.crop.crop_size, self.share, rng) for _ in range(VIEWS)])
+        sample = super().draw(volume, rng)
+        hidden = np.stack([draw_cutout(self.crop_size, self.share, rng) for _ in range(VIEWS)])
         turns = torch.from_numpy(rng.integers(TURNS, size=VIEWS))
-        return {**{k: sample[k] for k in ("image", "lower")}, "turns": turns, "hidden": torch.from_numpy(hidden)}
+        return {**sample, "turns": turns, "hidden": torch.from_numpy(hidden)}
 
 
 def turn(images: Tensor, turns: Tensor) -> Tensor:
@@ -77,7 +76,7 @@ class SwinPretexts(DeclaredSwinPretexts, Method):
 
     def views(self) -> CutoutPair:
         # flips and turns would change the answer
-        return CutoutPair(MaskedCrop(self.spec.img_size, 1, augmentation=None), self.options.cutout)
+        return CutoutPair(self.spec.img_size, self.options.cutout, augmentation=None)
 
     def forward(self, views: Batch, part: int = 0) -> LossDict:
         """ "loss_inpainting" is a mean over voxels, "loss_rotation" and "loss_contrast" are in nats; accuracies are

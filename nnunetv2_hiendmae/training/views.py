@@ -3,7 +3,7 @@ s is a function of (seed, s, i)."""
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, fields, is_dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
 from typing import Protocol
@@ -142,11 +142,10 @@ def _pipeline(augmentation: Augmentation, turns: tuple[int, ...]) -> BasicTransf
 
 
 @dataclass(frozen=True)
-class MaskedCrop:
-    """One augmented crop and a random permutation of its tokens, of which the first K are visible.
+class Crop:
+    """One augmented crop.
 
-    Gives "image" (C, D, H, W) float32, "ids_shuffle" (N,) int64, and "lower" (3,) int64: the crop's corner in the
-    volume.
+    Gives "image" (C, D, H, W) float32, and "lower" (3,) int64: the crop's corner in the volume.
 
     Args:
         foreground_share: of crops that are centred on foreground, the others lie anywhere (Hi-End-MAE: 3:1).
@@ -154,7 +153,7 @@ class MaskedCrop:
     """
 
     crop_size: tuple[int, int, int]
-    num_tokens: int
+    _: KW_ONLY
     foreground_share: float = 0.75
     augmentation: Augmentation | None = field(default_factory=Augmentation)
 
@@ -169,20 +168,18 @@ class MaskedCrop:
         image = torch.from_numpy(volume.read(lower, self.crop_size))
         if self.augmentation is not None:
             image = self.augmentation.apply(image[None], volume.spacing_mm, rng)[0]
-        ids_shuffle = torch.from_numpy(rng.permutation(self.num_tokens))
-        return {"image": image, "ids_shuffle": ids_shuffle, "lower": torch.tensor(lower)}
+        return {"image": image, "lower": torch.tensor(lower)}
 
 
 @dataclass(frozen=True)
-class OfCrop:
-    """Views that are made from a crop."""
+class MaskedCrop(Crop):
+    """A crop and "ids_shuffle" (N,) int64, a random permutation of its tokens, of which the first K are visible."""
 
-    crop: MaskedCrop
+    num_tokens: int
 
-    @property
-    def padded_below(self) -> tuple[int, int, int]:
-        """The crop, (D, H, W) voxels."""
-        return self.crop.padded_below
+    def draw(self, volume: Volume, rng: np.random.Generator) -> dict[str, Tensor]:
+        sample = super().draw(volume, rng)
+        return {**sample, "ids_shuffle": torch.from_numpy(rng.permutation(self.num_tokens))}
 
 
 def step_keys(
