@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import numpy as np
@@ -175,8 +176,7 @@ def networks(tiny: bool) -> Iterator[tuple[str, int, Callable[[], nn.Module]]]:
         spec = PRESETS[preset].with_(img_size=(edge,) * 3, cls_token=False, pos_embed="learned")
         spec = spec.with_(**ENCODERS[spec.kind].finetuning)
         kwargs = spec.to_dict()
-        module, _, name = ENCODERS[spec.kind].network.rpartition(".")
-        network = getattr(__import__(module, fromlist=[name]), name)
+        network = resolve_name(ENCODERS[spec.kind].network)
         width = 48 if spec.kind == "convvit" else 32
         yield preset, edge, lambda n=network, k=kwargs, w=width: n(k["in_channels"], CLASSES, decoder_width=w,
             **{key: value for key, value in k.items() if key != "in_channels"})  # fmt: skip

@@ -78,6 +78,12 @@ def dataset_id(name: str) -> int:
     return int(name.removeprefix("Dataset").partition("_")[0])
 
 
+def is_called(name: str, dataset: str | int) -> bool:
+    """Whether a full dataset name is that of an id or a name."""
+    text = str(dataset)
+    return name.startswith(f"Dataset{int(text):03d}_") if text.isdigit() else name == text
+
+
 def dataset_name(dataset: str | int) -> str:
     """Full nnU-Net dataset name ('Dataset001_X') for an id or a name that exists in raw or preprocessed.
 
@@ -86,11 +92,10 @@ def dataset_name(dataset: str | int) -> str:
     """
     roots = [nnunet_folder("nnUNet_raw"), nnunet_folder("nnUNet_preprocessed")]
     names = sorted({p.name for root in roots if root.is_dir() for p in root.glob("Dataset[0-9]*_*") if p.is_dir()})
-    text = str(dataset)
-    found = [n for n in names if (n.startswith(f"Dataset{int(text):03d}_") if text.isdigit() else n == text)]
+    found = [name for name in names if is_called(name, dataset)]
     if len(found) == 1:
         return found[0]
     if not found:
         where = f"in {roots[0]} or {roots[1]} (there: {', '.join(names) or 'none'})"
-        raise UserError(f"no dataset '{text}' {where}; check -d, or run: ls {roots[0]}")
-    raise UserError(f"dataset id {text} is ambiguous ({', '.join(found)}); give the full name to -d")
+        raise UserError(f"no dataset '{dataset}' {where}; check -d, or run: ls {roots[0]}")
+    raise UserError(f"dataset id {dataset} is ambiguous ({', '.join(found)}); give the full name to -d")

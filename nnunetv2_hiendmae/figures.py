@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,12 +17,20 @@ LABEL_CHARACTERS = 24
 # no tissue is blue
 MASKED_COLOUR = "#2a5da8"
 CLASS_COLOURS, NUM_COLOURS = "tab10", 10
-PANEL_INCHES = 3.0
+NUM_SLICES, PANEL_INCHES = 4, 3.0
 MARGIN_INCHES = 1.0  # title, column titles, legend
 # top, bottom, left and right of a slice, in parts of its width and height
 EDGES = (0.5, 0.96), (0.5, 0.04), (0.04, 0.5), (0.96, 0.5)
 LETTERS = {"color": "#ffd000", "fontsize": 9, "fontweight": "bold", "ha": "center", "va": "center"}
 # matplotlib is imported where it is needed, and figures are not made through pyplot, whose global state keeps them open
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def save_figure(figure: "Figure", path: Path, dpi: int = 110) -> None:
+    """Writes a PNG in one step."""
+    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def draw_montage(path: Path, rows: Sequence[MontageRow], aspect: float = 1.0, ti
         # lying, not upright: rows may be lower than a name is long
         axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     figure.suptitle(title, fontsize=10)
-    write_with(path, lambda p: figure.savefig(p, format="png", dpi=110))
+    save_figure(figure, path)
 
 
 def overlay_picture(
@@ -84,7 +92,6 @@ def overlay_picture(
     labels: Mapping[str, int],
     *,
     window: tuple[float, float] | None = None,
-    num_slices: int = 4,
     title: str = "",
 ) -> None:
     """Writes a PNG: one row per axial slice; columns are the image and the image under every mask.
@@ -110,7 +117,7 @@ def overlay_picture(
     for name, layer in layers.items():
         if layer.shape != voxels.shape:
             raise UserError(f"{masks[name]} has shape {layer.shape}, needed {voxels.shape} as {image}")
-    rows = _slices(next(iter(layers.values())), num_slices)
+    rows = _slices(next(iter(layers.values())))
     drawn = {name: value for name, value in labels.items() if value > 0}
     colours = {value: colormaps[CLASS_COLOURS]((value - 1) % NUM_COLOURS) for value in drawn.values()}
     limits, aspect = grey_limits(voxels, window), spacing[1] / spacing[2]
@@ -127,7 +134,7 @@ def overlay_picture(
     handles = [Patch(color=colours[value], label=name) for name, value in drawn.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
-    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=90))
+    save_figure(figure, path, dpi=90)
 
 
 def grey_limits(voxels: np.ndarray, window: tuple[float, float] | None) -> tuple[float, float]:
@@ -156,12 +163,12 @@ def _read_axial(path: Path) -> tuple[np.ndarray, tuple[float, float, float]]:
     return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
 
 
-def _slices(mask: np.ndarray, wanted: int) -> list[int]:
+def _slices(mask: np.ndarray) -> list[int]:
     filled = np.flatnonzero((mask > 0).any(axis=(1, 2)))
     if not filled.size:
         filled = np.arange(len(mask))
     # the outermost slices show little: take the middles of equal parts, from head to feet
-    parts = np.array_split(filled, min(wanted, filled.size))
+    parts = np.array_split(filled, min(NUM_SLICES, filled.size))
     return [int(part[len(part) // 2]) for part in reversed(parts)]
 
 

@@ -51,7 +51,7 @@ class _ListedCase(TypedDict):
 
 
 class DatasetJson(TypedDict):
-    """dataset.json; what is needed of it depends on the reader. "modality" is what old ones call the channels."""
+    """dataset.json; what is needed of it depends on the reader. "modality" is what old ones call `channel_names`."""
 
     __pydantic_config__ = _OPEN
     file_ending: NotRequired[Annotated[str, Field(min_length=1)]]
@@ -222,6 +222,12 @@ def read_dataset_json(folder: Path, for_images: bool = True) -> dict[str, Any]:
     if for_images and missing:
         raise UserError(f"{path} has no {' and no '.join(missing)}, which nnU-Net needs; add it, e.g. {EXAMPLE_JSON}")
     return content
+
+
+def channels_of(dataset_json: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the channels in a dataset.json, in order; () where it has none."""
+    names = dataset_json.get("channel_names") or dataset_json.get("modality") or {}
+    return tuple(map(str, names.values()))
 
 
 def validated(kind: type[Kind], text: str | bytes) -> Kind:

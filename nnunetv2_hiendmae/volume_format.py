@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
-from nnunetv2_hiendmae.schemas import CLOSED, CT_SCHEME, validated
+from nnunetv2_hiendmae.schemas import CLOSED, CT_SCHEME, channels_of, validated
 
 # keys of the JSON form, in the order in which files of 0.1 have them; the digest of a run's data depends on it
 _KEYS = (
@@ -207,12 +207,11 @@ class VolumeFormat:
             ValueError: CT channels are normalised differently, or without statistics.
         """
         schemes, reader = tuple(configuration["normalization_schemes"]), plans["image_reader_writer"]
-        names = (dataset.get("channel_names") or dataset.get("modality") or {}).values() or range(len(schemes))
         known = cls(
             tuple(configuration["spacing"]),
             image_reader_writer=reader,
             normalization_schemes=schemes,
-            channel_names=tuple(map(str, names)),
+            channel_names=channels_of(dataset) or tuple(map(str, range(len(schemes)))),
             orientation=f"as {reader} reads it",
             interpolation=interpolation_of(configuration),
             # CT has none

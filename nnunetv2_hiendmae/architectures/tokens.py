@@ -51,10 +51,10 @@ def unpatchify(patches: Tensor, grid: Sequence[int], patch_size: Sequence[int]) 
     return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(b, c, gd * pd, gh * ph, gw * pw)
 
 
-def sincos_positions(grid: Sequence[int], width: int, temperature: float = 10000.0) -> Tensor:
+def sincos_positions(grid: Sequence[int], width: int) -> Tensor:
     """Fixed positions (1, N, width) in raster order, float32.
 
-    With e = width // 6 and ω_k = temperature^(−k/e) the channels are
+    With e = width // 6 and ω_k = 10000^(−k/e) the channels are
     [sin d·ω | cos d·ω | sin h·ω | cos h·ω | sin w·ω | cos w·ω]; what is left of a width that 6 does not
     divide stays zero (ours: the MAE decoder's 512).
     """
@@ -62,7 +62,7 @@ def sincos_positions(grid: Sequence[int], width: int, temperature: float = 10000
         raise ValueError(f"width {width} is too small for 3D sin-cos positions, needed at least 6")
     e = width // 6
     # float64 so that the table does not depend on the platform's float32 pow
-    omega = temperature ** (-torch.arange(e, dtype=torch.float64) / e)
+    omega = 10000.0 ** (-torch.arange(e, dtype=torch.float64) / e)
     axes = torch.meshgrid(*(torch.arange(g, dtype=torch.float64) for g in grid), indexing="ij")
     parts = []
     for axis in axes:
@@ -99,10 +99,16 @@ def put_tokens(tokens: Tensor, index: Tensor) -> Tensor:
     return torch.empty_like(tokens).scatter(1, index[:, :, None].expand_as(tokens), tokens)
 
 
-def normalize_patches(patches: Tensor, unbiased: bool, eps: float = 1e-6) -> Tensor:
-    """Each patch (…, P) minus its own mean over its own standard deviation, eps inside the root.
+def patch_statistics(patches: Tensor, unbiased: bool) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each patch (…, P), both (…, 1); 1e-6 stands inside the root.
 
-    Hi-End-MAE divides by the biased, MiM and MAE3D by the unbiased variance.
+    Hi-End-MAE takes the biased, MiM and MAE3D the unbiased variance.
     """
     var, mean = torch.var_mean(patches, dim=-1, correction=int(unbiased), keepdim=True)
-    return (patches - mean) / (var + eps).sqrt()
+    return mean, (var + 1e-6).sqrt()
+
+
+def normalize_patches(patches: Tensor, unbiased: bool) -> Tensor:
+    """Each patch (…, P) minus its own mean over its own standard deviation, see `patch_statistics`."""
+    mean, deviation = patch_statistics(patches, unbiased)
+    return (patches - mean) / deviation

@@ -8,8 +8,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
-from math import floor
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -18,6 +16,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import write_text
+from nnunetv2_hiendmae.options import share_of
 from nnunetv2_hiendmae.schemas import CLOSED, read_as
 
 logger = logging.getLogger(__name__)
@@ -266,6 +265,5 @@ def _fraction(labels: Labels, train: tuple[str, ...], fraction: float, split_see
         # all cases of the class are ranked, not those of the fold: ranks do not depend on the fold
         order = np.random.default_rng([split_seed, index]).permutation(len(cases))
         ranked = [cases[i] for i in order if cases[i] in there]
-        # str: 0.145 means 145/1000, not the nearest binary number below it
-        kept |= set(ranked[: max(1, floor(Fraction(str(fraction)) * len(ranked) + Fraction(1, 2)))])
+        kept |= set(ranked[: share_of(len(ranked), fraction)])
     return tuple(case for case in train if case in kept)

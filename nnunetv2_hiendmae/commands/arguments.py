@@ -12,11 +12,10 @@ Settings = TypeVar("Settings")
 ENCODER_FILE = "encoder file, or hf://ORG/REPO[/FILE]"
 
 
-def add_options(parser: argparse.ArgumentParser, cls: type, leave_out: Sequence[str] = ()) -> None:
+def add_options(parser: argparse.ArgumentParser, cls: type) -> None:
     """Adds an argument for every option of a settings class, in the order of its declarations."""
     for name, (declaration, about) in declared(cls).items():
-        if name not in leave_out:
-            parser.add_argument(flag(name, about), **_argument(name, declaration, about, kinds_of(cls, name)))
+        parser.add_argument(flag(name, about), **_argument(name, declaration, about, kinds_of(cls, name)))
 
 
 def _argument(name: str, declaration: Field, about: Option, kinds: Sequence[type]) -> dict[str, Any]:

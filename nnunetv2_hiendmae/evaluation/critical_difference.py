@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nnunetv2_hiendmae.evaluation.compare import Report, SettingResult
 from nnunetv2_hiendmae.evaluation.figure import plain
-from nnunetv2_hiendmae.files import write_with
+from nnunetv2_hiendmae.figures import save_figure
 
 MIN_RUNS = 3
 LEVEL = 0.05
@@ -28,7 +28,7 @@ def draw_critical_difference(report: Report, path: Path) -> None:
     axes = figure.subplots(len(results), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axis, result in zip(axes, results, strict=True):
         _draw(axis, result, report)
-    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_figure(figure, path, dpi=150)
 
 
 def has_enough(result: SettingResult) -> bool:

@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
 from itertools import chain, zip_longest
-from math import floor
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +10,7 @@ import numpy as np
 
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.evaluation.patients import Patients, torn_patients
+from nnunetv2_hiendmae.options import share_of
 
 SHOTS, FRACTION = "shots", "fraction"
 
@@ -56,11 +55,8 @@ class Subset:
         return f"{self.value}-shot" if self.kind == SHOTS else f"{100 * self.value:.10g}%"
 
     def num_cases(self, available: int) -> int:
-        """Cases drawn from `available` ones; a fraction is rounded to the nearest number, halves up, but never to 0."""
-        if self.kind == SHOTS:
-            return self.value
-        # str: 0.145 means 145/1000, not the nearest binary number below it
-        return max(1, floor(Fraction(str(self.value)) * available + Fraction(1, 2)))
+        """Cases drawn from `available` ones."""
+        return self.value if self.kind == SHOTS else share_of(available, self.value)
 
     def facts(self) -> dict[str, Any]:
         """As records and JSON have it: a single draw is written as version 0.1 does, which knows no repeats."""

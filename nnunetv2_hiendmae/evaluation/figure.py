@@ -9,7 +9,7 @@ import pandas as pd
 
 from nnunetv2_hiendmae.evaluation.compare import Report, SettingResult
 from nnunetv2_hiendmae.evaluation.metrics import MEAN
-from nnunetv2_hiendmae.files import write_with
+from nnunetv2_hiendmae.figures import save_figure
 
 COLOURS = "tab10"
 ROW_INCHES = 3.4
@@ -35,7 +35,6 @@ def draw_comparison(report: Report, path: Path) -> None:
 
     runs, classes = len(report.labels), max(len(result.classes) for result in report.settings)
     widths = [max(3.0, INCHES_PER_RUN * runs), max(3.5, INCHES_PER_BAR * (runs + 1) * classes)]
-    # not through pyplot, whose global state keeps figures open and picks a screen
     size = (sum(widths) + 0.8, ROW_INCHES * len(report.settings) + 0.6)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(report.settings), 2, squeeze=False, width_ratios=widths)
@@ -54,7 +53,7 @@ def draw_comparison(report: Report, path: Path) -> None:
         names = [*map(_shortened, result.classes)]
         _finish(bars, f"{result.setting}\nclasses, mean ± std over cases", names, report)
     figure.suptitle(plain(report.dataset), fontsize=11)
-    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=150))
+    save_figure(figure, path, dpi=150)
 
 
 def _draw_cases(axis, cases: pd.Series, labels: Sequence[str], colours: Sequence, largest: float | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pandas as pd
 
-from nnunetv2_hiendmae.environment import nnunet_folder
+from nnunetv2_hiendmae.environment import is_called, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.schemas import Summary, read_dataset_json, read_json
@@ -46,14 +46,12 @@ def results_folder(dataset: str | int) -> Path:
         UserError: none or several.
     """
     root = nnunet_folder("nnUNet_results")
-    text = str(dataset)
-    pattern = f"Dataset{int(text):03d}_*" if text.isdigit() else text
-    found = sorted(p for p in root.glob("Dataset*") if p.is_dir() and fnmatchcase(p.name, pattern))
+    found = sorted(p for p in root.glob("Dataset*") if p.is_dir() and is_called(p.name, dataset))
     if len(found) == 1:
         return found[0]
     if found:
-        raise UserError(f"-d {text} is ambiguous ({', '.join(p.name for p in found)}); give the full name")
-    raise UserError(f"no results of dataset '{text}' in {root}; train a fold first: nnUNetv2_train")
+        raise UserError(f"-d {dataset} is ambiguous ({', '.join(p.name for p in found)}); give the full name")
+    raise UserError(f"no results of dataset '{dataset}' in {root}; train a fold first: nnUNetv2_train")
 
 
 def run_names(folder: Path) -> list[str]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.architectures.tokens import split_shuffle
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.figures import grey_limits, show_grey
-from nnunetv2_hiendmae.files import ENCODER, write_text, write_with
+from nnunetv2_hiendmae.figures import grey_limits, save_figure, show_grey
+from nnunetv2_hiendmae.files import ENCODER, write_text
 from nnunetv2_hiendmae.inspection import volumes as vol
 from nnunetv2_hiendmae.inspection.reconstruct import load_run
 from nnunetv2_hiendmae.pretraining.hiendmae import CrossAttention, HiEndMAE
@@ -305,4 +305,4 @@ def _draw_planes(
     bar = figure.colorbar(drawn, ax=axes[1, :], shrink=0.8)
     bar.set_label("attention on a patch, % of all", fontsize=8)
     figure.suptitle(f"{path.stem}, at {', '.join(f'{p:.1f}' for p in point)} mm", fontsize=10)
-    write_with(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(figure, path)

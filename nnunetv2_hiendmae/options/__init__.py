@@ -7,6 +7,7 @@ command line (`commands.arguments`), `--set key=value`, and what `hiendmae metho
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from fractions import Fraction
 from operator import ge, gt, le, lt
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -101,6 +102,12 @@ def check_ranges(settings: Any, told: Callable[[str, Option], str] = flag, mend:
         value = getattr(settings, name)
         if not about.holds(value):
             raise UserError(f"{told(name, about)} is {value}, needed {about.needed}{mend.format(name=name)}")
+
+
+def share_of(total: int, share: float) -> int:
+    """How many of `total` a share in (0, 1] means: the nearest number, halves up, and at least 1."""
+    # str: 0.145 means 145/1000, not the nearest binary number below it
+    return max(1, math.floor(Fraction(str(share)) * total + Fraction(1, 2)))
 
 
 def kinds_of(cls: type, name: str) -> tuple[type, ...]:

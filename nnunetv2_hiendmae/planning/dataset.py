@@ -17,7 +17,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
-from nnunetv2_hiendmae.schemas import Fingerprint, read_dataset_json, read_json
+from nnunetv2_hiendmae.schemas import Fingerprint, channels_of, read_dataset_json, read_json
 from nnunetv2_hiendmae.volume_format import CT_SCHEME
 
 FINGERPRINT = "dataset_fingerprint.json"
@@ -54,8 +54,8 @@ class RawDataset:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        """Channel names in order ("modality" is what old datasets call them)."""
-        return tuple((self.dataset_json.get("channel_names") or self.dataset_json["modality"]).values())
+        """Their names in order."""
+        return channels_of(self.dataset_json)
 
 
 def read_raw_dataset(name: str) -> RawDataset:

@@ -161,8 +161,8 @@ def picture(
     prediction = prediction.float()
     if normalize:
         hidden = patch_targets(image, ids_shuffle, visible, spec, normalize=False)
-        var, mean = torch.var_mean(hidden, dim=-1, correction=int(unbiased), keepdim=True)
-        prediction = prediction * (var + 1e-6).sqrt() + mean
+        mean, deviation = tk.patch_statistics(hidden, unbiased)
+        prediction = prediction * deviation + mean
     shown = tk.take_patches(image, spec.patch_size, ids_shuffle[:, :visible]).float()
 
     def assemble(visible: Tensor, masked: Tensor) -> Tensor:

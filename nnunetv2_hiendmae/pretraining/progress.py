@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nnunetv2_hiendmae.figures import MontageRow, draw_montage, grey_limits
-from nnunetv2_hiendmae.files import write_with
+from nnunetv2_hiendmae.figures import MontageRow, draw_montage, grey_limits, save_figure
 from nnunetv2_hiendmae.pretraining.method import Reconstruction
 from nnunetv2_hiendmae.training.runlog import RunLog, read_log
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -114,7 +113,7 @@ def draw_progress(run_dir: Path) -> None:
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
     for axis in axes:
         axis.grid(alpha=0.3)
-    write_with(run_dir / PROGRESS, lambda p: figure.savefig(p, format="png", dpi=110))
+    save_figure(figure, run_dir / PROGRESS)
 
 
 def _draw_probe(axes: Sequence["Axes"], probed: "DataFrame") -> None:

@@ -38,9 +38,7 @@ def plans_of(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, An
     """A trainer's plans, its configuration with what that inherits, and how images became arrays, in the axes of the
     network. UserError: they are damaged."""
     try:
-        validated(_Arguments, json.dumps(arguments, default=str))
-        plans = arguments["plans"]
-        configuration = _configuration(plans, arguments["configuration"])
+        plans, configuration = _planned(arguments)
         if len(configuration["patch_size"]) != 3:
             raise ValueError(f"their patch {configuration['patch_size']} has not three axes")
         return plans, configuration, VolumeFormat.of_plans(plans, configuration, arguments["dataset_json"])
@@ -58,9 +56,7 @@ def nnunet_metadata(content: Mapping[str, Any], source: Path, default_method: st
     trainer = printable(content[TRAINER])
     try:
         arguments = content["init_args"]
-        validated(_Arguments, json.dumps(arguments, default=str))
-        plans = arguments["plans"]
-        configuration = _configuration(plans, arguments["configuration"])
+        plans, configuration = _planned(arguments)
         network = configuration.get("architecture", {"network_class_name": "a network of old plans"})
         name = network["network_class_name"]
         if not name.startswith("nnunetv2_hiendmae."):
@@ -87,13 +83,15 @@ def nnunet_metadata(content: Mapping[str, Any], source: Path, default_method: st
     )
 
 
-def _configuration(plans: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """A configuration with what it inherits."""
+def _planned(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A trainer's plans, and its configuration with what that inherits."""
+    validated(_Arguments, json.dumps(arguments, default=str))
+    plans, name = arguments["plans"], arguments["configuration"]
     left, whole = dict(plans["configurations"]), {}
     while name is not None:
         found = left.pop(name)
         whole, name = {**found, **whole}, found.get("inherits_from")
-    return whole
+    return plans, whole
 
 
 def _spec(values: dict[str, Any], channels: int) -> EncoderSpec:
