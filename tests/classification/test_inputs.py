@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from array_volume import ArrayVolume
 from classification_data import write_cases
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,24 +36,12 @@ def data(nnunet):
     return find_cases(["1"], PLANS, "3d_fullres")
 
 
-class ArrayVolume:
-    """A volume of one channel in memory."""
-
-    spacing_mm = (1.0, 1.0, 1.0)
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def read(self, lower, size):
-        return self.values[None][(slice(None), *(slice(a, a + s) for a, s in zip(lower, size, strict=True)))].copy()
-
-
 @pytest.mark.parametrize("mode", ["resize", "antialiased"])
 def test_every_voxel_of_a_resized_volume_counts(mode):
     """White noise that shrinks sixfold along each axis gets calm, by the triangle's weights: its standard deviation is
     (2 / 3 / 6) ** 1.5 = .037. As 0.1 resized, two voxels per axis were picked, .5 ** 1.5 = .354."""
     noise = np.random.default_rng(0).standard_normal((96, 96, 96), np.float32)
-    made = Inputs(mode, SIZE).regular(ArrayVolume(noise))["image"]
+    made = Inputs(mode, SIZE).regular(ArrayVolume(noise[None]))["image"]
     assert made.shape == (1, 1, *SIZE)
     assert made.std().item() == pytest.approx({"antialiased": 0.037, "resize": 0.354}[mode], rel=0.06)
 
@@ -61,7 +50,7 @@ def test_no_small_structure_vanishes_wherever_it_lies():
     for corner in range(40, 52):
         block = np.zeros((96, 96, 96), np.float32)
         block[(slice(corner, corner + 3),) * 3] = 1
-        made = Inputs("antialiased", SIZE).regular(ArrayVolume(block))["image"]
+        made = Inputs("antialiased", SIZE).regular(ArrayVolume(block[None]))["image"]
         assert made.max() > 0.02 and made.sum().item() == pytest.approx(27 / 216, rel=0.01)
 
 

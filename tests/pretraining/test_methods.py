@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 import torch
+from array_volume import ArrayVolume
 from primus_util import FULL_PRIMUS
 from run_data import TINY_OPTIONS, TINY_SPEC
 from test_options import beyond
@@ -24,20 +25,13 @@ masked_crop_methods = pytest.mark.parametrize(
 )
 
 
-class NoiseVolume:
+class NoiseVolume(ArrayVolume):
     """A volume of noise, 40³ voxels."""
 
     shape = (40, 40, 40)
-    spacing_mm = (1.0, 1.0, 1.0)
 
     def __init__(self, channels: int, seed: int):
-        self.values = np.random.default_rng(seed).random((channels, *self.shape), dtype=np.float32)
-
-    def read(self, lower, size):
-        return self.values[(slice(None), *(slice(a, a + s) for a, s in zip(lower, size, strict=True)))].copy()
-
-    def is_foreground(self, voxel):
-        return True
+        super().__init__(np.random.default_rng(seed).random((channels, *self.shape), dtype=np.float32))
 
 
 def make_batch(method: Method, samples: int = 4) -> dict[str, torch.Tensor]:

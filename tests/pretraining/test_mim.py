@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 import torch
+from array_volume import ArrayVolume
 from run_data import TINY_SPEC
-from test_methods import NoiseVolume
 from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
@@ -22,13 +22,13 @@ specs = pytest.mark.parametrize("spec", [TINY_SPEC, CONV_SPEC], ids=["vit", "con
 alignments = pytest.mark.parametrize("alignment", ["infonce", "byol", "none"])
 
 
-class WaveVolume(NoiseVolume):
+class WaveVolume(ArrayVolume):
     """Smooth waves, another phase in every sample: each place looks different."""
 
     def __init__(self, seed):
-        axes = np.meshgrid(*(np.linspace(0, 1, s) for s in self.shape), indexing="ij")
+        axes = np.meshgrid(*[np.linspace(0, 1, 40)] * 3, indexing="ij")
         waves = sum((3 + i) ** -1 * np.sin((5 + 3 * i) * a + seed) for i, a in enumerate(axes)) + axes[0] * axes[1]
-        self.values = waves.astype(np.float32)[None]
+        super().__init__(waves.astype(np.float32)[None])
 
 
 def build(spec=TINY_SPEC, **options) -> MiM:

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from array_volume import ArrayVolume, numbered
 from torch.utils.data import default_collate
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
@@ -18,21 +19,9 @@ SHAPE = (70, 80, 100)
 SPEC = EncoderSpec((16, 16, 24), (4, 8, 4), embed_dim=12, depth=1, num_heads=2)
 
 
-class IndexVolume:
-    """Voxel (d, h, w) holds its raster number; below 2²⁴, so that float32 holds it exactly. Zero outside."""
-
-    spacing_mm = (1.0, 1.0, 1.0)
-
-    def __init__(self, shape=SHAPE):
-        self.shape = shape
-        self.values = np.arange(1, 1 + np.prod(shape), dtype=np.float32).reshape(1, *shape)
-
-    def read(self, lower, size):
-        padded = np.pad(self.values, [(0, 0)] + [(s, s) for s in size])
-        return padded[(slice(None), *(slice(a + s, a + 2 * s) for a, s in zip(lower, size, strict=True)))].copy()
-
-    def is_foreground(self, voxel):
-        return True
+def index_volume(shape=SHAPE) -> ArrayVolume:
+    """Numbers from 1 on, below 2²⁴, so that float32 holds them exactly."""
+    return ArrayVolume(numbered(shape, first=1))
 
 
 def method_of(spec=SPEC, **options):
@@ -40,7 +29,7 @@ def method_of(spec=SPEC, **options):
 
 
 def draw(method, seed=0, volume=None):
-    return method.views().draw(volume or IndexVolume(), np.random.default_rng(seed))
+    return method.views().draw(volume or index_volume(), np.random.default_rng(seed))
 
 
 def corner(values: torch.Tensor) -> np.ndarray:
@@ -49,7 +38,7 @@ def corner(values: torch.Tensor) -> np.ndarray:
 
 
 def block(lower, size) -> torch.Tensor:
-    return torch.from_numpy(IndexVolume().read([int(a) for a in lower], size))
+    return torch.from_numpy(index_volume().read([int(a) for a in lower], size))
 
 
 def raster(number: int, grid) -> np.ndarray:
@@ -146,7 +135,7 @@ def test_views_do_not_depend_on_how_they_are_parted(views_per_part):
 def test_small_volumes_are_padded_and_said_to_be():
     method = method_of()
     assert method.views().padded_below == (32, 32, 48)
-    sample = draw(method, volume=IndexVolume((20, 40, 20)))
+    sample = draw(method, volume=index_volume((20, 40, 20)))
     assert sample["level1"].shape == (1, *SPEC.img_size) and (sample["level2"] == 0).any()
 
 
@@ -154,7 +143,7 @@ def test_octants_and_patches_are_chosen_uniformly():
     """Each octant is a level-2 view in half of 1500 samples, each token of 8 a level-3 patch in a quarter of 6000
     draws of 2; both within 4 standard deviations (.052, .023)."""
     spec = EncoderSpec((4, 4, 4), (2, 2, 2), embed_dim=12, depth=1, num_heads=2)
-    method, volume = method_of(spec, crops_level3=2), IndexVolume((8, 8, 8))
+    method, volume = method_of(spec, crops_level3=2), index_volume((8, 8, 8))
     samples = default_collate([draw(method, seed, volume) for seed in range(1500)])
     octants = samples["octants"].flatten().bincount(minlength=8) / 1500
     patches = samples["patches"].flatten().bincount(minlength=8) / 6000

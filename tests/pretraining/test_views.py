@@ -3,32 +3,20 @@
 import numpy as np
 import pytest
 import torch
+from array_volume import ArrayVolume, numbered
 
 from nnunetv2_hiendmae.training.views import Augmentation, MaskedCrop, draw_corner, seeded_globals
 
 
-class IndexVolume:
-    """Every voxel holds its own index, so that a crop tells where it was cut. Foreground is one small box."""
+class IndexVolume(ArrayVolume):
+    """Every voxel holds its own index. Foreground is one small box."""
+
+    spacing_mm = (2.0, 1.0, 1.0)
 
     def __init__(self, shape=(20, 24, 28), box=(slice(14, 18), slice(2, 6), slice(20, 24))):
-        self.shape = shape
-        self.spacing_mm = (2.0, 1.0, 1.0)
-        self.values = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape)
-        self.foreground = np.zeros(shape, bool)
-        self.foreground[box] = True
-
-    def read(self, lower, size):
-        out = np.zeros((1, *size), np.float32)
-        inner, outer = [], []
-        for a, s, n in zip(lower, size, self.shape, strict=True):
-            start, stop = max(a, 0), min(a + s, n)
-            outer.append(slice(start, stop))
-            inner.append(slice(start - a, stop - a))
-        out[(0, *inner)] = self.values[(0, *outer)]
-        return out
-
-    def is_foreground(self, voxel):
-        return bool(self.foreground[tuple(voxel)])
+        foreground = np.zeros(shape, bool)
+        foreground[box] = True
+        super().__init__(numbered(shape), foreground)
 
 
 def rng(seed=0):
