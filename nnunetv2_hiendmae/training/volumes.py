@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch.utils.data import get_worker_info
 
-from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
@@ -203,8 +203,8 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
-    name, quoted, plans_name = root.name, shlex.quote(root.name), plans.plans_name
-    mend = f"run: hiendmae preprocess -d {quoted}"
+    name, plans_name = root.name, plans.plans_name
+    mend = f"run: hiendmae preprocess -d {shlex.quote(name)}"
     manager = plans.get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise UserError(
@@ -214,7 +214,7 @@ def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
     network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
     # whose the plans are decides what preprocesses with them
     ours = network.startswith("nnunetv2_hiendmae.") and PLANS_KEY not in plans.plans
-    stock = f"run: nnUNetv2_preprocess -d {quoted} -plans_name {plans_name} -c {configuration}"
+    stock = f"run: nnUNetv2_preprocess -d {dataset_id(name)} -plans_name {plans_name} -c {configuration}"
     again = f"{mend} -p {plans_name}" if ours else stock
     folder = root / manager.data_identifier
     if not folder.is_dir():

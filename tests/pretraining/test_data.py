@@ -99,7 +99,7 @@ def test_stock_plans_are_mended_by_stock_commands(preprocessed):
     plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"] = "some.UNet"
     edit_plans(preprocessed, **plans)
     remove_folder(preprocessed)
-    with pytest.raises(UserError, match="run: nnUNetv2_preprocess -d Dataset001_Tiny -plans_name TinyPlans"):
+    with pytest.raises(UserError, match="run: nnUNetv2_preprocess -d 1 -plans_name TinyPlans"):
         find()
 
 
