@@ -1,7 +1,6 @@
 """Trainers that stock nnUNetv2_train and nnUNetv2_predict find by name."""
 
-from nnunetv2_hiendmae.trainers import baselines, trainers
-from nnunetv2_hiendmae.trainers.baselines import *  # noqa: F403
+from nnunetv2_hiendmae.trainers import trainers
 from nnunetv2_hiendmae.trainers.trainers import *  # noqa: F403
 
-__all__ = [*trainers.__all__, *baselines.__all__]
+__all__ = [*trainers.__all__]

@@ -11,53 +11,26 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from nnunetv2_hiendmae.environment import check_device
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memory
-from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups, warmup_cosine
+from nnunetv2_hiendmae.optim import adamw, parameter_groups, split_groups
 from nnunetv2_hiendmae.plans_section import NNUNET_GRAD_CLIP, PLAN_COMMAND, PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.randomness import seed_of
-from nnunetv2_hiendmae.recipes import FOREIGN, MAIN_METHODS, RECIPES, TRAINERS, trainer_of
+from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.threads import use_allowed_cores
 from nnunetv2_hiendmae.trainers.loaders import seeded
+from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
 from nnunetv2_hiendmae.weights import load_into
 from nnunetv2_hiendmae.weights.hub import hub_name
 
 # beside 0 and 1, the loaders of training and validation
 _EPOCH = 2
 
-__all__ = sorted({*(TRAINERS[method] for method in (*MAIN_METHODS, None)), FOREIGN.trainer})
-
-
-def learning_rate(epoch: int, peak: float, epochs: int, warmup_epochs: int, start: int = 0) -> float:
-    """Linear warm-up to `peak` at `start + warmup_epochs`, then cosine to 0 at `epochs`; 0 before `start`."""
-    if epoch < start:
-        return 0.0
-    # one epoch late: nnU-Net's epochs are long, the first must not be spent at 0
-    return peak * warmup_cosine(epoch - start + 1, warmup_epochs + 1, epochs - start + 1)
-
-
-class WarmupCosine(LRScheduler):
-    """`learning_rate` for every parameter group, times the group's "lr_scale" and from its "start" on, if it has them:
-    a pure function of the epoch, so that continuing needs no state. nnU-Net calls `step(epoch)` before each epoch."""
-
-    def __init__(self, optimizer: Optimizer, peak: float, epochs: int, warmup_epochs: int):
-        self.peak, self.epochs, self.warmup_epochs = peak, epochs, warmup_epochs
-        # now: a checkpoint brings those of its own plans
-        self.shares = [(group.get("lr_scale", 1.0), group.get("start", 0)) for group in optimizer.param_groups]
-        super().__init__(optimizer)
-
-    def step(self, epoch: int | None = None) -> None:
-        """Sets the learning rate of `epoch`; None: of the next one."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        for group, (scale, start) in zip(self.optimizer.param_groups, self.shares, strict=True):
-            group["lr"] = scale * learning_rate(self.last_epoch, self.peak, self.epochs, self.warmup_epochs, start)
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+__all__ = sorted({*TRAINERS.values(), FOREIGN.trainer})
 
 
 class _ViTTrainer(nnUNetTrainer):
@@ -310,23 +283,6 @@ class _ViTTrainer(nnUNetTrainer):
         return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
-# one per method: it insists on an encoder that the method pretrained
-class nnUNetTrainer_HiEndMAE(_ViTTrainer):
-    method = "hiendmae"
-
-
-class nnUNetTrainer_MiM(_ViTTrainer):
-    method = "mim"
-
-
-class nnUNetTrainer_GLMAE(_ViTTrainer):
-    method = "glmae"
-
-
-class nnUNetTrainer_MAE3D(_ViTTrainer):
-    method = "mae3d"
-
-
 class nnUNetTrainer_Pretrained(_ViTTrainer):
     """Fine-tunes an encoder that another program pretrained or trained: its method is none of ours."""
 
@@ -343,6 +299,11 @@ class nnUNetTrainer_ViTUNETR(_ViTTrainer):
     """Trains the same network from scratch: the supervised baseline. Takes stock `-pretrained_weights`."""
 
     method = None
+
+
+# one per method, under the name that its recipe says: it insists on an encoder that the method pretrained
+for _method, _recipe in RECIPES.items():
+    globals()[_recipe.trainer] = type(_recipe.trainer, (_ViTTrainer,), {"method": _method, "__module__": __name__})
 
 
 def _described(method: str | None) -> str:
