@@ -28,7 +28,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text
 from nnunetv2_hiendmae.options.commands import PredictOptions
 from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
-from nnunetv2_hiendmae.training.run import choose_precision, launch
+from nnunetv2_hiendmae.training.launch import choose_precision, launch
 from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
 
 COMMAND = "hiendmae classify"

@@ -29,6 +29,7 @@ from nnunetv2_hiendmae.optim import adamw, parameter_groups, warmup_cosine
 from nnunetv2_hiendmae.options.commands import ANTIALIASED, RESIZE, ClassifyOptions
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.batches import SampleDataset, load_batches
+from nnunetv2_hiendmae.training.launch import choose_precision, launch
 from nnunetv2_hiendmae.training.runlog import RunLog
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
 from nnunetv2_hiendmae.training.volumes import CaseSet, find_cases
@@ -126,7 +127,7 @@ def build_task(
         "labels_sha256": labels.digest(),
         "fold": None if labels.column == SPLIT else options.fold or "0",
         "inputs": net.Inputs(ANTIALIASED if options.input == RESIZE else options.input, spec.img_size, options.crops),
-        "precision": run.choose_precision(options.precision, options.device),
+        "precision": choose_precision(options.precision, options.device),
     }
     settings = ClassifySettings(**values)
     labelled = tuple(case for case in data.cases if case.name in labels.targets)
@@ -196,7 +197,7 @@ def run_training(task: Task, run_dir: Path) -> Path:
     network, metadata = _build(task)
     work = task.settings.batch_size * net.forward_work(network, task.settings.inputs)
     # backward is twice as much
-    fabric = run.launch(task.settings.device, task.settings.precision, 3 * work, alone=COMMAND)
+    fabric = launch(task.settings.device, task.settings.precision, 3 * work, alone=COMMAND)
     run.check_free_disk(run_dir, network)
     with run.claimed(run_dir, task.settings, task.data.digest()):
         if task.settings.resume:

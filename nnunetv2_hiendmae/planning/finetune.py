@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 
 from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
+from nnunetv2_hiendmae.environment import dataset_id, dataset_name
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import UNETR, PlanOptions
@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.planning.dataset import (
     read_raw_dataset,
 )
 from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, extract_fingerprint
+from nnunetv2_hiendmae.planning.messages import decisions, next_commands
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
     SPLITS,
@@ -33,35 +34,13 @@ from nnunetv2_hiendmae.planning.plans import (
 )
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader, told_directions
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
-from nnunetv2_hiendmae.recipes import RECIPES, SCRATCH_LR, recipe_of, trainer_of
+from nnunetv2_hiendmae.recipes import SCRATCH_LR, recipe_of, trainer_of
 from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, REORIENTING, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
 
 WARMUP_FRACTION = 0.1
-# where a value comes from, in the messages
-_GIVEN, _FILE, _DATASET = "given", "from the encoder file", "from the dataset"
-_NNUNETS_RULE = "by nnU-Net's rule"
-# how options of the recipe are told
-_TOLD = {
-    "batch_size": "batch size {batch_size}",
-    "decoder_width": "decoder width {decoder_width}",
-    "drop_path_rate": "drop path {drop_path_rate:g}",
-    "epochs": "{epochs} epochs of {iterations_per_epoch} iterations",
-    "warmup_epochs": "{warmup_epochs} epochs of warm-up",
-    "lr": "lr {lr:g} with weights",
-    "scratch_lr": "lr {scratch_lr:g} from scratch",
-    "weight_decay": "weight decay {weight_decay:g}",
-    "layer_decay": "layer decay {layer_decay:g}",
-    "encoder_lr_scale": "lr of the encoder x {encoder_lr_scale:g}",
-    "decoder_warmup": "{decoder_warmup} epochs of decoder warm-up",
-    "seed": "seed {seed}",
-    "grad_clip": "gradients clipped to {grad_clip:g}",
-}
-# values that change nothing
-_UNTOLD = {"encoder_lr_scale": 1, "decoder_warmup": 0}
-
 logger = logging.getLogger(__name__)
 
 
@@ -92,9 +71,9 @@ def plan_finetuning(
 
     What the options leave open comes from the encoder file (architecture, spacing, window, reader) or from its
     method's recipe; warm-up is a tenth of `epochs` when only those are given, and `lr` is that from scratch too where
-    this is what is planned. A window is ignored, with a warning,
-    where no channel is CT. Plans with a frozen encoder, or with the encoder's own network, get names of their own. Runs
-    nnU-Net's own fingerprint extraction where there is no fingerprint, or one made without labels.
+    this is what is planned. A window is ignored, with a warning, where no channel is CT. Plans with a frozen encoder,
+    or with the encoder's own network, get names of their own. Runs nnU-Net's own fingerprint extraction where there is
+    no fingerprint, or one made without labels.
 
     Args:
         dataset: id or full name; needs labels.
@@ -156,9 +135,9 @@ def plan_finetuning(
     )
     path = save_plans(plans)
     _warn_of_padding(plans["configurations"][CONFIGURATION]["median_image_size_in_voxels"], spec)
-    messages = _messages(section, spec, volume, metadata, raw.channels, values, given)
+    messages = decisions(section, spec, volume, metadata, raw.channels, values, given)
     number = dataset_id(raw.name)
-    preprocess, *commands = _next_commands(
+    preprocess, *commands = next_commands(
         raw, number, plans_name, trainer, options.num_processes, _first_fold(raw, path.parent)
     )
     folder = data_folder(path)
@@ -278,52 +257,6 @@ def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> Vo
     return replace(volume, window_hu=None)
 
 
-def _messages(
-    section: PlansSection,
-    spec: EncoderSpec,
-    volume: VolumeFormat,
-    metadata: EncoderMetadata,
-    channels: tuple[str, ...],
-    values: dict[str, Any],
-    given: dict[str, Any],
-) -> tuple[str, ...]:
-    """One line per origin: what was given, what the file said, what the dataset, what the recipe."""
-    seen = metadata.volume
-    ours = metadata.method in RECIPES
-    recipe = f"from the recipe of {metadata.method}" if ours else "from our recipe for weights of other programs"
-    weights = f"weights of {section.encoder_file}" if section.encoder_file else "the architecture only, no weights"
-    window = f"window {volume.window_hu} HU" if volume.window_hu else f"intensities {_NNUNETS_RULE}"
-    if volume.scheme_of_all:
-        window = f"intensities by {volume.scheme_of_all} whatever the channel, CT too"
-    spacing = f"spacing {volume.spacing_mm} mm (D, H, W)" if volume.spacing_mm else f"spacing {_NNUNETS_RULE}"
-    reader, of_file = volume.image_reader_writer, seen.image_reader_writer or ""
-    # slices that are much thicker than their pixels are repeated
-    own = " (nnU-Net's own, which files of 0.1 mean too: it repeats thick slices)"
-    interpolation = f"{volume.interpolation} interpolation{own if volume.interpolation == 'nnunet' else ''}"
-    # option, where it comes from unless it was given, what it is
-    facts = [
-        ("encoder", _FILE, f"{weights} ({spec.kind}, {spec.depth} blocks of width {spec.embed_dim})"),
-        *([("network", _GIVEN, f"network {values['network']}")] if "network" in given else []),
-        ("patch_size", _FILE if spec.img_size == metadata.spec.img_size else recipe, f"crop {spec.img_size} voxels"),
-        ("spacing_mm", _FILE if seen.spacing_mm else _DATASET, spacing),
-        ("interpolation", _FILE if seen.interpolation else recipe, interpolation),
-        (
-            "window_hu" if volume.window_hu else "",
-            _FILE if volume.window_hu or volume.scheme_of_all else _DATASET,
-            window,
-        ),
-        ("reader", _FILE if reader == of_file else _DATASET, f"reader {reader}"),
-        ("channels", _DATASET, f"channels {', '.join(channels)}"),
-        *((o, recipe, text.format(**values)) for o, text in _TOLD.items() if values[o] not in (None, _UNTOLD.get(o))),
-    ]
-    if section.recipe.freeze_encoder:
-        facts.append(("freeze_encoder", _GIVEN, "encoder frozen"))
-    told = {_GIVEN: [], _FILE: [], _DATASET: [], recipe: []}
-    for option, origin, text in facts:
-        told[_GIVEN if option in given else origin].append(text)
-    return tuple(f"{origin}: {'; '.join(texts)}" for origin, texts in told.items() if texts)
-
-
 def _first_fold(raw: RawDataset, folder: Path) -> str:
     """What to train first; warns where nnU-Net cannot make its folds."""
     if len(raw.cases) >= NNUNET_FOLDS or (folder / SPLITS).is_file():
@@ -331,16 +264,3 @@ def _first_fold(raw: RawDataset, folder: Path) -> str:
     told = f"{raw.name} has {len(raw.cases)} cases, nnU-Net makes its folds of {NNUNET_FOLDS} at least"
     logger.warning(f"{told}: train with fold 'all', or write your own folds to {folder / SPLITS}")
     return "all"
-
-
-def _next_commands(
-    raw: RawDataset, number: int, plans_name: str, trainer: str, num_processes: int, fold: str
-) -> tuple[str, ...]:
-    images = raw.folder / "imagesTs"
-    source, device = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER", device_words()
-    return (
-        f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION} -np {num_processes}",
-        f"nnUNetv2_train {number} {CONFIGURATION} {fold} -p {plans_name} -tr {trainer}{device}",
-        f"nnUNetv2_predict -d {number} -c {CONFIGURATION} -p {plans_name} -tr {trainer} -f {fold} "
-        f"-i {source} -o OUTPUT_FOLDER{device}",
-    )

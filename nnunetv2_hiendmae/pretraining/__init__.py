@@ -5,29 +5,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nnunetv2_hiendmae.pretraining.genesis import Genesis
     from nnunetv2_hiendmae.pretraining.glmae import GLMAE
     from nnunetv2_hiendmae.pretraining.hiendmae import HiEndMAE
     from nnunetv2_hiendmae.pretraining.masked import MAE3D
     from nnunetv2_hiendmae.pretraining.method import Method
     from nnunetv2_hiendmae.pretraining.methods import METHODS
     from nnunetv2_hiendmae.pretraining.mim import MiM
-    from nnunetv2_hiendmae.pretraining.simclr import SimCLR
-    from nnunetv2_hiendmae.pretraining.simmim import SimMIM
-    from nnunetv2_hiendmae.pretraining.swinpretexts import SwinPretexts
 
-__all__ = ["GLMAE", "MAE3D", "METHODS", "Genesis", "HiEndMAE", "Method", "MiM", "SimCLR", "SimMIM", "SwinPretexts"]
+# names of 0.1; further methods are in METHODS
+__all__ = ["GLMAE", "MAE3D", "METHODS", "HiEndMAE", "Method", "MiM"]
 
 # public name → its module, which imports torch and timm
 _LATER = {"GLMAE": "glmae", "MAE3D": "masked", "METHODS": "methods", "HiEndMAE": "hiendmae"}
-_LATER |= {
-    "Method": "method",
-    "MiM": "mim",
-    "SimCLR": "simclr",
-    "SimMIM": "simmim",
-    "Genesis": "genesis",
-    "SwinPretexts": "swinpretexts",
-}
+_LATER |= {"Method": "method", "MiM": "mim"}
 
 
 def __getattr__(name: str) -> Any:

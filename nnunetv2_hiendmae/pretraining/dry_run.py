@@ -21,6 +21,7 @@ from nnunetv2_hiendmae.pretraining.settings import PretrainSettings
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.batches import SampleDataset
+from nnunetv2_hiendmae.training.launch import on_first_process
 from nnunetv2_hiendmae.training.runlog import check_wandb
 from nnunetv2_hiendmae.training.volumes import CaseSet
 
@@ -154,7 +155,7 @@ def dry_run(datasets: Iterable[str | int], options: PretrainOptions | None = Non
         run.check_claimable(run_dir, settings, data.digest())
         check_wandb()
 
-    run.on_first_process(fabric, check_all)
+    on_first_process(fabric, check_all)
     with telling_full_memory(settings):
         found = _measure(Learner.set_up(fabric, settings, method), data, run_dir)
     part_processes(fabric)

@@ -28,7 +28,7 @@ from nnunetv2_hiendmae.pretraining.settings import (
 )
 from nnunetv2_hiendmae.pretraining.steps import Learner, part_processes, telling_full_memory
 from nnunetv2_hiendmae.recipes import RECIPES
-from nnunetv2_hiendmae.training import run
+from nnunetv2_hiendmae.training import launch, run
 from nnunetv2_hiendmae.training.batches import SampleDataset
 from nnunetv2_hiendmae.training.grids import case_edges, warn_if_turned
 from nnunetv2_hiendmae.training.stopping import check_still_there, noting_stop_signals, stopped
@@ -80,7 +80,7 @@ def run_pretraining(settings: PretrainSettings, data: CaseSet, run_dir: Path) ->
             check(settings, data, method, run_dir)
             held.enter_context(run.claimed(run_dir, settings, data.digest()))
 
-        run.on_first_process(fabric, claim)
+        launch.on_first_process(fabric, claim)
         with telling_full_memory(settings):
             _run(fabric, settings, data, method, run_dir)
     part_processes(fabric)
@@ -94,7 +94,7 @@ def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
         UserError: a batch that processes and micro-batches do not divide, an encoder file that does not fit, or no such
             device.
     """
-    processes, accumulate = run.num_processes(), settings.accumulate
+    processes, accumulate = launch.num_processes(), settings.accumulate
     if settings.batch_size % (processes * accumulate):
         raise UserError(
             f"--batch-size {settings.batch_size} cannot be split over {processes} processes x {accumulate} "
@@ -114,7 +114,7 @@ def prepare(settings: PretrainSettings, run_dir: Path) -> tuple[Fabric, Method]:
     samples = settings.batch_size // (processes * accumulate)
     work = 6.0 * trained * settings.spec.num_tokens * samples
     spare = settings.checkpoint_activations
-    return run.launch(settings.device, settings.precision, work, spare_memory=spare), method
+    return launch.launch(settings.device, settings.precision, work, spare_memory=spare), method
 
 
 def check(settings: PretrainSettings, data: CaseSet, method: Method, run_dir: Path) -> None:

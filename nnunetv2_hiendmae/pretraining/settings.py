@@ -22,6 +22,7 @@ from nnunetv2_hiendmae.pretraining.method import Method
 from nnunetv2_hiendmae.schemas import CLOSED, validated
 from nnunetv2_hiendmae.training import run
 from nnunetv2_hiendmae.training.labelled import find_labelled, num_crops
+from nnunetv2_hiendmae.training.launch import choose_precision, num_processes
 from nnunetv2_hiendmae.training.volumes import CaseSet, check_crop_size, find_cases
 from nnunetv2_hiendmae.weights import check_encoder_file
 from nnunetv2_hiendmae.weights.adapt import check_compatible
@@ -186,20 +187,20 @@ def build_settings(datasets: Iterable[str | int], options: PretrainOptions) -> t
         **vars(recipe),
         "warmup_epochs": min(recipe.warmup_epochs, epochs // 10),
         # fewer micro-batches where the batch of a process cannot be split into as many
-        "accumulate": math.gcd(recipe.accumulate, batch_size // run.num_processes()),
+        "accumulate": math.gcd(recipe.accumulate, batch_size // num_processes()),
         **{name: value for name, value in vars(options).items() if value is not None},
         "datasets": data.datasets,
         "options": method_options,
         "spec": spec,
         "start": start,
         "probe": None,
-        "precision": run.choose_precision(options.precision, options.device),
+        "precision": choose_precision(options.precision, options.device),
     }
     if start and not options.encoder:
         values["encoder"] = f"from_{start.method}"
     settings = PretrainSettings(**{**values, **_probe(options, data, spec, values["steps_per_epoch"] * batch_size)})
     if options.accumulate is None and settings.accumulate != recipe.accumulate:
-        whole = f"batch {batch_size} on {run.num_processes()} processes"
+        whole = f"batch {batch_size} on {num_processes()} processes"
         logger.info(
             f"{settings.accumulate} micro-batches per step instead of {recipe.accumulate}: {whole} gives no more"
         )

@@ -1,115 +1,29 @@
-"""How a run is carried out: device, processes and precision; and its folder, kept for one process, with its settings
-and checkpoints that a kill leaves whole."""
+"""The folder of a run: kept for one process, with its settings and checkpoints that a kill leaves whole."""
 
 import io
 import json
 import logging
 import os
 import shutil
-import warnings
 import zipfile
 import zlib
 from abc import ABC
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision, Precision
 from torch import nn
 
 from nnunetv2_hiendmae import files
-from nnunetv2_hiendmae.environment import check_device, nnunet_folder
+from nnunetv2_hiendmae.environment import nnunet_folder
 from nnunetv2_hiendmae.errors import DiskFull, UserError, printable
-from nnunetv2_hiendmae.host_memory import set_freed_memory
-from nnunetv2_hiendmae.options.commands import PRECISIONS
-from nnunetv2_hiendmae.threads import use_threads
 from nnunetv2_hiendmae.weights.checkpoint_io import read_checkpoint
 
 logger = logging.getLogger(__name__)
 
 _IN_USE = "{} is in use by another process; wait for it, or choose another --name or -o"
-
-
-def num_processes() -> int:
-    """Processes of this run, by torchrun's variables or those of srun."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-
-
-class _Autocast(MixedPrecision):
-    """Mixed precision that hands a batch over as it is. Fabric's own rounds images to 16 bits before the forward pass,
-    so that losses would compare with rounded ones, and takes no frozen dataclass, which `batches.Boxes` is."""
-
-    def convert_input(self, data: Any) -> Any:
-        """Nothing: autocast rounds what an operation takes."""
-        return data
-
-
-def _precision(name: str, device: str) -> Precision:
-    return Precision() if name == "fp32" else _Autocast(PRECISIONS[name], device)
-
-
-def launch(device: str, precision: str, work: float, alone: str = "", spare_memory: bool = False) -> Fabric:
-    """Fabric for this process, alone or as one of torchrun's or srun's.
-
-    Args:
-        work: floating-point operations of a step of one process, roughly; decides the threads of a CPU.
-        alone: name of a command that needs no distributed training and uses one device.
-        spare_memory: on a CPU, rather than time.
-
-    Raises:
-        UserError: no such device, one that the precision does not go with, or several processes of such a command.
-    """
-    check_device(device)
-    if precision == "fp16" and device != "cuda":
-        raise UserError(f"--precision fp16 needs -device cuda, not {device}; use fp32 or bf16")
-    if alone:
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            raise UserError(f"{alone} uses one device, got several processes; run it without torchrun")
-        fabric, local = Fabric(accelerator=device, devices=1, plugins=_precision(precision, device)), 1
-    else:
-        fabric, local = _launch_all(device, precision)
-    if device == "cpu":
-        use_threads(work, local, tell=fabric.is_global_zero)
-        set_freed_memory(keep=not spare_memory)
-    return fabric
-
-
-def _launch_all(device: str, precision: str) -> tuple[Fabric, int]:
-    """Fabric for one of several processes, and how many of them are on this machine."""
-    processes = num_processes()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or max(1, processes // int(os.environ.get("SLURM_NNODES") or 1)))
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    devices = {"devices": local, "num_nodes": processes // local, "strategy": "ddp" if processes > 1 else "auto"}
-    fabric = Fabric(accelerator=device, plugins=_precision(precision, device), **devices)
-    fabric.launch()
-    return fabric, local
-
-
-def choose_precision(asked: str, device: str) -> str:
-    """What "auto" means on a device: bf16 on GPUs that have it, fp16 on older ones, else fp32."""
-    if asked != "auto":
-        return asked
-    if device != "cuda" or not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def on_first_process(fabric: Fabric, work: Callable[[], None]) -> None:
-    """Runs `work` on the first process; its UserError ends all of them, so that none waits, and is told once."""
-    told = None
-    if fabric.is_global_zero:
-        try:
-            work()
-        except UserError as e:
-            told = str(e)
-    told = fabric.broadcast(told)
-    if told and not fabric.is_global_zero:
-        raise SystemExit(2)
-    if told:
-        raise UserError(told)
 
 
 def check_free_disk(run_dir: Path, network: nn.Module) -> None:

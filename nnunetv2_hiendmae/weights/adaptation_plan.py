@@ -10,7 +10,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable
 from nnunetv2_hiendmae.schemas import Shape, Spacing, validated
-from nnunetv2_hiendmae.weights.formats import ForeignEncoder
+from nnunetv2_hiendmae.weights.find import ForeignEncoder
 from nnunetv2_hiendmae.weights.primus import NAMED
 
 PLAN, CITATIONS = "nnssl_adaptation_plan", "citations"

@@ -24,7 +24,8 @@ from nnunetv2_hiendmae.weights.checkpoint_io import check_source, is_weight, rea
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata, header_metadata
 from nnunetv2_hiendmae.weights.export import EXPORT_KEY, export_encoder
 from nnunetv2_hiendmae.weights.export_nnssl import NNSSL_TARGET, export_nnssl
-from nnunetv2_hiendmae.weights.formats import UNKNOWN, ForeignEncoder
+from nnunetv2_hiendmae.weights.find import ForeignEncoder
+from nnunetv2_hiendmae.weights.formats import UNKNOWN, UNKNOWN_NOTE
 from nnunetv2_hiendmae.weights.hub import local_file, source_name
 from nnunetv2_hiendmae.weights.hub_folder import HUB_TARGET, check_hub_folder, write_hub_folder
 from nnunetv2_hiendmae.weights.nnssl import find_foreign, has_primus
@@ -268,8 +269,7 @@ def _foreign_notes(found: ForeignEncoder, spec: EncoderSpec, options: ConvertOpt
         ),
         f"{spec.depth} blocks: {released} {depth}; was one lost?": spec.depth != depth,
         f"{spec.num_heads} heads: {released} {heads}": spec.num_heads != heads,
-        "nothing is known of the volumes it saw, not even which way they lay: say it with --reader, --spacing and "
-        "--window of hiendmae plan": entry.seen.orientation == UNKNOWN,
+        UNKNOWN_NOTE: entry.seen.orientation == UNKNOWN,
         f"what its {spec.in_channels} input channels were is not known: a dataset must have as many, in that order": (
             spec.in_channels > 1
         ),

@@ -14,7 +14,8 @@ from nnunetv2_hiendmae.volume_format import VolumeFormat, interpolation_of
 from nnunetv2_hiendmae.weights.adaptation_plan import PLAN, PRIMUS_X, checked_kwargs, citations_in, read_plan
 from nnunetv2_hiendmae.weights.checkpoint_io import is_weight
 from nnunetv2_hiendmae.weights.encoder_file import EncoderMetadata
-from nnunetv2_hiendmae.weights.formats import NNSSL, PRIMUS, UNKNOWN, ForeignEncoder, find_encoder
+from nnunetv2_hiendmae.weights.find import ForeignEncoder, find_encoder
+from nnunetv2_hiendmae.weights.formats import NNSSL, PRIMUS, UNKNOWN, UNKNOWN_NOTE
 from nnunetv2_hiendmae.weights.nnunet import NETWORK, TRAINER, plans_of
 from nnunetv2_hiendmae.weights.primus import check_stem
 
@@ -92,8 +93,7 @@ class PrimusSource:
                 self.img_size is None and said.img_size is None
             ),
             f"the encoder's names had the prefix {printable(self.found.prefix)}": bool(self.found.prefix),
-            "nothing is known of the volumes it saw, not even which way they lay: say it with --reader, --spacing and "
-            "--window of hiendmae plan": self.volume.orientation == UNKNOWN,
+            UNKNOWN_NOTE: self.volume.orientation == UNKNOWN,
         }
         told = (*(note for note, applies in notes.items() if applies), *self.notes)
         volume = self.volume

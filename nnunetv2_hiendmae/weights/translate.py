@@ -15,7 +15,8 @@ from nnunetv2_hiendmae.errors import UserError, printable, some
 from nnunetv2_hiendmae.options.commands import HWD, ConvertOptions
 from nnunetv2_hiendmae.weights.adapt import expected_tensors, mismatch, permute_axes, rotary_permuted
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, check_plain, is_weight, tensors_in
-from nnunetv2_hiendmae.weights.formats import OUTSIDE, ForeignEncoder
+from nnunetv2_hiendmae.weights.find import ForeignEncoder
+from nnunetv2_hiendmae.weights.formats import OUTSIDE
 from nnunetv2_hiendmae.weights.layouts import is_sincos
 from nnunetv2_hiendmae.weights.report import LoadReport, TensorRecord
 

@@ -32,7 +32,7 @@ from nnunetv2_hiendmae.classification.predict import compute_probabilities, meas
 from nnunetv2_hiendmae.classification.train import _loss, train
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import CHECKPOINT
-from nnunetv2_hiendmae.training.run import launch
+from nnunetv2_hiendmae.training.launch import launch
 from nnunetv2_hiendmae.training.volumes import CaseVolume
 from nnunetv2_hiendmae.weights import load_into
 
