@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from command_line import run
 
 import nnunetv2_hiendmae
 from nnunetv2_hiendmae import cli, environment
@@ -14,12 +15,6 @@ from nnunetv2_hiendmae.architectures import PRESETS
 from nnunetv2_hiendmae.commands import env
 from nnunetv2_hiendmae.options import commands as options
 from nnunetv2_hiendmae.pretraining import METHODS
-
-
-def run(capsys, *arguments: str) -> tuple[int, str, str]:
-    code = cli.main(list(arguments))
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_env_is_a_line_for_the_shell_that_keeps_other_folders(tmp_path):

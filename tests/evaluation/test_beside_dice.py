@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 
+import command_line
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -15,7 +16,6 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy import ndimage
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation import measuring
 from nnunetv2_hiendmae.evaluation.compare import compare
@@ -104,9 +104,7 @@ def tree(nnunet):
 
 
 def run_command(capsys, *arguments):
-    code = cli.main(["compare", "-d", "7", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
+    return command_line.run(capsys, "compare", "-d", 7, *arguments)
 
 
 def test_numbers_of_every_case_and_class(tree):

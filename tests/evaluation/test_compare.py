@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import command_line
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,8 +84,7 @@ def rows(table):
 
 
 def run_command(capsys, *arguments):
-    code = cli.main(["compare", "-d", "7", *map(str, arguments)])
-    out, err = capsys.readouterr()
+    code, out, err = command_line.run(capsys, "compare", "-d", 7, *arguments)
     assert code == 0 or (not out and len(err.strip().splitlines()) == 1)
     return code, out, err
 

@@ -5,6 +5,7 @@ import random
 import re
 from types import SimpleNamespace
 
+import command_line
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,6 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.draws import FRACTION, SHOTS, Subset, draw
 from nnunetv2_hiendmae.evaluation.folds import (
@@ -71,8 +71,7 @@ def shots(k, **kwargs):
 
 
 def run(capsys, *arguments):
-    code = cli.main(["splits", "-d", "7", *map(str, arguments)])
-    out, err = capsys.readouterr()
+    code, out, err = command_line.run(capsys, "splits", "-d", 7, *arguments)
     assert code == 0 or (not out and len(err.strip().splitlines()) == 1)
     return code, out, err
 

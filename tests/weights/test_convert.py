@@ -6,12 +6,12 @@ import re
 
 import pytest
 import torch
+from command_line import run
 from foreign_files import SPECS, VIT, authors_state, container, random_state, write_checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import write_text
 from nnunetv2_hiendmae.weights import (
@@ -21,12 +21,6 @@ from nnunetv2_hiendmae.weights import (
 )
 
 OPTIONS = ConvertOptions(num_heads=2)
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from classification_data import Bench
+from command_line import run
 from foreign_files import write_checkpoint
 from hub_data import COMMIT, HubCache
 from huggingface_hub import errors
@@ -20,7 +21,6 @@ from nnunet_data import make_dataset, save_tiny_encoder, write_fingerprint
 from oblique_data import MARKED, write_oblique
 from run_data import PLANS, TINY_OPTIONS, TINY_SPEC, write_preprocessed
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.preprocessing import preprocess
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE
@@ -41,12 +41,6 @@ def shared(hub, tmp_path) -> Path:
     """An encoder file in the cache."""
     file = save_tiny_encoder(tmp_path / "made.safetensors", spec=TINY_SPEC, spacing_mm=(3.0, 3.0, 3.0))
     return hub.add(REPO, "encoder.safetensors", file.read_bytes())
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 # ---- what a name stands for ---------------------------------------------------------------------------------------

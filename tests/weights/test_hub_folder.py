@@ -5,12 +5,12 @@ import re
 from dataclasses import replace
 
 import pytest
+from command_line import run
 from foreign_files import VIT, random_state, write_checkpoint
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 from run_data import PLANS, tiny_settings, write_labelled, write_preprocessed
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import ENCODER, LOG, PROBE_ENCODER, sha256
@@ -53,12 +53,6 @@ def run_dir(tmp_path):
     log = "\n".join(map(json.dumps, [{"step": -1, "epoch": 0, "probe_dice": 0.125}, *lines]))
     (folder / "log.jsonl").write_text(f'{log}\n{{"step": {{}}}}\n{{"step": 5, "epo')
     return folder
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def rows_of(card: str) -> dict[str, str]:

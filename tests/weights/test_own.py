@@ -5,11 +5,11 @@ import re
 
 import pytest
 import torch
+from command_line import run
 from foreign_files import SPECS, VIT, random_state, write_run
 from run_data import TINY_SPEC, tiny_settings
 from safetensors.torch import load_file
 
-from nnunetv2_hiendmae import cli
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.training.run import save_state
 from nnunetv2_hiendmae.volume_format import VolumeFormat
@@ -21,12 +21,6 @@ from nnunetv2_hiendmae.weights import (
     save_encoder,
     translate_checkpoint,
 )
-
-
-def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = cli.main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 @pytest.mark.parametrize("kind", ["mae3d", "mim"])
