@@ -66,7 +66,7 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
     name = f".scratch.{platform.node()}"
     with telling_disk_errors(parent):
         for left in parent.glob(f"{glob.escape(name)}.*.tmp"):
-            if _is_of_the_dead(left):
+            if _is_left_behind(left):
                 shutil.rmtree(left, ignore_errors=True)
         folder = parent / f"{name}.{os.getpid()}.tmp"
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,11 +80,12 @@ def _remove_leftovers(path: Path) -> None:
     """Removes the temporaries of a file whose process is dead."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         # one of a process on another machine goes too: then that one's write fails, and says so
-        if _is_of_the_dead(temporary):
+        if _is_left_behind(temporary):
             temporary.unlink(missing_ok=True)
 
 
-def _is_of_the_dead(temporary: Path) -> bool:
+def _is_left_behind(temporary: Path) -> bool:
+    """Whether the process that a temporary is named after has ended."""
     process = temporary.name.split(".")[-2]
     return process.isdigit() and not _is_alive(int(process))
 

@@ -3,12 +3,15 @@
 import ctypes
 import os
 import platform
+import sys
 
 # of glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 CHOSEN_BY_USER = ("MALLOC_", "GLIBC_TUNABLES")
 # a gradient or activation is at least so large
 LARGE_BYTES = 1 << 20
+# bytes in a unit of `ru_maxrss`, the peak of a process
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 
 
 def set_freed_memory(keep: bool) -> bool:

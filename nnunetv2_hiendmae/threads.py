@@ -29,7 +29,8 @@ def wait_passively() -> None:
 
 
 def passively(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables that make it so; none where the user has chosen a policy, which a number of turns would undo."""
+    """Variables that let waiting threads sleep; none where the user has chosen a policy, which a number of turns would
+    undo."""
     if "OMP_WAIT_POLICY" in environment:
         return {}
     return {name: value for name, value in PASSIVE.items() if name not in environment}

@@ -58,7 +58,7 @@ class Labels:
     column: str | None = None
 
     def of_class(self, index: int) -> list[str]:
-        """Its cases, sorted."""
+        """Cases of a class, sorted."""
         return [case for case, target in self.targets.items() if target == index]
 
     def digest(self) -> str:

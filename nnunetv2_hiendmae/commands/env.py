@@ -10,7 +10,7 @@ HELP = 'print the line that lets nnU-Net find our trainers; use: eval "$(hiendma
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None."""
+    """It has none."""
 
 
 def run(_: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.host_memory import RSS_UNIT
 
 logger = logging.getLogger(__name__)
 USER_MUST_ACT = 2
@@ -35,8 +36,7 @@ def run_command(command: Sequence[str], environment: Mapping[str, str], log: IO)
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
-    # Linux counts in KiB, macOS in bytes
-    return process.returncode, round(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9, 2)
+    return process.returncode, round(usage.ru_maxrss * RSS_UNIT / 1e9, 2)
 
 
 @dataclass

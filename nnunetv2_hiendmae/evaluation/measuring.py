@@ -30,9 +30,9 @@ from nnunetv2_hiendmae.schemas import PlansReader, read_as, read_dataset_json, v
 CACHE = "hiendmae_metrics.json"
 # counted up when the same files would give other numbers
 VERSION = 1
-# of a Dice that was written as text
+# how far apart equal Dice may lie, of which one was written as text
 _SAME_DICE = 1e-6
-# of a spacing, as nnU-Net's verify_dataset_integrity takes it
+# how far apart equal spacings may lie, relatively: as in nnU-Net's verify_dataset_integrity
 _SAME_SPACING = 1e-5
 _MOST_NAMED = 10
 

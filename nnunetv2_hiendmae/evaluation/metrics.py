@@ -38,7 +38,7 @@ class Metric:
 
     @property
     def label(self) -> str:
-        """Of an axis."""
+        """Title and unit, for an axis."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     def told_with(self, tolerances: Mapping[str, float]) -> "Metric":

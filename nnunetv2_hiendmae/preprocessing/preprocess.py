@@ -45,7 +45,7 @@ from nnunetv2_hiendmae.weights.hub import local_file
 # of the encoder that the plans name, where no file does
 DEFAULT_PRESET = "vit_base_p16"
 RULE = "nnU-Net's rule"
-# factor between the spacing of images and of arrays
+# factor between the spacings of images and of arrays that is worth a warning
 FAR = 3
 # how long to wait for a lock that is held only to be looked at
 _LOOK_S = 10

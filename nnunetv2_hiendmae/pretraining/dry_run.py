@@ -3,7 +3,6 @@
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.files import STEP
+from nnunetv2_hiendmae.host_memory import RSS_UNIT
 from nnunetv2_hiendmae.options.commands import PretrainOptions
 from nnunetv2_hiendmae.pretraining.loop import check, decide, prepare
 from nnunetv2_hiendmae.pretraining.method import Batch
@@ -212,9 +212,8 @@ def _peak_memory() -> tuple[int | None, int | None]:
         return None, None
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024
     own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own.ru_maxrss * unit, children.ru_maxrss * unit
+    return own.ru_maxrss * RSS_UNIT, children.ru_maxrss * RSS_UNIT
 
 
 def _largest(fabric: Fabric, size: int | None) -> int | None:

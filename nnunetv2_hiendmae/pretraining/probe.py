@@ -24,7 +24,7 @@ from nnunetv2_hiendmae.training.labelled import MOST_CROPS, UNKNOWN, LabelledCas
 from nnunetv2_hiendmae.training.views import grid_corners
 from nnunetv2_hiendmae.training.volumes import Case, CaseVolume, crop_and_pad, telling_unreadable
 
-# of all training cases together, and of all test cases for the rank
+# tokens of all training cases together, and of all test cases for the rank
 MOST_TOKENS = 8192
 # of the ridge regression, for features of unit variance and the mean squared error: with a tenth of it, random encoders
 # differed two to three times as much between seeds (5 seeds, two folds of brain tissues)

@@ -18,9 +18,9 @@ State = Mapping[str, Tensor]
 Triple = tuple[int, int, int]
 # width → attention heads and transformer blocks of the encoders that were released
 Sizes = Mapping[int, tuple[int, int]]
-# our names → the spec, in the file's axis order; `axes` of the options is said. What neither shapes nor options tell is
-# added to the list, and something that fits the shapes stands in the spec: damage is told first.
-# UserError: a tensor is missing, or the options contradict the shapes
+# tensors by our names, options whose `axes` are decided, released sizes, questions → the spec, in the file's order of
+# axes. What neither shapes nor options tell becomes a question, and the spec has a stand-in that fits the shapes: so
+# damage is told before anything is asked. UserError: a tensor is missing, or the options contradict the shapes
 InferSpec = Callable[[State, ConvertOptions, Sizes, list[str]], EncoderSpec]
 # a table this close to the sin-cos one was never trained
 _TOLERANCE = 1e-4

@@ -121,7 +121,7 @@ def translate_own(state: Mapping[str, Any], prefix: str, spec: EncoderSpec) -> T
 
 
 def translate_foreign(found: ForeignEncoder, options: ConvertOptions) -> tuple[Translation, EncoderSpec, bool]:
-    """Names, shapes, axes and numbers of a foreign state_dict, as ours. `options`: with `axes` said.
+    """Names, shapes, axes and numbers of a foreign state_dict, as ours. `options`: whose `axes` are decided.
 
     Returns:
         The tensors, their spec, and whether the file's positions are the sin-cos table of their grid.
