@@ -14,15 +14,9 @@ from lightning_fabric import Fabric
 from scipy import optimize, stats
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score, roc_auc_score
 
+from nnunetv2_hiendmae.classification.inputs import Inputs, forward_work, warn_of_differences
 from nnunetv2_hiendmae.classification.labels import Labels, read_labels
-from nnunetv2_hiendmae.classification.network import (
-    BEST,
-    LAST,
-    Inputs,
-    forward_work,
-    load_classifier,
-    warn_of_differences,
-)
+from nnunetv2_hiendmae.classification.network import BEST, LAST, load_classifier
 from nnunetv2_hiendmae.environment import dataset_id
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import replacing, write_text

@@ -15,6 +15,7 @@ from lightning_fabric import Fabric
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
 from nnunetv2_hiendmae.classification import network as net
+from nnunetv2_hiendmae.classification.inputs import Inputs, epoch_keys, forward_work, warn_of_differences
 from nnunetv2_hiendmae.classification.labels import SPLIT, Labels, Split, choose_split, read_labels
 from nnunetv2_hiendmae.classification.predict import (
     COMMAND,
@@ -62,7 +63,7 @@ class ClassifySettings(run.RunSettings, ClassifyOptions):
     encoder_file: str
     encoder_sha256: str
     labels_sha256: str
-    inputs: net.Inputs
+    inputs: Inputs
 
     keys: ClassVar = (
         *("datasets", "plans_name", "configuration", "spec", "encoder_file", "encoder_sha256", "labels_sha256", "fold"),
@@ -126,7 +127,7 @@ def build_task(
         "encoder_sha256": sha256(encoder_file),
         "labels_sha256": labels.digest(),
         "fold": None if labels.column == SPLIT else options.fold or "0",
-        "inputs": net.Inputs(ANTIALIASED if options.input == RESIZE else options.input, spec.img_size, options.crops),
+        "inputs": Inputs(ANTIALIASED if options.input == RESIZE else options.input, spec.img_size, options.crops),
         "precision": choose_precision(options.precision, options.device),
     }
     settings = ClassifySettings(**values)
@@ -195,7 +196,7 @@ def train(
 def run_training(task: Task, run_dir: Path) -> Path:
     """`train` with a task that is decided, into `run_dir`."""
     network, metadata = _build(task)
-    work = task.settings.batch_size * net.forward_work(network, task.settings.inputs)
+    work = task.settings.batch_size * forward_work(network, task.settings.inputs)
     # backward is twice as much
     fabric = launch(task.settings.device, task.settings.precision, 3 * work, alone=COMMAND)
     run.check_free_disk(run_dir, network)
@@ -221,7 +222,7 @@ def _build(task: Task) -> tuple[net.Classifier, net.ClassifierMetadata]:
     network = net.build_classifier(settings.spec, len(classes), settings.pool, settings.freeze_encoder, settings.seed)
     if not settings.from_scratch:
         load_into(network.encoder, settings.encoder_file)
-        net.warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
+        warn_of_differences(task.data, settings.inputs, seen.volume, "the encoder")
     metadata = net.ClassifierMetadata(
         **{name: getattr(settings, name) for name in ("spec", "pool", "inputs", "plans_name", "configuration")},
         classes=classes,
@@ -248,7 +249,7 @@ def _run(
 
     draw = partial(settings.inputs.draw, augment=settings.augmentation)
     samples = SampleDataset(task.subset(split.train), draw, settings.seed, case_in_key=True)
-    keys = net.epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
+    keys = epoch_keys(epochs, len(split.train), settings.batch_size, settings.seed)
     steps = math.ceil(len(split.train) / settings.batch_size)
     weights = net.balanced_weights(task.targets(split.train), len(task.labels.classes)).to(fabric.device)
     with (

@@ -16,7 +16,7 @@ from lightning_fabric import Fabric
 from run_data import PLANS
 from torch.nn import functional as F
 
-from nnunetv2_hiendmae.classification.network import (
+from nnunetv2_hiendmae.classification.inputs import (
     Inputs,
     epoch_keys,
     warn_of_differences,

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
+from nnunetv2_hiendmae.classification.inputs import Inputs
 from nnunetv2_hiendmae.classification.network import (
     Classifier,
     ClassifierMetadata,
-    Inputs,
     balanced_weights,
     build_classifier,
     load_classifier,
