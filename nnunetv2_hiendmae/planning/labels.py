@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import multiprocessing
 import shutil
 import sys
 from contextlib import suppress
@@ -12,11 +11,12 @@ from pathlib import Path
 import pandas as pd
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
-from nnunetv2_hiendmae.environment import dataset_id, end_with_parent, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import is_disk_full, scratch_folder, telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.planning.dataset import FINGERPRINT, RawDataset, prints_to_log
 from nnunetv2_hiendmae.planning.readers import READER_KEY, BrokenCaseError, Reader, naming_reason
+from nnunetv2_hiendmae.processes import in_processes
 
 # in the preprocessed folder: a digest of the label files that were found good
 CHECKED = "hiendmae_labels.sha256"
@@ -69,17 +69,12 @@ def check_label_files(raw: RawDataset, reader: Reader, num_processes: int) -> No
     with suppress(OSError, ValueError):
         if record.read_text(encoding="utf-8").strip() == checked:
             return
-    check = partial(_label_fault, reader, known)
-    processes = min(num_processes, len(raw.labels) // _FILES_PER_PROCESS)
-    if processes > 1:
-        with multiprocessing.get_context("spawn").Pool(processes, initializer=end_with_parent) as pool:
-            faults = pool.map(check, raw.labels.values())
-    else:
-        faults = list(map(check, raw.labels.values()))
+    jobs = [partial(_label_fault, reader, known, file) for file in raw.labels.values()]
+    processes = min(num_processes, len(jobs) // _FILES_PER_PROCESS)
     by_fault: dict[str, list[str]] = {}
-    for file, fault in zip(raw.labels.values(), faults, strict=True):
-        by_fault.setdefault(fault, []).append(Path(file).name)
-    by_fault.pop("", None)
+    for file, fault in zip(raw.labels.values(), in_processes(jobs, processes, f"{raw.name} labels"), strict=True):
+        if fault:
+            by_fault.setdefault(fault, []).append(Path(file).name)
     if by_fault:
         # all of them: whoever mends files wants no second round
         told = "; ".join(f"{', '.join(names)}: {fault}" for fault, names in by_fault.items())

@@ -4,8 +4,10 @@ import errno
 import json
 import logging
 import math
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -443,6 +445,20 @@ def test_files_that_are_no_sound_encoder_are_refused(toy, tmp_path):
     save_encoder(file, broken, metadata)
     with pytest.raises(UserError, match=r"norm\.weight"):
         plan_finetuning(toy, file)
+
+
+class KilledReader:
+    """Its process is killed while it reads, as for want of memory."""
+
+    def read_seg(self, _):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_reads_labels_ends_the_command(nnunet, toy):
+    raw = read_raw_dataset(toy)
+    many = replace(raw, labels={str(i): next(iter(raw.labels.values())) for i in range(32)})
+    with pytest.raises(UserError, match=r"a background process was killed.*-np 2"):
+        labels.check_label_files(many, KilledReader, 2)
 
 
 def test_digits_are_labels_as_for_nnunet(nnunet, encoder_file):
