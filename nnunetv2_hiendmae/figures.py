@@ -17,7 +17,9 @@ LABEL_CHARACTERS = 24
 # no tissue is blue
 MASKED_COLOUR = "#2a5da8"
 CLASS_COLOURS, NUM_COLOURS = "tab10", 10
-NUM_SLICES, PANEL_INCHES = 4, 3.0
+PANEL_INCHES = 3.0
+# under masks
+NUM_SLICES = 4
 MARGIN_INCHES = 1.0  # title, column titles, legend
 # top, bottom, left and right of a slice, in parts of its width and height
 EDGES = (0.5, 0.96), (0.5, 0.04), (0.04, 0.5), (0.96, 0.5)
