@@ -47,6 +47,7 @@ NOT_COMPARED = {
     "*/debug.json": "nnU-Net's dump of its trainer, with addresses of objects",
     "*/.*": "locks, without content",
     "logs/*.err": "progress with speeds",
+    "*/hiendmae_labels.sha256": "of the times at which label files were written",
     "nnUNet_raw/*": "made by the programme itself",
     "nnUNet_results/Dataset004_Results/*": "made by the programme itself",
     "logs/*_nnUNetv2_*": "nnU-Net's words, with time stamps",
