@@ -182,10 +182,15 @@ def telling_unreadable(case: Case) -> Iterator[None]:
         raise UserError(f"cannot read case {case.name} ({e}); delete {case.path} and preprocess again") from e
 
 
+def _mend(name: str) -> str:
+    """The command that preprocesses a dataset anew."""
+    return f"run: hiendmae preprocess -d {shlex.quote(name)}"
+
+
 def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
     """Cases of one dataset."""
     root = nnunet_folder("nnUNet_preprocessed") / name
-    mend = f"run: hiendmae preprocess -d {shlex.quote(name)}"
+    mend = _mend(name)
     file = root / f"{plans_name}.json"
     if not file.exists():
         files = filter(Path.is_file, root.glob("*.json"))
@@ -203,8 +208,7 @@ def _preprocessed(name: str, plans_name: str, configuration: str) -> CaseSet:
 
 
 def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
-    name, plans_name = root.name, plans.plans_name
-    mend = f"run: hiendmae preprocess -d {shlex.quote(name)}"
+    name, plans_name, mend = root.name, plans.plans_name, _mend(root.name)
     manager = plans.get_configuration(configuration)
     if len(manager.patch_size) != 3:
         raise UserError(
@@ -237,8 +241,7 @@ def _volume_format(root: Path, plans: PlansManager, manager: ConfigurationManage
     try:
         return VolumeFormat.of_plans(plans.plans, manager.configuration, data)
     except ValueError as e:
-        told = f"{e} in {root.name} by {plans.plans_name}"
-        raise UserError(f"{told}; run: hiendmae preprocess -d {shlex.quote(root.name)}") from e
+        raise UserError(f"{e} in {root.name} by {plans.plans_name}; {_mend(root.name)}") from e
 
 
 def _case(name: str, path: Path, channels: int, again: str) -> Case:
