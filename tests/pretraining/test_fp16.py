@@ -8,7 +8,8 @@ from test_loop import losses
 
 from nnunetv2_hiendmae.pretraining import METHODS
 from nnunetv2_hiendmae.pretraining.steps import Learner
-from nnunetv2_hiendmae.training.run import _precision, restore_state, save_state
+from nnunetv2_hiendmae.training.launch import _precision
+from nnunetv2_hiendmae.training.run import restore_state, save_state
 from nnunetv2_hiendmae.training.volumes import find_cases
 
 
