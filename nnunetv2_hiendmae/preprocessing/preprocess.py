@@ -16,11 +16,10 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import check_unlocked, locked, write_text
+from nnunetv2_hiendmae.former_plans import CONFIGURATION, array_settings
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
-    CONFIGURATION,
-    array_settings,
     check_plans_name,
     data_folder,
     is_preprocessed,

@@ -143,6 +143,19 @@ def test_missing_folds_are_named_and_not_averaged_over(tree):
     assert ours.mean_over_common_cases == pytest.approx(values(OURS, [0]).mean())
 
 
+def test_results_of_a_training_before_the_one_that_was_stopped(tree):
+    (tree.results / DATASET / OURS / "fold_1" / "checkpoint_latest.pth").touch()
+    told = f"{OURS}: fold 1 is being trained, or was stopped (checkpoint_latest.pth is there): its results are of an"
+    assert any(note.startswith(told) for note in compare(7).notes)
+    assert compare(7, folds=[0]).notes == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{\"my_init_kwargs\": \"{'plans': {1: open}, 'configuration': '\"}"])
+def test_a_debug_json_that_says_nothing(tree, text):
+    (tree.results / DATASET / OURS / "fold_1" / "debug.json").write_text(text)
+    assert compare(7).notes == []
+
+
 def test_folds_choose(tree):
     # in the order of --runs
     report = compare(7, folds=[0], runs=["Third", "TrA", "TrB"])

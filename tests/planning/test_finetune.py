@@ -603,7 +603,7 @@ def test_other_arrays_get_a_folder_of_their_own(nnunet, toy, encoder_file, other
     with caplog.at_level(logging.WARNING):
         again = plan_finetuning(toy, encoder_file, **other)
     assert identifier(again) == identifier(second)
-    assert f"{folder} was preprocessed with other settings" in caplog.text and "another folder" in caplog.text
+    assert f"{folder} was preprocessed with other settings" in caplog.text and "delete it" in caplog.text
 
 
 def test_a_case_without_arrays_asks_for_preprocessing(nnunet, toy, encoder_file):

@@ -29,7 +29,7 @@ from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.planning import plan_finetuning
 from nnunetv2_hiendmae.recipes import trainer_of
 from nnunetv2_hiendmae.trainers import nnUNetTrainer_HiEndMAE, nnUNetTrainer_MAE3D, nnUNetTrainer_ViTUNETR
-from nnunetv2_hiendmae.trainers.trainers import learning_rate
+from nnunetv2_hiendmae.trainers.schedule import learning_rate
 from nnunetv2_hiendmae.weights import convert_checkpoint, load_encoder, load_into
 
 EPOCHS, WARMUP = 10, 2
