@@ -156,6 +156,13 @@ def test_a_debug_json_that_says_nothing(tree, text):
     assert compare(7).notes == []
 
 
+def test_a_fold_that_trains_on_its_validation_cases(tree):
+    splits = [{"train": FOLDS[0], "val": FOLDS[0]}, {"train": FOLDS[0], "val": FOLDS[1]}]
+    (tree.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
+    [note] = compare(7).notes
+    assert note.startswith("fold 0 trains on its validation cases (case_00, ")
+
+
 def test_folds_choose(tree):
     # in the order of --runs
     report = compare(7, folds=[0], runs=["Third", "TrA", "TrB"])

@@ -463,7 +463,7 @@ def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypa
     "named_values", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
 )
 def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, named_values):
-    name = make_dataset(nnunet, 1, labels=named_values)
+    name = make_dataset(nnunet, 1, labels=named_values, extra_json={"regions_class_order": [1, 4]})
     path = nnunet.raw / name / "labelsTr" / "case_003.nii.gz"
     seg = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(np.where(seg.get_fdata() == 2, 7, 1).astype(np.uint8), seg.affine), path)
