@@ -12,7 +12,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 
 from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name, device_words
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import UNETR, PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
@@ -24,6 +24,7 @@ from nnunetv2_hiendmae.planning.dataset import (
 from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, extract_fingerprint
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
+    changed_since,
     check_plans_name,
     data_folder,
     is_preprocessed,
@@ -163,11 +164,15 @@ def plan_finetuning(
         raw, number, plans_name, trainer, options.num_processes, first_fold(raw, path.parent)
     )
     folder = data_folder(path)
-    if all(is_preprocessed(folder, case) for case in raw.cases):
+    changed = changed_since(folder, {case: (*images, raw.labels[case]) for case, images in raw.cases.items()})
+    if changed or not all(is_preprocessed(folder, case) for case in raw.cases):
+        commands = [preprocess, *commands]
+    else:
         told = f"arrays: those in {folder.name} are complete and fit; where images or labels changed since, run"
         messages = (*messages, f"{told}: {preprocess}")
-    else:
-        commands = [preprocess, *commands]
+    if changed:
+        told = f"images or labels of {some(changed)} are newer than their arrays in {folder.name}"
+        logger.warning(f"{told}: where voxels changed, preprocess them again")
     return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, tuple(commands))
 
 

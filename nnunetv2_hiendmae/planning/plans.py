@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -168,6 +169,16 @@ def data_folder(path: Path) -> Path:
 def is_preprocessed(folder: Path, case: str) -> bool:
     """Whether a folder of arrays holds a case."""
     return all((folder / f"{case}{end}").is_file() for end in CASE_FILES)
+
+
+def changed_since(folder: Path, files: Mapping[str, Iterable[str]]) -> list[str]:
+    """Cases of which a file was changed, or put there, after their array in a folder was written."""
+    return [case for case, of_case in files.items() if _is_older(folder / f"{case}{CASE_FILES[-1]}", of_case)]
+
+
+def _is_older(array: Path, files: Iterable[str]) -> bool:
+    there = [Path(file) for file in files if Path(file).is_file()]
+    return array.is_file() and any(file.stat().st_mtime_ns > array.stat().st_mtime_ns for file in there)
 
 
 def check_plans_name(dataset_name: str, plans_name: str, for_pretraining: bool = False) -> Path:

@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import math
+import os
 import platform
 import re
 import subprocess
@@ -583,6 +584,17 @@ def test_plans_with_the_same_arrays_share_them(nnunet, toy, encoder_file, tmp_pa
         assert planned.next_commands[0].startswith("nnUNetv2_train")
         (told,) = [m for m in planned.messages if m.startswith("arrays: ")]
         assert folder.name in told and f"nnUNetv2_preprocess -d 1 -plans_name {planned.plans_name}" in told
+
+
+@pytest.mark.parametrize("file", ["imagesTr/case_002_0000.nii.gz", "labelsTr/case_002.nii.gz"])
+def test_images_and_labels_that_changed_since_ask_for_preprocessing(nnunet, toy, encoder_file, caplog, file):
+    folder = finish(nnunet, plan_finetuning(toy, encoder_file))
+    stamp = 10**9 + (folder / "case_002.b2nd").stat().st_mtime_ns
+    os.utime(nnunet.raw / toy / file, ns=(stamp, stamp))
+    planned = plan_finetuning(toy, encoder_file)
+    assert f"images or labels of case_002 are newer than their arrays in {folder.name}" in caplog.text
+    assert planned.next_commands[0].startswith("nnUNetv2_preprocess")
+    assert not [m for m in planned.messages if m.startswith("arrays: ")]
 
 
 @pytest.mark.parametrize(
