@@ -25,7 +25,8 @@ from nnunetv2_hiendmae.threads import use_allowed_cores
 from nnunetv2_hiendmae.trainers.former import check_checkpoint, check_other_folds
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
-from nnunetv2_hiendmae.weights import load_into
+from nnunetv2_hiendmae.volume_format import twins
+from nnunetv2_hiendmae.weights import load_into, read_metadata
 from nnunetv2_hiendmae.weights.hub import hub_name
 
 # beside 0 and 1, the loaders of training and validation
@@ -290,6 +291,11 @@ class _ViTTrainer(nnUNetTrainer):
         except UserError as e:
             raise RuntimeError(str(e)) from e
         self.print_to_log_file(f"Encoder weights from {path}: {report.text()}")
+        seen, reader = read_metadata(path).volume.image_reader_writer, self.plans_manager.plans["image_reader_writer"]
+        if seen is not None and seen not in twins(reader):
+            told = f"these plans read images with {reader}, the encoder saw those of {seen}"
+            mend = "if nobody asked for that (nnUNetv2_move_plans_between_datasets changes it in silence), run"
+            self.print_to_log_file(f"WARNING: {told}: they may lie in other directions; {mend}: {PLAN_COMMAND}")
 
     def _input_kernel(self) -> nn.Parameter:
         encoder = self._plain_network().encoder

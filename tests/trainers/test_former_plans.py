@@ -4,11 +4,12 @@ import json
 from dataclasses import replace
 
 import pytest
-from nnunet_data import make_dataset
-from workplace import SHAPE, make_workplace, prepare
+from nnunet_data import make_dataset, save_tiny_encoder
+from workplace import QUICK, SHAPE, make_workplace, prepare
 
 from nnunetv2_hiendmae.evaluation.compare import compare
 from nnunetv2_hiendmae.former_plans import Changes, changes
+from nnunetv2_hiendmae.planning import plan_finetuning
 
 pytestmark = pytest.mark.slow
 
@@ -90,9 +91,21 @@ def test_arrays_that_are_missing_name_the_command(workplace, toy, nnunet):
     assert said.endswith("run: nnUNetv2_preprocess -d 1 -plans_name Elsewhere -c 3d_fullres") and folder in said
 
 
-def command(planned, fold):
+def test_moved_plans_whose_reader_nnunet_changed_are_told(workplace, toy, nnunet, tmp_path):
+    encoder = save_tiny_encoder(tmp_path / "encoder.safetensors", image_reader_writer="NibabelIOWithReorient")
+    planned = prepare(replace(workplace, encoder_file=encoder), toy, plans_name="Ras", epochs=1, warmup_epochs=0)
+    told = "WARNING: these plans read images with SimpleITKIO, the encoder saw those of NibabelIOWithReorient"
+    assert "WARNING" not in workplace.train(planned, 0)
+    target = make_dataset(workplace.folders, 2, cases=2, shape=SHAPE)
+    plan_finetuning(target, encoder, **{**QUICK, "plans_name": "Own"})
+    workplace.run("nnUNetv2_move_plans_between_datasets", "-s", 1, "-t", 2, "-sp", "Ras")
+    workplace.run("nnUNetv2_preprocess", "-d", 2, "-plans_name", "Ras", "-c", "3d_fullres", "-np", 1)
+    assert told in workplace.run(*command(planned, "all", "2"))
+
+
+def command(planned, fold, other_dataset=None):
     script, dataset, configuration, _, *rest = planned.next_commands[-2].split()
-    return [script, dataset, configuration, fold, *rest, "-device", "cpu"]
+    return [script, other_dataset or dataset, configuration, fold, *rest, "-device", "cpu"]
 
 
 def test_what_counts_as_a_change(trained):
