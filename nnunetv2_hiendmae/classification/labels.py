@@ -79,8 +79,8 @@ def read_labels(path: Path, cases: Sequence[str], classes: Sequence[str] | None 
 
     Raises:
         UserError: no such file, not comma-separated UTF-8 text, a column is missing, a value is empty, holds
-            invisible characters or is spelt in two ways, a case is there twice, not preprocessed or in several datasets, no row, only one
-            class, or a label that is not among `classes`.
+            invisible characters or is spelt in two ways, a case is there twice, not preprocessed or in several
+            datasets, no row, only one class, or a label that is not among `classes`.
     """
     path = Path(path)
     column, listed = _read_rows(path)

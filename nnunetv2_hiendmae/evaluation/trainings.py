@@ -1,10 +1,10 @@
-"""What nnU-Net's folders say of the trainings behind results: other plans of the same name, and trainings that are not
-finished."""
+"""What nnU-Net's folders say of the trainings behind results: other plans of the same name, other names of classes, and
+trainings that are not finished."""
 
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ _ARGUMENTS = "my_init_kwargs"
 _UNFINISHED = "checkpoint_latest.pth"
 
 
-def notes_on_trainings(folder: Path, runs: Sequence[Run], folds: Sequence[int]) -> Iterator[str]:
+def notes_on_trainings(folder: Path, runs: Sequence[Run], folds: Set[int]) -> Iterator[str]:
     """What a reader must know of how the results of `folds` came about.
 
     Args:
         folder: `$nnUNet_results/<dataset>`.
     """
+    yield from _notes_on_names([run for run in runs if folds.intersection(run.folds)])
     for run in runs:
         trained = {fold: folder / run.name / f"fold_{fold}" for fold in run.folds if fold in folds}
         plans = {fold: found for fold, path in trained.items() if (found := _plans(path))}
@@ -39,6 +40,17 @@ def notes_on_trainings(folder: Path, runs: Sequence[Run], folds: Sequence[int]) 
                     f"{run.name}: fold {fold} is being trained, or was stopped ({_UNFINISHED} is there): its results "
                     "are of an earlier training"
                 )
+
+
+def _notes_on_names(runs: Sequence[Run]) -> Iterator[str]:
+    """Classes go by their numbers: where dataset.json was changed between trainings, one may stand for two things."""
+    named = [run for run in runs if run.class_names]
+    for run in named[1:]:
+        first = named[0]
+        for number in sorted(first.class_names.keys() & run.class_names.keys()):
+            name, other = first.class_names[number], run.class_names[number]
+            if name != other:
+                yield f"class {number} is {name} in {first.name} and {other} in {run.name}: are they the same?"
 
 
 def _plans(fold: Path) -> dict[str, Any]:

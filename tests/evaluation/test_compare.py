@@ -156,6 +156,14 @@ def test_a_debug_json_that_says_nothing(tree, text):
     assert compare(7).notes == []
 
 
+def test_a_class_that_was_renamed_between_trainings(tree):
+    about = {"labels": {"background": 0, "spleen": 1, "liver": 2}, "file_ending": ".nii.gz"}
+    (tree.results / DATASET / STOCK / "dataset.json").write_text(json.dumps(about))
+    told = f"class 1 is liver in {OURS} and spleen in {STOCK}: are they the same?"
+    assert told in compare(7, runs=[OURS, STOCK]).notes
+    assert compare(7, runs=[STOCK]).notes == []
+
+
 def test_a_fold_that_trains_on_its_validation_cases(tree):
     splits = [{"train": FOLDS[0], "val": FOLDS[0]}, {"train": FOLDS[0], "val": FOLDS[1]}]
     (tree.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
