@@ -66,8 +66,9 @@ def _label_rules(dataset_json: dict[str, Any]) -> Iterator[str]:
     if values.get("background") != {0}:
         yield '"background" must be among the labels, and 0'
     ignored = values.pop("ignore", None)
-    if ignored is not None and ignored != {1 + max(v for of_label in values.values() for v in of_label)}:
-        yield f'"ignore" is {labels["ignore"]}, and must be the highest label'
+    highest = 1 + max(v for of_label in values.values() for v in of_label)
+    if ignored is not None and labels["ignore"] != highest:
+        yield f'"ignore" is {json.dumps(labels["ignore"])}, and must be the highest label, the number {highest}'
     if not any(isinstance(v, list) and len(v) > 1 for name, v in labels.items()):
         return
     regions = {name: of_region for name, of_region in values.items() if of_region != {0}}

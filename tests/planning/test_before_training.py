@@ -43,6 +43,7 @@ def planned(nnunet, encoder_file):
             r"gives 1 to the region lesion, which is \[2\].*the region whole stands behind lesion",
         ),
         ({"background": 0, "ignore": 1, "organ": 2}, None, r'"ignore" is 1, and must be the highest'),
+        ({"background": 0, "organ": 1, "ignore": "2"}, None, r'"ignore" is "2", and must be .*, the number 2'),
         ({"organ": 0, "lesion": [1, 2]}, [1], r'"background" must be among the labels'),
     ],
 )
