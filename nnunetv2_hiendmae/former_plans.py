@@ -63,8 +63,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], configuration_nam
     for part in (_model, _encoder, _recipe):
         with suppress(LookupError, TypeError, AttributeError):
             old, new = part(before, configuration_name), part(now, configuration_name)
-            keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            told.append(tuple(f"{key} was {old.get(key)}, is {new.get(key)}" for key in keys))
+            # what only one of them names came with another version, whose default it is
+            keys = [key for key in old if key in new and old[key] != new[key]]
+            told.append(tuple(f"{key} was {old[key]}, is {new[key]}" for key in keys))
     return Changes(*told) if len(told) == len(fields(Changes)) else Changes()
 
 

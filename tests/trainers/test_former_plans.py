@@ -116,6 +116,13 @@ def test_what_counts_as_a_change(trained):
     other = {**plans, "hiendmae": {**plans["hiendmae"], "encoder_sha256": "0123456789abcdef"}}
     found = changes(plans, other)
     assert found == replace(Changes(), encoder=found.encoder) and found.encoder[0].endswith("is 01234567")
+    # plans of a version that had fewer options
+    older = json.loads(json.dumps(plans))
+    del (
+        older["hiendmae"]["recipe"]["seed"],
+        older["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["dense"],
+    )
+    assert changes(older, plans) == changes(plans, older) == Changes()
     # stock plans, and what is none
     stock = {k: v for k, v in plans.items() if k != "hiendmae"}
     assert changes(stock, stock) == Changes()
