@@ -11,7 +11,7 @@ from nnunet_data import IGNORE, LESION, ORGAN, make_dataset, make_folders, write
 from stopped import run_until_killed
 from workplace import EPOCHS, LR, SHAPE, WARMUP, make_workplace, prepare
 
-from nnunetv2_hiendmae.trainers.trainers import learning_rate
+from nnunetv2_hiendmae.trainers.schedule import learning_rate
 
 pytestmark = pytest.mark.slow
 

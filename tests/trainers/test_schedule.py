@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnunetv2_hiendmae.optim import split_groups
-from nnunetv2_hiendmae.trainers.trainers import WarmupCosine, learning_rate
+from nnunetv2_hiendmae.trainers.schedule import WarmupCosine, learning_rate
 
 
 @pytest.mark.parametrize("epochs, warmup", [(300, 30), (10, 0), (1, 0), (10, 9)])
