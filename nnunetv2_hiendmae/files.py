@@ -27,6 +27,10 @@ STEP, STATE = "step", "method"
 # of the settings: digest of the cases that the run was started with
 DATA_KEY = "data_sha256"
 
+# files of weights in a folder, as patterns
+_OF_WEIGHTS = ("*.safetensors", "*.pth", "*.pt", "*.ckpt", "*.bin", "fold_*/checkpoint_final.pth")
+_MOST_NAMED = 3
+
 
 @contextmanager
 def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
@@ -179,6 +183,15 @@ def check_unlocked(lock: Path, in_use: str, timeout_s: float = 0) -> None:
     """Raises what `locked` would, and keeps nothing."""
     with locked(lock, in_use, timeout_s):
         pass
+
+
+def refuse_folder(path: Path) -> None:
+    """Raises UserError: a folder where a file of weights is needed; names those in it, in a fold of nnU-Net's too."""
+    if not path.is_dir():
+        return
+    found = [file for end in _OF_WEIGHTS for file in sorted(path.glob(end)) if not file.name.startswith(".")]
+    there = ", ".join(map(str, found[:_MOST_NAMED])) or "it holds none"
+    raise UserError(f"{path} is a folder, needed a file of weights; give one: {there}")
 
 
 def sha256(path: Path) -> str:

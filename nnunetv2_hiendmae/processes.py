@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -34,7 +35,7 @@ def _results(jobs: Collection[Callable[[], Result]], num_processes: int) -> Iter
         yield from (job() for job in jobs)
         return
     # spawn, as nnU-Net does: a forked child may inherit a lock that nobody releases
-    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=end_with_parent)
+    executor = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_start)
     try:
         yield from executor.map(_call, jobs)
     except BrokenProcessPool as e:
@@ -44,6 +45,12 @@ def _results(jobs: Collection[Callable[[], Result]], num_processes: int) -> Iter
         ) from e
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def _start() -> None:
+    end_with_parent()
+    # Ctrl-C reaches workers too: they end without a traceback each, below which what the command says would be lost
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _call(job: Callable[[], Result]) -> Result:

@@ -20,7 +20,7 @@ PACKAGE = Path(nnunetv2_hiendmae.__file__).parent
 NAME = PACKAGE.name
 # leaves that anybody may use
 BASE = {"errors", "files", "environment", "options", "schemas", "volume_format", "recipes", "plans_section"}
-BASE |= {"optim", "figures", "threads", "processes", "host_memory", "randomness"}
+BASE |= {"former_plans", "optim", "figures", "threads", "processes", "host_memory", "randomness"}
 # part of the package -> parts of ours that it may import
 ALLOWED = {
     "__init__": BASE | {"weights", "planning", "preprocessing", "pretraining", "classification", "evaluation"},
@@ -33,6 +33,7 @@ ALLOWED = {
     "volume_format": {"schemas"},
     "plans_section": {"schemas"},
     "recipes": {"plans_section", "volume_format"},
+    "former_plans": {"plans_section", "schemas", "volume_format"},
     "optim": set(),
     "threads": set(),
     "processes": {"environment", "errors"},

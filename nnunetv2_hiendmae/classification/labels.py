@@ -6,7 +6,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -76,14 +77,18 @@ def read_labels(path: Path, cases: Sequence[str], classes: Sequence[str] | None 
             that are left out.
 
     Raises:
-        UserError: no such file, not comma-separated UTF-8 text, a column is missing, a value is empty or holds
-            invisible characters, a case is there twice, not preprocessed or in several datasets, no row, only one
-            class, or a label that is not among `classes`.
+        UserError: no such file, not comma-separated UTF-8 text, a column is missing, a value is empty, holds
+            invisible characters or is spelt in two ways, a case is there twice, not preprocessed or in several
+            datasets, no row, only one class, or a label that is not among `classes`.
     """
     path = Path(path)
     column, listed = _read_rows(path)
     rows = _resolve(path, listed, cases)
     found = {row.label for row in rows.values()}
+    for name, values in ((LABEL, found), (column, {row.place for row in rows.values()} if column else ())):
+        if alike := _look_alike(values):
+            told = f"{path} has {name}s that look like one: {' and '.join(map(repr, alike))}"
+            raise UserError(f"{told}; needed one spelling of each, write them alike")
     if classes is None and len(found) < 2:
         raise UserError(f"all cases in {path} have the label '{found.pop()}', needed at least two classes")
     if strange := sorted(found - set(classes or found)):
@@ -98,6 +103,18 @@ def read_labels(path: Path, cases: Sequence[str], classes: Sequence[str] | None 
     names = tuple(classes or sorted(found, key=(lambda label: (int(label), label)) if whole else None))
     targets = {case: names.index(row.label) for case, row in sorted(rows.items())}
     return Labels(names, targets, {case: rows[case].place for case in targets} if column else None, column)
+
+
+def _look_alike(values: Collection[str]) -> list[str]:
+    """Different texts for one value, as tables have them that were put together of several: 1 and 1.0, yes and Yes; []
+    where there are none."""
+    spelt: dict[str | float, list[str]] = {}
+    for value in sorted(values):
+        key: str | float = " ".join(value.casefold().split())
+        with suppress(ValueError):
+            key = float(value)
+        spelt.setdefault(key, []).append(value)
+    return next((texts for texts in spelt.values() if len(texts) > 1), [])
 
 
 def _read_rows(path: Path) -> tuple[str | None, list[_Row]]:

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_hiendmae.commands.arguments import add_json, add_options, from_arguments
 from nnunetv2_hiendmae.errors import UserError, printable
-from nnunetv2_hiendmae.files import CHECKPOINT, ENCODER, PROBE_ENCODER, SETTINGS, STATE, STEP, read_settings, sha256
+from nnunetv2_hiendmae.files import (
+    CHECKPOINT,
+    ENCODER,
+    PROBE_ENCODER,
+    SETTINGS,
+    STATE,
+    STEP,
+    read_settings,
+    refuse_folder,
+    sha256,
+)
 from nnunetv2_hiendmae.options.commands import ConvertOptions
 
 if TYPE_CHECKING:
@@ -47,8 +57,7 @@ def _text(value: Any) -> str:
 
 def _describe_folder(path: Path, options: ConvertOptions) -> dict[str, Any]:
     if not (path / SETTINGS).is_file():
-        needed = "give an encoder file, a checkpoint or a run folder"
-        raise UserError(f"{path} is not a run folder (no {SETTINGS}); {needed}")
+        refuse_folder(path)
     about = {"kind": "run folder", "settings": read_settings(path)}
     if (path / CHECKPOINT).exists():
         about["checkpoint"] = _describe(path / CHECKPOINT, options)

@@ -25,6 +25,7 @@ from nnunetv2_hiendmae.evaluation.statistics import (
     paired_test,
     summary,
 )
+from nnunetv2_hiendmae.evaluation.trainings import notes_on_trainings
 
 CASE, PATIENT = "case", "patient"
 _LEVELS = ("setting", "run", "fold", CASE)  # of `Report.values`
@@ -171,6 +172,7 @@ def compare(
     notes = [f"{r.name}: fold_all is left out, it validates on its training cases" for r in found if r.has_fold_all]
     if not splits.folds:
         notes.append("no splits_final.json: which cases belong to which fold was not checked")
+    notes += notes_on_trainings(folder, found, {*dice.index.unique("fold")})
     shown = {n: splits.folds[n] for n in dice.index.unique("fold") if n < len(splits.folds)}
     notes += notes_on_patients(patients, shown, dice.index.unique("case"))
     unit = PATIENT if patients else CASE

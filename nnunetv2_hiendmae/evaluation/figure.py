@@ -21,6 +21,8 @@ LONGEST_LABEL = 28
 SMALLEST_SPAN = 0.2
 # mm or mL
 SMALLEST_LOG = 10
+# above the largest of these, whose dot would be cut
+HEADROOM = 1.05
 
 
 def draw_comparison(report: Report, path: Path) -> None:
@@ -102,7 +104,7 @@ def _finish(axis, title: str, names: Sequence[str], report: Report) -> None:
         # misses lie far above everything else; where nothing does, this scale would have no ticks
         if axis.get_ylim()[1] > SMALLEST_LOG:
             axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(0, None)
+        axis.set_ylim(0, HEADROOM * axis.get_ylim()[1])
     axis.tick_params(axis="y", labelsize=8)
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)

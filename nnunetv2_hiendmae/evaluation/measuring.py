@@ -18,10 +18,10 @@ from nnunetv2.evaluation.evaluate_predictions import key_to_label_or_region, reg
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from typing_extensions import TypedDict
 
-from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
+from nnunetv2_hiendmae.environment import device_words, nnunet_folder
 from nnunetv2_hiendmae.errors import LONGEST_ERROR, UserError, printable, some
 from nnunetv2_hiendmae.evaluation.metrics import DECIMALS, HD95, MISSED, NSD, SIGNED, VOLUME
-from nnunetv2_hiendmae.evaluation.results import Run
+from nnunetv2_hiendmae.evaluation.results import Run, training_command
 from nnunetv2_hiendmae.evaluation.surfaces import MEASURES, PREDICTED_ML, REFERENCE_ML, measure
 from nnunetv2_hiendmae.files import sha256, write_text
 from nnunetv2_hiendmae.processes import in_processes
@@ -154,9 +154,7 @@ def _refuse(problems: Mapping[_Case, str]) -> None:
     told = []
     for (run, fold), cases in groupby(problems, lambda case: (case.run, case.fold)):
         of_fold = [*cases]
-        trainer, plans, configuration = run.split("__")
-        dataset = dataset_id(of_fold[0].prediction.parents[3].name)
-        command = f"nnUNetv2_train {dataset} {configuration} {fold} -p {plans} -tr {trainer} --val"
+        command = f"{training_command(of_fold[0].prediction.parents[1], '--val')}{device_words()}"
         named = some((f"{case.name} ({problems[case]})" for case in of_fold), _MOST_NAMED)
         told.append(f"{run} fold {fold}, {len(of_fold)} of its cases: {named}; this makes predictions again: {command}")
     if told:

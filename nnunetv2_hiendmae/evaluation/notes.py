@@ -44,8 +44,9 @@ def notes_on_setting(
 
 def _notes_on_folds(run: Run, folds: Sequence[int]) -> Iterator[str]:
     if missing := [fold for fold in folds if fold not in run.folds]:
-        started = listed(fold for fold in missing if fold in run.unfinished)
-        note = f" (started, without validation/summary.json: {started}; run nnUNetv2_train … --val)" if started else ""
+        started = {fold: run.unfinished[fold] for fold in missing if fold in run.unfinished}
+        mend = f"started, without validation/summary.json: {listed(started)}; run: {'; '.join(started.values())}"
+        note = f" ({mend})" if started else ""
         yield f"no result of fold {listed(missing)}{note}"
 
 

@@ -50,10 +50,13 @@ def read_patients(dataset: str, known: Collection[str]) -> Patients:
 def notes_on_patients(
     patients: Patients, folds: Mapping[int, Mapping[str, Any]], cases: Collection[str]
 ) -> Iterator[str]:
-    """What a reader must know: which of `cases` the file leaves out, and which of `folds` (by number) leak."""
+    """What a reader must know: which of `cases` the file leaves out, and which of `folds` (by number) leak, be there a
+    file or not."""
     if missing := sorted(set(cases) - patients.keys()) if patients else ():
         yield f"{len(missing)} cases are not in {PATIENTS_FILE} and count as patients of their own: {some(missing)}"
     for number, fold in folds.items():
+        if both := sorted(set(fold["train"]) & set(fold["val"])):
+            yield f"fold {number} trains on its validation cases ({some(both)}), its Dice are too high"
         if torn := torn_patients(fold, patients):
             yield f"fold {number} trains and validates on the same patients ({some(torn)}), its Dice are too high"
 

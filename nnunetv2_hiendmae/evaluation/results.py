@@ -9,7 +9,7 @@ from pathlib import Path, PureWindowsPath
 import numpy as np
 import pandas as pd
 
-from nnunetv2_hiendmae.environment import is_called, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, device_words, is_called, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.schemas import Summary, read_dataset_json, read_json
@@ -27,14 +27,14 @@ class Run:
         folds: number of the fold -> Dice of its validation cases, a row for each case in the order of the file, a
             column for each foreground label or region as nnU-Net writes it ("1" or "(1, 2)"), sorted by label; values
             between 0 and 1, NaN where truth and prediction hold none of the class.
-        unfinished: folds that were started and have no `summary.json`.
+        unfinished: fold that was started and has no `summary.json` -> nnU-Net's command that finishes it.
         class_names: column as in `folds` -> name in dataset.json.
         has_fold_all: there is a `fold_all`, which validates on its training cases and is left out.
     """
 
     name: str
     folds: Mapping[int, pd.DataFrame]
-    unfinished: Sequence[int]
+    unfinished: Mapping[int, str]
     class_names: Mapping[str, str]
     has_fold_all: bool = False
 
@@ -110,15 +110,30 @@ def _read_run(folder: Path) -> Run:
     return Run(
         folder.name,
         {n: _read_summary(path, about.get("file_ending", "")) for n, path in finished.items()},
-        sorted(numbered.keys() - finished.keys()),
+        {n: _finishing_command(numbered[n]) for n in sorted(numbered.keys() - finished.keys())},
         {str(tuple(v) if isinstance(v, list) else v): name for name, v in about.get("labels", {}).items()},
         (folder / "fold_all").is_dir(),
     )
 
 
+def training_command(fold: Path, option: str = "") -> str:
+    """nnU-Net's command for a fold, by its folder, which names dataset, trainer, plans and configuration."""
+    trainer, plans, configuration = fold.parent.name.split("__")
+    number, dataset = fold.name.removeprefix("fold_"), dataset_id(fold.parents[1].name)
+    return f"nnUNetv2_train {dataset} {configuration} {number} -p {plans} -tr {trainer} {option}".rstrip()
+
+
+def _finishing_command(fold: Path) -> str:
+    # nnU-Net validates only what is trained to its end, and continues what has a checkpoint
+    there = {file.name for file in fold.glob("checkpoint_*.pth")}
+    option = "--val" if "checkpoint_final.pth" in there else "--c" if there else ""
+    return f"{training_command(fold, option)}{device_words()}"
+
+
 def _read_summary(path: Path, file_ending: str) -> pd.DataFrame:
     fold = path.parents[1]
-    again = f"validate {fold.parent.name} fold {fold.name.removeprefix('fold_')} again: nnUNetv2_train … --val"
+    number = fold.name.removeprefix("fold_")
+    again = f"validate {fold.parent.name} fold {number} again: {training_command(fold, '--val')}"
     with telling_damage(path, f"nnU-Net's Dice per case; {again}"):
         rows = read_json(path, Summary, again)["metric_per_case"]
         # by label, not as text: 2 before 10

@@ -67,6 +67,7 @@ def read_raw_dataset(name: str) -> RawDataset:
     """
     folder = nnunet_folder("nnUNet_raw") / name
     dataset_json = read_dataset_json(folder)
+    _check_channel_names(folder / "dataset.json", dataset_json)
     if "dataset" not in dataset_json:
         _check_files(folder / "imagesTr", dataset_json["file_ending"])
     # nnU-Net changes what it is given
@@ -101,6 +102,15 @@ def read_raw_dataset(name: str) -> RawDataset:
         {str(case): images(str(case), files["images"]) for case, files in found.items()},
         {str(case): str(files["label"]) for case, files in found.items()},
     )
+
+
+def _check_channel_names(file: Path, dataset_json: dict[str, Any]) -> None:
+    """Raises UserError: nnU-Net would give a channel the name, and so the normalisation, of another one."""
+    names = dataset_json.get("channel_names") or dataset_json["modality"]
+    if [*names] != [str(i) for i in range(len(names))]:
+        needed = 'needed {"0": NAME, "1": NAME, …} in this order, "0" of the files that end in _0000'
+        told = f"{file} names the channels {json.dumps(names)}, {needed}"
+        raise UserError(f"{told}: nnU-Net takes the names one after the other, whatever their numbers; mend it")
 
 
 def _check_files(images: Path, ending: str) -> None:

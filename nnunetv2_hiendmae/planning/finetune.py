@@ -12,7 +12,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 
 from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, dataset_name
-from nnunetv2_hiendmae.errors import UserError
+from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import sha256
 from nnunetv2_hiendmae.options.commands import UNETR, PlanOptions
 from nnunetv2_hiendmae.planning.dataset import (
@@ -25,17 +25,17 @@ from nnunetv2_hiendmae.planning.labels import check_label_files, check_labels, e
 from nnunetv2_hiendmae.planning.messages import decisions, next_commands
 from nnunetv2_hiendmae.planning.plans import (
     CONFIGURATION,
-    SPLITS,
+    changed_since,
     check_plans_name,
     data_folder,
     is_preprocessed,
     make_plans,
     save_plans,
 )
-from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader, told_directions
+from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader, told_directions, told_places
+from nnunetv2_hiendmae.planning.splits import first_fold
 from nnunetv2_hiendmae.plans_section import FinetuneRecipe, PlansSection
 from nnunetv2_hiendmae.recipes import SCRATCH_LR, recipe_of, trainer_of
-from nnunetv2_hiendmae.schemas import NNUNET_FOLDS
 from nnunetv2_hiendmae.volume_format import DEFAULT_INTERPOLATION, REORIENTING, VolumeFormat
 from nnunetv2_hiendmae.weights import EncoderMetadata, check_encoder_file
 from nnunetv2_hiendmae.weights.hub import hub_name, lasting_path, local_file
@@ -121,6 +121,8 @@ def plan_finetuning(
     else:
         # nnU-Net looks at label values only where it is asked to
         check_label_files(raw, reader, options.num_processes)
+    if told := told_places(raw):
+        logger.warning(told)
     if options.network in KINDS[spec.kind].own_networks:
         values["decoder_width"] = None
     plans = make_plans(
@@ -138,14 +140,18 @@ def plan_finetuning(
     messages = decisions(section, spec, volume, metadata, raw.channels, values, given)
     number = dataset_id(raw.name)
     preprocess, *commands = next_commands(
-        raw, number, plans_name, trainer, options.num_processes, _first_fold(raw, path.parent)
+        raw, number, plans_name, trainer, options.num_processes, first_fold(raw, path.parent)
     )
     folder = data_folder(path)
-    if all(is_preprocessed(folder, case) for case in raw.cases):
+    changed = changed_since(folder, {case: (*images, raw.labels[case]) for case, images in raw.cases.items()})
+    if changed or not all(is_preprocessed(folder, case) for case in raw.cases):
+        commands = [preprocess, *commands]
+    else:
         told = f"arrays: those in {folder.name} are complete and fit; where images or labels changed since, run"
         messages = (*messages, f"{told}: {preprocess}")
-    else:
-        commands = [preprocess, *commands]
+    if changed:
+        told = f"images or labels of {some(changed)} are newer than their arrays in {folder.name}"
+        logger.warning(f"{told}: where voxels changed, preprocess them again")
     return PlannedFinetuning(path, plans_name, number, raw.name, trainer, messages, tuple(commands))
 
 
@@ -257,10 +263,3 @@ def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> Vo
     return replace(volume, window_hu=None)
 
 
-def _first_fold(raw: RawDataset, folder: Path) -> str:
-    """What to train first; warns where nnU-Net cannot make its folds."""
-    if len(raw.cases) >= NNUNET_FOLDS or (folder / SPLITS).is_file():
-        return "0"
-    told = f"{raw.name} has {len(raw.cases)} cases, nnU-Net makes its folds of {NNUNET_FOLDS} at least"
-    logger.warning(f"{told}: train with fold 'all', or write your own folds to {folder / SPLITS}")
-    return "all"

@@ -4,9 +4,12 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
@@ -28,8 +31,8 @@ def check_labels(raw: RawDataset) -> None:
     """Checks what fine-tuning needs, without reading a file's voxels.
 
     Raises:
-        UserError: the dataset names no foreground label or labels with gaps, or training cases lack an image or their
-            label file.
+        UserError: the dataset names no foreground label, labels with gaps or regions that nnU-Net would predict
+            wrongly, or training cases lack an image or their label file.
     """
     file = raw.folder / "dataset.json"
     if not set(raw.dataset_json["labels"]) - {"background", "ignore"}:
@@ -38,6 +41,8 @@ def check_labels(raw: RawDataset) -> None:
     if values != list(range(len(values))):
         told = f"{file} has the labels {some(values, 10)}, which nnU-Net needs without gaps: 0 to {len(values) - 1}"
         raise UserError(f"{told}; renumber them there and in the files of labelsTr")
+    if faults := [*_label_rules(raw.dataset_json)]:
+        raise UserError(f"{file}: {'; '.join(faults)}; mend it")
     if raw.missing_labels:
         raise UserError(
             f"{raw.name} has {len(raw.missing_labels)} of {len(raw.cases)} training cases without a label file, first "
@@ -46,6 +51,38 @@ def check_labels(raw: RawDataset) -> None:
         )
     if missing := [image for images in raw.cases.values() for image in images if not Path(image).is_file()]:
         raise UserError(f"{some(missing)}: missing or no file, needed the images of {raw.name}; put them there")
+    needed = len(raw.channels)
+    if other := [f"{case} ({len(images)})" for case, images in raw.cases.items() if len(images) != needed]:
+        ending = raw.dataset_json["file_ending"]
+        files = " and ".join(f"CASE_{i:04d}{ending}" for i in sorted({0, needed - 1}))
+        told = f"{raw.name} has cases with other numbers of images than its {needed} channels: {some(other)}"
+        raise UserError(f"{told}; add what is missing of {files}, or move the case out of {raw.folder / 'imagesTr'}")
+
+
+def _label_rules(dataset_json: dict[str, Any]) -> Iterator[str]:
+    """What nnU-Net asserts when training begins, and an order of regions with which it writes one over another."""
+    labels, order = dataset_json["labels"], dataset_json.get("regions_class_order")
+    values = {name: {*map(int, v if isinstance(v, list) else [v])} for name, v in labels.items()}
+    if values.get("background") != {0}:
+        yield '"background" must be among the labels, and 0'
+    ignored = values.pop("ignore", None)
+    highest = 1 + max(v for of_label in values.values() for v in of_label)
+    if ignored is not None and labels["ignore"] != highest:
+        yield f'"ignore" is {json.dumps(labels["ignore"])}, and must be the highest label, the number {highest}'
+    if not any(isinstance(v, list) and len(v) > 1 for name, v in labels.items()):
+        return
+    regions = {name: of_region for name, of_region in values.items() if of_region != {0}}
+    if order is None or len(order) != len(regions):
+        had = "none" if order is None else json.dumps(order)
+        yield f'the regions {", ".join(regions)} need as many numbers in "regions_class_order", got {had}'
+        return
+    for (name, of_region), value in zip(regions.items(), order, strict=True):
+        if value not in of_region:
+            told = f'"regions_class_order" gives {value} to the region {name}, which is {sorted(of_region)}'
+            yield f"{told}: its numbers go with the regions in the order in which they stand"
+    for (name, inner), (later, outer) in combinations(regions.items(), 2):
+        if inner < outer:
+            yield f"the region {later} stands behind {name}, which it holds, and would be written over it"
 
 
 def label_values(raw: RawDataset) -> list[int]:

@@ -3,9 +3,12 @@
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,16 +23,21 @@ from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
+from nnunetv2_hiendmae.former_plans import (
+    CONFIGURATION,
+    INTENSITIES,
+    MODEL_PLANS,
+    array_settings,
+    changes,
+    trained_folds,
+)
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
 from nnunetv2_hiendmae.planning.readers import choose_reader, find_reader
 from nnunetv2_hiendmae.plans_section import PLANS_KEY, PlansSection
 from nnunetv2_hiendmae.schemas import SPLITS_FILE as SPLITS
 from nnunetv2_hiendmae.schemas import Folds, Plans, read_json
-from nnunetv2_hiendmae.volume_format import CT_SCHEME, VolumeFormat, interpolation_of, resampling
+from nnunetv2_hiendmae.volume_format import VolumeFormat, resampling
 
-CONFIGURATION = "3d_fullres"
-# nnU-Net's name of the statistics, per channel, that its CT normalisation takes the window from
-_INTENSITIES = "foreground_intensity_properties_per_channel"
 # mm per voxel, finer than any scanner of bodies
 _SMALLEST_MM = 0.01
 # of a preprocessed case; the image comes last: where it stands, the case is finished
@@ -111,7 +119,7 @@ def _copy_descriptions(raw: RawDataset) -> None:
 
 def save_plans(plans: dict[str, Any]) -> Path:
     """Writes `$nnUNet_preprocessed/<dataset>/<plans_name>.json`. Plans of ours with the same name are replaced; when
-    data preprocessed with them no longer fit, a warning is logged.
+    data preprocessed with them, or folds that they trained, no longer fit, a warning is logged.
 
     Raises:
         UserError: see `check_plans_name`.
@@ -120,16 +128,32 @@ def save_plans(plans: dict[str, Any]) -> Path:
     old = read_plans(path)
     folder = None if old is None else data_folder(path)
     write_text(path, json.dumps(plans, indent=4) + "\n")
+    _warn_of_trained_folds(plans)
     if folder is None or not folder.is_dir():
         return path
     # other statistics may mean other images
-    before, now = ((array_settings(p), p[_INTENSITIES]) for p in (old, plans))
+    before, now = ((array_settings(p), p[INTENSITIES]) for p in (old, plans))
     if before != now:
+        told, now_in = f"{folder} was preprocessed with other settings than {path.name} now has", data_folder(path)
         again = f"-d {dataset_id(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
-        told = f"{folder} was preprocessed with other settings than {path.name} now has"
-        other = "" if data_folder(path) == folder else " (into another folder; delete this one if no plans name it)"
-        logger.warning(f"{told}; run: nnUNetv2_preprocess {again}{other}")
+        mend = f"run: nnUNetv2_preprocess {again}" if now_in == folder else "delete it if no plans name it"
+        logger.warning(f"{told}; {mend}")
     return path
+
+
+def _warn_of_trained_folds(plans: dict[str, Any]) -> None:
+    """Says so where models of these plans were trained with others of the same name: nnU-Net goes by the name."""
+    # nothing is trained yet where it is not set
+    results = os.environ.get("nnUNet_results")  # noqa: SIM112 (nnU-Net spells it so)
+    name = plans["plans_name"]
+    for file in sorted(Path(results or "").glob(f"{plans['dataset_name']}/*__{name}__{CONFIGURATION}/{MODEL_PLANS}")):
+        folds = trained_folds(file.parent)
+        with suppress(OSError, ValueError):
+            if results and folds and (told := str(changes(json.loads(file.read_bytes()), plans))):
+                logger.warning(
+                    f"{file.parent} has fold {', '.join(folds)} of other plans {name}: {told}; they do not go together "
+                    f"with what {name} trains now: plan under another --name, or move that folder away"
+                )
 
 
 def read_plans(path: Path) -> dict[str, Any] | None:
@@ -147,21 +171,14 @@ def is_preprocessed(folder: Path, case: str) -> bool:
     return all((folder / f"{case}{end}").is_file() for end in CASE_FILES)
 
 
-def array_settings(plans: dict[str, Any]) -> dict[str, Any]:
-    """What in plans decides how a volume becomes an array."""
-    configuration = plans["configurations"][CONFIGURATION]
-    schemes = configuration["normalization_schemes"]
-    used = ("percentile_00_5", "percentile_99_5", "mean", "std")
-    return {
-        "spacing": configuration["spacing"],
-        "normalisation": schemes,
-        "use_mask_for_norm": configuration["use_mask_for_norm"],
-        # nnU-Net's other schemes look at the image alone
-        "CT window": [[plans[_INTENSITIES][str(i)][k] for k in used] for i, s in enumerate(schemes) if s == CT_SCHEME],
-        "interpolation": interpolation_of(configuration),
-        "reader": plans["image_reader_writer"],
-        "axes": plans["transpose_forward"],
-    }
+def changed_since(folder: Path, files: Mapping[str, Iterable[str]]) -> list[str]:
+    """Cases of which a file was changed, or put there, after their array in a folder was written."""
+    return [case for case, of_case in files.items() if _is_older(folder / f"{case}{CASE_FILES[-1]}", of_case)]
+
+
+def _is_older(array: Path, files: Iterable[str]) -> bool:
+    there = [Path(file) for file in files if Path(file).is_file()]
+    return array.is_file() and any(file.stat().st_mtime_ns > array.stat().st_mtime_ns for file in there)
 
 
 def check_plans_name(dataset_name: str, plans_name: str, for_pretraining: bool = False) -> Path:
@@ -233,7 +250,7 @@ class _ViTPlanner(ExperimentPlanner):
         name = volume.image_reader_writer
         self.reader = find_reader(name) if name else choose_reader(raw)
         _refuse_if_smaller_than_voxels(raw.name, self.dataset_fingerprint, spacing)
-        properties = self.dataset_fingerprint[_INTENSITIES]
+        properties = self.dataset_fingerprint[INTENSITIES]
         for i, channel in enumerate(raw.channels):
             if is_ct(channel):
                 properties[str(i)] = {**properties.get(str(i), {}), **volume.ct_statistics}

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES, recursive_find_reader_writer_by_name
@@ -103,14 +104,37 @@ def told_directions(raws: Iterable[RawDataset]) -> str | None:
     return f"images lie in different directions: {', '.join(listed)}"
 
 
-def _direction(images: Sequence[str]) -> str | None:
-    """How an image lies: "LPS" for instance, first file axis first, the nearest one where it is oblique; None: its
-    header does not say."""
+def told_places(raw: RawDataset) -> str | None:
+    """Whose labels lie elsewhere than their images, by half a voxel or more, in words; None where none does. Only reads
+    headers, as far as ITK knows them."""
+    found = []
+    for case, images in raw.cases.items():
+        image, label = (_header(file) for file in (images[0], raw.labels[case]))
+        if image is None or label is None or image.GetSize() != label.GetSize():
+            continue
+        away = np.linalg.norm(_corners(image) - _corners(label), axis=1).max()
+        if away >= min(image.GetSpacing()) / 2:
+            found.append(f"{case} (up to {away:.3g} mm away)")
+    if not found:
+        return None
+    told = f"by their headers, {len(found)} labels of {raw.name} lie elsewhere than their images: {some(found)}"
+    return f"{told}; nnU-Net pairs voxels and not places: look at both in one viewer, and mend what is wrong"
+
+
+def _corners(header: sitk.ImageFileReader) -> np.ndarray:
+    """Places of the first voxel and of the last one along each axis, in mm, (1 + axes, axes)."""
+    axes, origin = header.GetDimension(), np.array(header.GetOrigin())
+    steps = np.reshape(header.GetDirection(), (axes, axes)) * header.GetSpacing()
+    return np.vstack([origin, origin + (steps * (np.array(header.GetSize()) - 1)).T])
+
+
+def _header(file: str) -> sitk.ImageFileReader | None:
+    """What ITK reads of a file but its voxels; None: nothing."""
     # a pipe would be waited for
-    if not images or not Path(images[0]).is_file():
+    if not Path(file).is_file():
         return None
     header = sitk.ImageFileReader()
-    header.SetFileName(images[0])
+    header.SetFileName(file)
     try:
         # what ITK says of it is told when the case is read
         with naming_reason():
@@ -118,9 +142,16 @@ def _direction(images: Sequence[str]) -> str | None:
     # of no format of ITK's, or sheared
     except BrokenCaseError:
         return None
-    axes, cosines = header.GetDimension(), header.GetDirection()
-    if axes < 3:
+    return header
+
+
+def _direction(images: Sequence[str]) -> str | None:
+    """How an image lies: "LPS" for instance, first file axis first, the nearest one where it is oblique; None: its
+    header does not say."""
+    header = _header(images[0]) if images else None
+    if header is None or header.GetDimension() < 3:
         return None
+    axes, cosines = header.GetDimension(), header.GetDirection()
     spatial = [cosines[row * axes + column] for row in range(3) for column in range(3)]
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(spatial)
 

@@ -16,11 +16,11 @@ from nnunetv2_hiendmae.architectures import PRESETS, EncoderSpec
 from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.files import check_unlocked, locked, write_text
+from nnunetv2_hiendmae.former_plans import CONFIGURATION, array_settings
 from nnunetv2_hiendmae.options.commands import PreprocessOptions
 from nnunetv2_hiendmae.planning.dataset import LABEL_FREE_KEY, RawDataset, is_ct, read_raw_dataset
 from nnunetv2_hiendmae.planning.plans import (
-    CONFIGURATION,
-    array_settings,
+    changed_since,
     check_plans_name,
     data_folder,
     is_preprocessed,
@@ -154,6 +154,9 @@ def _preprocess(
             told = f"{raw.name} no longer has images of {some(left)}, whose arrays pretraining goes on to use"
             logger.warning(f"{told}; where it should not, delete their files in {folder}")
         mine = list(raw.cases)[number - 1 :: parts]
+        if changed := changed_since(folder, {case: raw.cases[case] for case in mine}):
+            told = f"images of {some(changed)} in {raw.name} are newer than their arrays, which stay as they are"
+            logger.warning(f"{told}; where voxels changed, delete their files in {folder} and run the command again")
         broken += [b for b in found if b[1] in mine]
         for case in mine:
             if is_preprocessed(folder, case):

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_hiendmae.environment import check_device
+from nnunetv2_hiendmae.environment import check_device, dataset_id
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memory
@@ -22,9 +22,11 @@ from nnunetv2_hiendmae.randomness import seed_of
 from nnunetv2_hiendmae.recipes import FOREIGN, RECIPES, TRAINERS, trainer_of
 from nnunetv2_hiendmae.schemas import Plans, validated
 from nnunetv2_hiendmae.threads import use_allowed_cores
+from nnunetv2_hiendmae.trainers.former import check_checkpoint, check_other_folds
 from nnunetv2_hiendmae.trainers.loaders import seeded
 from nnunetv2_hiendmae.trainers.schedule import WarmupCosine
-from nnunetv2_hiendmae.weights import load_into
+from nnunetv2_hiendmae.volume_format import twins
+from nnunetv2_hiendmae.weights import load_into, read_metadata
 from nnunetv2_hiendmae.weights.hub import hub_name
 
 # beside 0 and 1, the loaders of training and validation
@@ -100,6 +102,11 @@ class _ViTTrainer(nnUNetTrainer):
         return _described(cls.method)
 
     def initialize(self):
+        if not Path(self.preprocessed_dataset_folder).is_dir():
+            data, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
+            told = f"{data} is not preprocessed with {plans} ({self.preprocessed_dataset_folder} is missing)"
+            command = f"nnUNetv2_preprocess -d {dataset_id(data)} -plans_name {plans} -c {self.configuration_name}"
+            raise RuntimeError(f"{told}; run: {command}")
         if self.section.recipe.seed is not None:
             torch.manual_seed(self.section.recipe.seed)
         super().initialize()
@@ -107,8 +114,14 @@ class _ViTTrainer(nnUNetTrainer):
             self._fresh_kernel = self._input_kernel().detach().clone()
 
     def load_checkpoint(self, filename_or_checkpoint: dict[str, Any] | str) -> None:
+        # which the base class replaces by those of the checkpoint
+        now = self.my_init_kwargs
         try:
             super().load_checkpoint(filename_or_checkpoint)
+        except RuntimeError:
+            # tensors of other shapes: the plans tell more
+            check_checkpoint(self.my_init_kwargs, now)
+            raise
         except ValueError as e:
             # of the optimizer
             raise RuntimeError(
@@ -116,7 +129,13 @@ class _ViTTrainer(nnUNetTrainer):
                 "plan with its --freeze-encoder, --layer-decay, --encoder-lr-scale and --decoder-warmup, or train "
                 "under another --name"
             ) from e
+        self._log(check_checkpoint(self.my_init_kwargs, now))
         self.continues = True
+
+    def _log(self, told: str) -> None:
+        """Into nnU-Net's log, if there is something to tell."""
+        if told:
+            self.print_to_log_file(told)
 
     def set_deep_supervision_enabled(self, enabled: bool):
         """Nothing to switch: the network has one output."""
@@ -164,7 +183,9 @@ class _ViTTrainer(nnUNetTrainer):
         )
 
     def on_train_start(self):
-        # first, before data loaders start their processes
+        plans, configuration = self.plans_manager.plans, self.configuration_name
+        self._log(check_other_folds(Path(self.output_folder_base), self.fold, plans, configuration))
+        # before data loaders start their processes
         if self.device.type == "cpu":
             set_freed_memory(keep=True)
             use_allowed_cores()
@@ -270,6 +291,11 @@ class _ViTTrainer(nnUNetTrainer):
         except UserError as e:
             raise RuntimeError(str(e)) from e
         self.print_to_log_file(f"Encoder weights from {path}: {report.text()}")
+        seen, reader = read_metadata(path).volume.image_reader_writer, self.plans_manager.plans["image_reader_writer"]
+        if seen is not None and seen not in twins(reader):
+            told = f"these plans read images with {reader}, the encoder saw those of {seen}"
+            mend = "if nobody asked for that (nnUNetv2_move_plans_between_datasets changes it in silence), run"
+            self.print_to_log_file(f"WARNING: {told}: they may lie in other directions; {mend}: {PLAN_COMMAND}")
 
     def _input_kernel(self) -> nn.Parameter:
         encoder = self._plain_network().encoder

@@ -60,7 +60,8 @@ class Boxes:
 
     def to(self, *args: Any, **kwargs: Any) -> "Boxes":
         """On a device, as a tensor's `to`."""
-        return self._each(lambda array: array.to(*args, **kwargs))
+        # as Fabric moves tensors: pinned memory is copied while the GPU works, and kept until then
+        return self._each(lambda array: array.to(*args, **{"non_blocking": array.device.type == "cpu", **kwargs}))
 
     def pin_memory(self, *_: Any) -> "Boxes":
         """In memory that a GPU reads by itself."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nnunetv2_hiendmae.errors import UserError, printable
+from nnunetv2_hiendmae.files import refuse_folder
 from nnunetv2_hiendmae.weights.metadata import DIGEST_KEY, NO_DIGEST
 
 # the ways in which torch names what it refuses to unpickle
@@ -110,6 +111,7 @@ def _check_digest(path: Path, stored: str) -> None:
 
 def check_source(path: Path) -> None:
     """Refuses what is no file (UserError)."""
+    refuse_folder(path)
     if not path.is_file():
         raise UserError(f"no file {path}; give a checkpoint (.pth, .pt, .ckpt) or a .safetensors file")
 

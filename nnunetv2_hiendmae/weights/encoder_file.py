@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nnunetv2_hiendmae.architectures import Encoder, build_encoder
 from nnunetv2_hiendmae.errors import UserError
-from nnunetv2_hiendmae.files import replacing
+from nnunetv2_hiendmae.files import refuse_folder, replacing
 from nnunetv2_hiendmae.weights.adapt import adapt_state, expected_tensors, mismatch
 from nnunetv2_hiendmae.weights.checkpoint_io import check_finite, read_safetensors
 from nnunetv2_hiendmae.weights.hub import local_file
@@ -146,6 +146,7 @@ def _open(path: Path, *, whole: bool) -> tuple[EncoderMetadata, dict[str, Tensor
     """Metadata and tensors, which are mapped: they take no memory until they are used. `whole`: reads the file for its
     digest."""
     path = local_file(path)
+    refuse_folder(path)
     if not path.is_file():
         raise UserError(f"no encoder file at {path}; make one with: hiendmae pretrain or hiendmae convert")
     state, header = read_safetensors(path, check_digest=whole)

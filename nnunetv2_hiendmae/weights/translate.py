@@ -114,7 +114,7 @@ def translate_own(state: Mapping[str, Any], prefix: str, spec: EncoderSpec) -> T
         if name.startswith(prefix):
             translation.take(name, tensor, name.removeprefix(prefix))
         else:
-            reason = _OTHER_PARTS.get(name.partition(".")[0], "a part of pretraining that fine-tuning does not use")
+            reason = _OTHER_PARTS.get(name.partition(".")[0], "not a part of the encoder")
             translation.drop(name, reason)
     translation.check(spec, "write it again with hiendmae pretrain or hiendmae convert")
     return translation

@@ -17,6 +17,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from scipy import stats
 
 from nnunetv2_hiendmae import cli
+from nnunetv2_hiendmae.environment import device_words
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.evaluation.compare import compare, short_names
 from nnunetv2_hiendmae.evaluation.draws import SHOTS, Subset
@@ -128,19 +129,49 @@ def test_paired_tests_are_scipys_with_holm_over_the_table(tree):
 
 
 def test_missing_folds_are_named_and_not_averaged_over(tree):
-    (tree.results / DATASET / THIRD / "fold_1").mkdir()
+    folder = tree.results / DATASET / THIRD / "fold_1"
+    folder.mkdir()
+    for checkpoint, option in (("", ""), ("checkpoint_best.pth", " --c"), ("checkpoint_final.pth", " --val")):
+        (folder / checkpoint).touch()
+        text = "\n".join(compare(7).settings[0].notes)
+        command = f"nnUNetv2_train 7 3d_fullres 1 -p Third -tr TrB{option}{device_words()}"
+        assert f"{THIRD}: no result of fold 1 (started, without validation/summary.json: 1; run: {command})" in text
     [result] = compare(7).settings
     ours, third = (next(run for run in rows(result.runs) if run.run == name) for name in (OURS, THIRD))
     assert third.missing_folds == [1] and third.nnunet_foreground_mean == pytest.approx(values(THIRD, [0]).mean())
     text = "\n".join(result.notes)
-    assert (
-        f"{THIRD}: no result of fold 1 (started, without validation/summary.json: 1; run nnUNetv2_train … --val)"
-        in text
-    )
     assert "the runs stand on different folds" in text
     # what stands side by side is on the cases of fold 0 only
     assert result.common_cases == 5
     assert ours.mean_over_common_cases == pytest.approx(values(OURS, [0]).mean())
+
+
+def test_results_of_a_training_before_the_one_that_was_stopped(tree):
+    (tree.results / DATASET / OURS / "fold_1" / "checkpoint_latest.pth").touch()
+    told = f"{OURS}: fold 1 is being trained, or was stopped (checkpoint_latest.pth is there): its results are of an"
+    assert any(note.startswith(told) for note in compare(7).notes)
+    assert compare(7, folds=[0]).notes == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{\"my_init_kwargs\": \"{'plans': {1: open}, 'configuration': '\"}"])
+def test_a_debug_json_that_says_nothing(tree, text):
+    (tree.results / DATASET / OURS / "fold_1" / "debug.json").write_text(text)
+    assert compare(7).notes == []
+
+
+def test_a_class_that_was_renamed_between_trainings(tree):
+    about = {"labels": {"background": 0, "spleen": 1, "liver": 2}, "file_ending": ".nii.gz"}
+    (tree.results / DATASET / STOCK / "dataset.json").write_text(json.dumps(about))
+    told = f"class 1 is liver in {OURS} and spleen in {STOCK}: are they the same?"
+    assert told in compare(7, runs=[OURS, STOCK]).notes
+    assert compare(7, runs=[STOCK]).notes == []
+
+
+def test_a_fold_that_trains_on_its_validation_cases(tree):
+    splits = [{"train": FOLDS[0], "val": FOLDS[0]}, {"train": FOLDS[0], "val": FOLDS[1]}]
+    (tree.preprocessed / DATASET / "splits_final.json").write_text(json.dumps(splits))
+    [note] = compare(7).notes
+    assert note.startswith("fold 0 trains on its validation cases (case_00, ")
 
 
 def test_folds_choose(tree):
@@ -440,7 +471,9 @@ def test_no_results(nnunet):
 def test_damaged_summaries_are_named(tree, text):
     path = Path("fold_1/validation/summary.json")
     (tree.results / DATASET / OURS / path).write_text(text)
-    with pytest.raises(UserError, match=rf"{OURS}/{path} .*{OURS} fold 1 .*: nnUNetv2_train … --val"):
+    with pytest.raises(
+        UserError, match=rf"{OURS}/{path} .*{OURS} fold 1 .*: nnUNetv2_train 7 3d_fullres 1 -p Ours -tr TrA --val"
+    ):
         compare(7)
 
 

@@ -479,7 +479,7 @@ def test_labels_with_gaps_are_refused_before_work(nnunet, encoder_file, monkeypa
     "named_values", [{"background": 0, "organ": 1}, {"background": 0, "whole": [1, 3], "other": [3, 4, 2]}]
 )
 def test_label_values_that_dataset_json_lacks(nnunet, encoder_file, named_values):
-    name = make_dataset(nnunet, 1, labels=named_values)
+    name = make_dataset(nnunet, 1, labels=named_values, extra_json={"regions_class_order": [1, 4]})
     path = nnunet.raw / name / "labelsTr" / "case_003.nii.gz"
     seg = nibabel.load(path)
     nibabel.save(nibabel.Nifti1Image(np.where(seg.get_fdata() == 2, 7, 1).astype(np.uint8), seg.affine), path)
@@ -601,6 +601,17 @@ def test_plans_with_the_same_arrays_share_them(nnunet, toy, encoder_file, tmp_pa
         assert folder.name in told and f"nnUNetv2_preprocess -d 1 -plans_name {planned.plans_name}" in told
 
 
+@pytest.mark.parametrize("file", ["imagesTr/case_002_0000.nii.gz", "labelsTr/case_002.nii.gz"])
+def test_images_and_labels_that_changed_since_ask_for_preprocessing(nnunet, toy, encoder_file, caplog, file):
+    folder = finish(nnunet, plan_finetuning(toy, encoder_file))
+    stamp = 10**9 + (folder / "case_002.b2nd").stat().st_mtime_ns
+    os.utime(nnunet.raw / toy / file, ns=(stamp, stamp))
+    planned = plan_finetuning(toy, encoder_file)
+    assert f"images or labels of case_002 are newer than their arrays in {folder.name}" in caplog.text
+    assert planned.next_commands[0].startswith("nnUNetv2_preprocess")
+    assert not [m for m in planned.messages if m.startswith("arrays: ")]
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -619,7 +630,7 @@ def test_other_arrays_get_a_folder_of_their_own(nnunet, toy, encoder_file, other
     with caplog.at_level(logging.WARNING):
         again = plan_finetuning(toy, encoder_file, **other)
     assert identifier(again) == identifier(second)
-    assert f"{folder} was preprocessed with other settings" in caplog.text and "another folder" in caplog.text
+    assert f"{folder} was preprocessed with other settings" in caplog.text and "delete it" in caplog.text
 
 
 def test_a_case_without_arrays_asks_for_preprocessing(nnunet, toy, encoder_file):

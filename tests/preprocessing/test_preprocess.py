@@ -377,6 +377,26 @@ def test_arrays_of_cases_that_are_gone_are_told(nnunet, caplog):
     assert "no longer has images of case_001" in caplog.text and str(folder(nnunet, name)) in caplog.text
 
 
+def test_images_that_changed_since_are_told(nnunet, caplog):
+    """Somebody mended an image: its former array would be kept, and pretrained on."""
+    name = make(nnunet, cases=3)
+    run(1)
+    assert "newer than their arrays" not in caplog.text
+    image, other = (nnunet.raw / name / "imagesTr" / f"case_00{i}_0000.nii.gz" for i in (1, 2))
+    before = read_arrays(nnunet, name)
+    image.write_bytes(other.read_bytes())
+    assert run(1) == PreprocessSummary(0, 3, ())
+    assert f"images of case_001 in {name} are newer than their arrays" in caplog.text
+    for file in folder(nnunet, name).glob("case_001*"):
+        file.unlink()
+    caplog.clear()
+    assert run(1) == PreprocessSummary(1, 2, ())
+    assert "newer than their arrays" not in caplog.text
+    after = read_arrays(nnunet, name)
+    assert not np.array_equal(after["case_001"], before["case_001"])
+    assert np.array_equal(after["case_001"], after["case_002"])
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [

@@ -479,6 +479,7 @@ def test_the_encoder_of_a_checkpoint_can_be_converted(make, nnunet, tmp_path, tr
     assert known == ((1.5, 1.5, 1.5), plans["image_reader_writer"], ("CT",))
     assert metadata.volume.window_hu == ((-175.0, 250.0) if trainer.method else metadata.volume.window_hu)
     dropped = {r.source for r in done.report.with_status("dropped")}
+    assert "pretraining" not in done.report.text()
     assert {k for k in trained.network.state_dict() if not k.startswith("encoder.")} <= {
         name.removeprefix("network_weights.") for name in dropped
     }

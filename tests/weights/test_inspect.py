@@ -41,6 +41,24 @@ def test_formats_of_files_are_told_by_content(capsys, tmp_path, name):
     assert inspect(capsys, tmp_path / name)["format"] == "mim"
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["inspect"], ["convert", "-o", "out.safetensors"], ["classify", "train", "-d", "1", "--labels", "a.csv", "-w"]],
+)
+def test_a_folder_where_a_file_is_needed(capsys, tmp_path, monkeypatch, command):
+    """As hub folders, cloned repositories and nnU-Net's models are."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "model"
+    (folder / "fold_0").mkdir(parents=True)
+    assert cli.main([*command, str(folder)]) == 2
+    assert "model is a folder, needed a file of weights; give one: it holds none" in capsys.readouterr().err
+    for file in ("fold_0/checkpoint_final.pth", "encoder.safetensors"):
+        (folder / file).touch()
+    assert cli.main([*command, str(folder)]) == 2
+    there = f"give one: {folder}/encoder.safetensors, {folder}/fold_0/checkpoint_final.pth"
+    assert there in capsys.readouterr().err
+
+
 def test_a_run_folder(capsys, tmp_path):
     source = write_run(tmp_path / "run")
     about = inspect(capsys, source.parent)
