@@ -261,5 +261,3 @@ def _fit_volume(seen: VolumeFormat, raw: RawDataset, options: PlanOptions) -> Vo
     if volume.window_hu is not None:
         logger.warning("no channel of %s is CT: the window is ignored, nnU-Net's normalisation is used", raw.channels)
     return replace(volume, window_hu=None)
-
-
