@@ -107,7 +107,8 @@ def read_raw_dataset(name: str) -> RawDataset:
 def _check_channel_names(file: Path, dataset_json: dict[str, Any]) -> None:
     """Raises UserError: nnU-Net would give a channel the name, and so the normalisation, of another one."""
     names = dataset_json.get("channel_names") or dataset_json["modality"]
-    if [*names] != [str(i) for i in range(len(names))]:
+    # "0000" is as good as "0"
+    if [int(key) if key.isdecimal() else key for key in names] != [*range(len(names))]:
         needed = 'needed {"0": NAME, "1": NAME, …} in this order, "0" of the files that end in _0000'
         told = f"{file} names the channels {json.dumps(names)}, {needed}"
         raise UserError(f"{told}: nnU-Net takes the names one after the other, whatever their numbers; mend it")

@@ -84,6 +84,12 @@ def test_channels_whose_numbers_nnunet_does_not_look_at(nnunet, planned, names):
         read_raw_dataset(name)
 
 
+def test_channels_may_be_numbered_as_files_are(planned, encoder_file):
+    name = planned(extra_json={"channel_names": {"0000": "CT"}})
+    assert read_raw_dataset(name).channels == ("CT",)
+    plan_finetuning(name, encoder_file)
+
+
 def test_labels_that_lie_elsewhere_than_their_images(nnunet, planned, encoder_file, caplog):
     name = planned()
     plan_finetuning(name, encoder_file)
