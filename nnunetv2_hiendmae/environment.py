@@ -78,6 +78,11 @@ def dataset_id(name: str) -> int:
     return int(name.removeprefix("Dataset").partition("_")[0])
 
 
+def preprocess_command(dataset: str, plans_name: str, configuration: str) -> str:
+    """Stock nnU-Net's, which takes a dataset's number and not its name."""
+    return f"nnUNetv2_preprocess -d {dataset_id(dataset)} -plans_name {plans_name} -c {configuration}"
+
+
 def is_called(name: str, dataset: str | int) -> bool:
     """Whether a full dataset name is that of an id or a name."""
     text = str(dataset)

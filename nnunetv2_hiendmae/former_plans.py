@@ -1,6 +1,7 @@
 """What in nnU-Net's plans decides arrays, network and training, and where two plans of one name differ in it: nnU-Net
 tells models by the name of their plans, and uses what stands under that name now."""
 
+import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
@@ -67,6 +68,13 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], configuration_nam
             keys = [key for key in old if key in new and old[key] != new[key]]
             told.append(tuple(f"{key} was {old[key]}, is {new[key]}" for key in keys))
     return Changes(*told) if len(told) == len(fields(Changes)) else Changes()
+
+
+def changes_in_model(model: Path, now: Mapping[str, Any], configuration_name: str = CONFIGURATION) -> Changes:
+    """What differs from the plans in the folder of a model; nothing where they cannot be read."""
+    with suppress(OSError, ValueError):
+        return changes(json.loads((model / MODEL_PLANS).read_bytes()), now, configuration_name)
+    return Changes()
 
 
 def trained_folds(model: Path) -> list[str]:

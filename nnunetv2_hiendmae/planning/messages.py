@@ -4,7 +4,7 @@ import shlex
 from typing import Any
 
 from nnunetv2_hiendmae.architectures import EncoderSpec
-from nnunetv2_hiendmae.environment import device_words
+from nnunetv2_hiendmae.environment import device_words, preprocess_command
 from nnunetv2_hiendmae.planning.dataset import RawDataset
 from nnunetv2_hiendmae.planning.plans import CONFIGURATION
 from nnunetv2_hiendmae.plans_section import PlansSection
@@ -87,7 +87,7 @@ def next_commands(
     images = raw.folder / "imagesTs"
     source, device = shlex.quote(str(images)) if images.is_dir() else "INPUT_FOLDER", device_words()
     return (
-        f"nnUNetv2_preprocess -d {number} -plans_name {plans_name} -c {CONFIGURATION} -np {num_processes}",
+        f"{preprocess_command(raw.name, plans_name, CONFIGURATION)} -np {num_processes}",
         f"nnUNetv2_train {number} {CONFIGURATION} {fold} -p {plans_name} -tr {trainer}{device}",
         f"nnUNetv2_predict -d {number} -c {CONFIGURATION} -p {plans_name} -tr {trainer} -f {fold} "
         f"-i {source} -o OUTPUT_FOLDER{device}",

@@ -8,7 +8,6 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 from nnunetv2_hiendmae.architectures import KINDS, EncoderSpec
-from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_id, nnunet_folder, preprocess_command
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import scratch_folder, telling_disk_errors, write_text, write_with
 from nnunetv2_hiendmae.former_plans import (
@@ -28,7 +27,7 @@ from nnunetv2_hiendmae.former_plans import (
     INTENSITIES,
     MODEL_PLANS,
     array_settings,
-    changes,
+    changes_in_model,
     trained_folds,
 )
 from nnunetv2_hiendmae.planning.dataset import RawDataset, is_ct, prints_to_log, read_fingerprint
@@ -135,8 +134,8 @@ def save_plans(plans: dict[str, Any]) -> Path:
     before, now = ((array_settings(p), p[INTENSITIES]) for p in (old, plans))
     if before != now:
         told, now_in = f"{folder} was preprocessed with other settings than {path.name} now has", data_folder(path)
-        again = f"-d {dataset_id(plans['dataset_name'])} -plans_name {plans['plans_name']} -c {CONFIGURATION}"
-        mend = f"run: nnUNetv2_preprocess {again}" if now_in == folder else "delete it if no plans name it"
+        again = preprocess_command(plans["dataset_name"], plans["plans_name"], CONFIGURATION)
+        mend = f"run: {again}" if now_in == folder else "delete it if no plans name it"
         logger.warning(f"{told}; {mend}")
     return path
 
@@ -148,12 +147,11 @@ def _warn_of_trained_folds(plans: dict[str, Any]) -> None:
     name = plans["plans_name"]
     for file in sorted(Path(results or "").glob(f"{plans['dataset_name']}/*__{name}__{CONFIGURATION}/{MODEL_PLANS}")):
         folds = trained_folds(file.parent)
-        with suppress(OSError, ValueError):
-            if results and folds and (told := str(changes(json.loads(file.read_bytes()), plans))):
-                logger.warning(
-                    f"{file.parent} has fold {', '.join(folds)} of other plans {name}: {told}; they do not go together "
-                    f"with what {name} trains now: plan under another --name, or move that folder away"
-                )
+        if results and folds and (told := str(changes_in_model(file.parent, plans))):
+            logger.warning(
+                f"{file.parent} has fold {', '.join(folds)} of other plans {name}: {told}; they do not go together "
+                f"with what {name} trains now: plan under another --name, or move that folder away"
+            )
 
 
 def read_plans(path: Path) -> dict[str, Any] | None:

@@ -1,12 +1,10 @@
 """What nnU-Net would do in silence with folds that were trained with other plans of the same name."""
 
-import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_hiendmae.former_plans import MODEL_PLANS, changes, trained_folds
+from nnunetv2_hiendmae.former_plans import changes, changes_in_model, trained_folds
 from nnunetv2_hiendmae.plans_section import PLAN_COMMAND
 
 
@@ -42,10 +40,7 @@ def check_other_folds(model: Path, fold: int | str, plans: Mapping[str, Any], co
         RuntimeError: arrays or network are others.
     """
     others = [number for number in trained_folds(model) if number != str(fold)]
-    before = {}
-    with suppress(OSError, ValueError):
-        before = json.loads((model / MODEL_PLANS).read_bytes())
-    found = changes(before, plans, configuration)
+    found = changes_in_model(model, plans, configuration)
     if not others or not str(found):
         return ""
     told = f"fold {', '.join(others)} in {model} was trained with other plans {plans['plans_name']}"

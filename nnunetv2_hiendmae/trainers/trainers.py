@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_hiendmae.environment import check_device, dataset_id
+from nnunetv2_hiendmae.environment import check_device, preprocess_command
 from nnunetv2_hiendmae.errors import UserError, printable
 from nnunetv2_hiendmae.files import sha256, write_with
 from nnunetv2_hiendmae.host_memory import give_back_freed_memory, set_freed_memory
@@ -105,8 +105,7 @@ class _ViTTrainer(nnUNetTrainer):
         if not Path(self.preprocessed_dataset_folder).is_dir():
             data, plans = self.plans_manager.dataset_name, self.plans_manager.plans_name
             told = f"{data} is not preprocessed with {plans} ({self.preprocessed_dataset_folder} is missing)"
-            command = f"nnUNetv2_preprocess -d {dataset_id(data)} -plans_name {plans} -c {self.configuration_name}"
-            raise RuntimeError(f"{told}; run: {command}")
+            raise RuntimeError(f"{told}; run: {preprocess_command(data, plans, self.configuration_name)}")
         if self.section.recipe.seed is not None:
             torch.manual_seed(self.section.recipe.seed)
         super().initialize()

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from nnunetv2_hiendmae.environment import dataset_id, dataset_name, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder, preprocess_command
 from nnunetv2_hiendmae.errors import UserError, some
 from nnunetv2_hiendmae.schemas import SPLITS_FILE, Folds, read_dataset_json, read_json
 from nnunetv2_hiendmae.training.views import grid_corners
@@ -74,7 +74,7 @@ def find_labelled(
             preprocessed with such plans, that alone.
     """
     name = dataset_name(dataset)
-    with_labels = f"nnUNetv2_preprocess -d {dataset_id(name)} -plans_name {plans_name} -c {configuration}"
+    with_labels = preprocess_command(name, plans_name, configuration)
     try:
         found = find_cases([name], plans_name, configuration)
     except UserError as e:

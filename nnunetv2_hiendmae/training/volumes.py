@@ -19,7 +19,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch.utils.data import get_worker_info
 
-from nnunetv2_hiendmae.environment import dataset_id, dataset_name, nnunet_folder
+from nnunetv2_hiendmae.environment import dataset_name, nnunet_folder, preprocess_command
 from nnunetv2_hiendmae.errors import UserError
 from nnunetv2_hiendmae.files import telling_damage
 from nnunetv2_hiendmae.plans_section import PLANS_KEY
@@ -218,7 +218,7 @@ def _cases_of(root: Path, plans: PlansManager, configuration: str) -> CaseSet:
     network = plans.plans["configurations"][configuration].get("architecture", {}).get("network_class_name", "")
     # whose the plans are decides what preprocesses with them
     ours = network.startswith("nnunetv2_hiendmae.") and PLANS_KEY not in plans.plans
-    stock = f"run: nnUNetv2_preprocess -d {dataset_id(name)} -plans_name {plans_name} -c {configuration}"
+    stock = f"run: {preprocess_command(name, plans_name, configuration)}"
     again = f"{mend} -p {plans_name}" if ours else stock
     folder = root / manager.data_identifier
     if not folder.is_dir():
